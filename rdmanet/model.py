@@ -1,0 +1,118 @@
+"""The nouns of rdmanet (docs/design/first-way.md, "Words"), as plain values without I/O."""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from dataclasses import dataclass, field
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+#: What names look like without Kubernetes: pods live in this namespace unless CNI_ARGS says otherwise.
+DEFAULT_NAMESPACE = "default"
+
+
+def address_key(address: IPAddress | str) -> bytes:
+    """The 16-byte address key: IPv6 as it is, IPv4 mapped (RFC 4291 2.5.5.2), exactly as a RoCE GID is written."""
+    if isinstance(address, str):
+        address = ipaddress.ip_address(address)
+    if isinstance(address, ipaddress.IPv4Address):
+        return b"\x00" * 10 + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def address_of(key: bytes) -> IPAddress:
+    """The address that a 16-byte address key stands for."""
+    address = ipaddress.IPv6Address(key)
+    return address.ipv4_mapped or address
+
+
+class RdmaMode(enum.StrEnum):
+    """The RDMA subsystem's network namespace mode (RDMA_NLDEV_SYS_ATTR_NETNS_MODE)."""
+
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+
+
+class GuardMode(enum.StrEnum):
+    """What happens to RoCE packets of queue pairs without a lease."""
+
+    OBSERVE = "observe"
+    ENFORCE = "enforce"
+
+
+class AttachmentState(enum.StrEnum):
+    """Where an attachment is in its life; committed before the effect it announces."""
+
+    ADDING = "adding"
+    READY = "ready"
+    RELEASING = "releasing"
+
+
+@dataclass(frozen=True, slots=True)
+class PodName:
+    """namespace/name, unique on the host among attachments that are not releasing."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An RDMA device that a pod can use, and how it got there."""
+
+    name: str
+    backend: str  # "rxe"; later "shared", "vf"
+    mode: RdmaMode
+    index: int  # the kernel's device index, unique on the host
+    uverbs: str  # the character device's name below /dev/infiniband
+    major: int
+    minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetnsId:
+    """What a network namespace is, whatever path leads to it: device and inode number of its nsfs file."""
+
+    dev: int
+    ino: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One (container id, interface name) that CNI added."""
+
+    id: int  # row number; also the number in map values and the suffix of kernel object names
+    container_id: str
+    ifname: str
+    network: str  # the network configuration's name
+    netns: str  # path as the runtime gave it
+    netns_id: NetnsId
+    pod: PodName
+    state: AttachmentState
+    mac: str
+    mtu_bytes: int
+    ipv4: ipaddress.IPv4Address | None
+    ipv6: ipaddress.IPv6Address | None
+    wants_rdma: bool
+    guard: GuardMode = GuardMode.OBSERVE
+    device: Device | None = None
+    result: dict[str, object] = field(default_factory=dict)  # the CNI result as 1.1.0, empty until ready
+
+    @property
+    def host_ifname(self) -> str:
+        """The host's end of the veth pair."""
+        return f"rn-{self.id}"
+
+    @property
+    def device_name(self) -> str:
+        """The rxe device's name: unique on the host, as shared mode shows every name to everybody."""
+        return f"rxe_rn{self.id}"
+
+    @property
+    def addresses(self) -> tuple[IPAddress, ...]:
+        """IPv4 before IPv6, those that exist."""
+        return tuple(a for a in (self.ipv4, self.ipv6) if a is not None)
