@@ -41,6 +41,13 @@ class GuardMode(enum.StrEnum):
     ENFORCE = "enforce"
 
 
+class GuardState(enum.StrEnum):
+    """What a guard entry says about packets to its queue pair."""
+
+    GRANTED = "granted"
+    REVOKED = "revoked"
+
+
 class AttachmentState(enum.StrEnum):
     """Where an attachment is in its life; committed before the effect it announces."""
 
@@ -71,6 +78,18 @@ class Device:
     uverbs: str  # the character device's name below /dev/infiniband
     major: int
     minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuardEntry:
+    """What the guard map holds for one queue pair; its key is (address key of the queue pair's pod, QPN)."""
+
+    lease: int  # lease id, 63 bits, never 0
+    peer_address: bytes  # address key of the only source that may send to it
+    peer_qpn: int
+    state: GuardState
+    packets: int = 0  # counted by the datapath; writing an entry starts again from these
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
