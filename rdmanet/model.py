@@ -13,7 +13,7 @@ DEFAULT_NAMESPACE = "default"
 
 
 def address_key(address: IPAddress | str) -> bytes:
-    """The 16-byte address key: IPv6 as it is, IPv4 mapped (RFC 4291 2.5.5.2), exactly as a RoCE GID is written."""
+    """The 16-byte address key: IPv6 as it is, IPv4 mapped (RFC 4291 2.5.5.2), as a RoCE GID is written."""
     if isinstance(address, str):
         address = ipaddress.ip_address(address)
     if isinstance(address, ipaddress.IPv4Address):
