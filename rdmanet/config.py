@@ -1,0 +1,216 @@
+"""The agent's configuration: one TOML file, every key typed, documented and checked.
+
+The tables below are the reference: ``docs/configuration.md`` is checked against them by a test. Unknown keys are
+refused with the
+nearest known one, because a typing error that is silently ignored costs more than a refused start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rdmanet.errors import ConfigError
+from rdmanet.model import GuardMode
+
+DEFAULT_PATH = Path("/etc/rdmanet/rdmanet.toml")
+DEFAULT_IPV4_RANGE = ipaddress.IPv4Network("10.213.0.0/20")
+DEFAULT_IPV6_RANGE = ipaddress.IPv6Network("fd72:646d:616e::/64")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """``[agent]``"""
+
+    #: Unix socket of the agent's HTTP API, mode 0600.
+    socket: Path = Path("/run/rdmanet/agent.sock")
+    #: Database, queued DELs and lock. Not on a network file system.
+    state_dir: Path = Path("/var/lib/rdmanet")
+    #: Loopback TCP port for /metrics; 0 means none (metrics are always on the unix socket).
+    metrics_port: int = 0
+    #: debug, info, warning or error.
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """``[network]``"""
+
+    #: This node's range of pod addresses; the first address is the pods' gateway.
+    ipv4_range: ipaddress.IPv4Network = DEFAULT_IPV4_RANGE
+    #: The same for IPv6.
+    ipv6_range: ipaddress.IPv6Network = DEFAULT_IPV6_RANGE
+    #: MTU of pods' interfaces; 0 means the smallest uplink's. 9000 gives RoCE between local pods a 4096-byte path MTU.
+    mtu_bytes: int = 0
+    #: Netdevs that lead outside; empty means those with a default route.
+    uplinks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MasqueradeConfig:
+    """``[masquerade]``"""
+
+    #: Whether pods reach the outside behind the uplink's address.
+    enabled: bool = True
+    #: First port for masqueraded flows; keep the range above net.ipv4.ip_local_port_range.
+    first_port: int = 61000
+    #: Last port for masqueraded flows.
+    last_port: int = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class DatapathConfig:
+    """``[datapath]``"""
+
+    #: Where the compiled eBPF artifact lies (`rdmanet datapath build`).
+    artifact_dir: Path = Path("/usr/lib/rdmanet/artifact")
+    #: Directory for pins; the bpffs around it is mounted where it is missing.
+    bpffs_dir: Path = Path("/sys/fs/bpf/rdmanet")
+
+
+@dataclass(frozen=True, slots=True)
+class RdmaConfig:
+    """``[rdma]``"""
+
+    #: Whether pods may have RDMA devices at all.
+    enabled: bool = True
+    #: What happens to RoCE packets of queue pairs without a lease: observe or enforce. A network configuration may
+    #: override it.
+    guard: GuardMode = GuardMode.OBSERVE
+    #: Leases that one pod may hold at a time.
+    max_leases_per_pod: int = 256
+    #: Seconds within which pods claim their leases after the agent came back.
+    claim_grace_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole file."""
+
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    masquerade: MasqueradeConfig = field(default_factory=MasqueradeConfig)
+    datapath: DatapathConfig = field(default_factory=DatapathConfig)
+    rdma: RdmaConfig = field(default_factory=RdmaConfig)
+
+
+def load(path: Path | None) -> Config:
+    """Reads a configuration file; without a path the default one where it exists, else the defaults.
+
+    Raises ConfigError with a sentence that names the key.
+    """
+    if path is None:
+        if not DEFAULT_PATH.exists():
+            return Config()
+        path = DEFAULT_PATH
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The configuration file {path} cannot be read: {error}.", operation="read", subject=str(path)
+        ) from error
+    return parse(text, source=str(path))
+
+
+def parse(text: str, source: str = "configuration") -> Config:
+    """Checks the text of a configuration file."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}.", subject=source) from error
+    sections = {f.name: f for f in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config)
+    values: dict[str, object] = {}
+    for name, table in document.items():
+        if name not in sections:
+            raise ConfigError(f"{source}: unknown section [{name}]{_nearest(name, sections)}.", subject=name)
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: [{name}] must be a section, not a value.", subject=name)
+        values[name] = _section(hints[name], name, table, source)
+    config = Config(**values)  # type: ignore[arg-type]
+    _check(config, source)
+    return config
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _section(kind: type, section: str, table: dict[str, object], source: str) -> object:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{source}: unknown key {section}.{key}{_nearest(key, hints)}.", subject=f"{section}.{key}"
+            )
+        values[key] = _value(hints[key], f"{section}.{key}", value, source)
+    return kind(**values)
+
+
+def _value(kind: typing.Any, key: str, value: object, source: str) -> object:
+    def wrong(wanted: str) -> ConfigError:
+        return ConfigError(f"{source}: {key} must be {wanted}, not {value!r}.", subject=key)
+
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong("a whole number")
+        return value
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong("a number")
+        return float(value)
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise wrong("a list of texts")
+        return tuple(value)
+    if not isinstance(value, str):
+        raise wrong("a text")
+    if kind is str:
+        return value
+    if kind is Path:
+        if not value.startswith("/") or "\0" in value:
+            raise wrong("an absolute path")
+        return Path(value)
+    try:
+        return kind(value)
+    except ValueError as error:
+        wanted = {
+            ipaddress.IPv4Network: "an IPv4 range such as 10.213.0.0/20 (no bits set behind the prefix)",
+            ipaddress.IPv6Network: "an IPv6 range such as fd72:646d:616e::/64 (no bits set behind the prefix)",
+            GuardMode: "observe or enforce",
+        }
+        raise wrong(wanted[kind]) from error
+
+
+def _check(config: Config, source: str) -> None:
+    def refuse(key: str, sentence: str) -> typing.NoReturn:
+        raise ConfigError(f"{source}: {key} {sentence}.", subject=key)
+
+    if not 0 <= config.agent.metrics_port <= 65535:
+        refuse("agent.metrics_port", "must be a port from 0 (none) to 65535")
+    if config.agent.log_level not in ("debug", "info", "warning", "error"):
+        refuse("agent.log_level", "must be debug, info, warning or error")
+    if config.network.ipv4_range.prefixlen > 30:
+        refuse("network.ipv4_range", "is too small: it needs room for a gateway and a pod (at most /30)")
+    if config.network.ipv6_range.prefixlen > 126:
+        refuse("network.ipv6_range", "is too small: it needs room for a gateway and a pod (at most /126)")
+    if config.network.mtu_bytes and not 1280 <= config.network.mtu_bytes <= 65535:
+        refuse("network.mtu_bytes", "must be 0 or from 1280 (the least that IPv6 allows, RFC 8200 5) to 65535")
+    first, last = config.masquerade.first_port, config.masquerade.last_port
+    if not 1024 <= first <= last <= 65535:
+        refuse("masquerade.first_port", "and last_port must satisfy 1024 <= first_port <= last_port <= 65535")
+    if not 1 <= config.rdma.max_leases_per_pod <= 65536:
+        refuse("rdma.max_leases_per_pod", "must be from 1 to 65536")
+    if not 1 <= config.rdma.claim_grace_s <= 3600:
+        refuse("rdma.claim_grace_s", "must be from 1 to 3600 seconds")

@@ -1,0 +1,135 @@
+"""Network namespaces: what a path leads to, and doing something inside one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rdmanet.errors import KernelError, NotFoundError, RequestError
+from rdmanet.model import NetnsId
+
+T = TypeVar("T")
+
+CLONE_NEWNET = 0x40000000
+NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
+SO_NETNS_COOKIE = 71  # socket(7); kernel commit e8b9eab99232, 5.14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A descriptor of the network namespace at ``path``, closed on leaving.
+
+    Raises NotFoundError when nothing is there, RequestError when it is something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH):
+            raise NotFoundError(
+                f"There is no network namespace at {path}: it is gone or was never made.",
+                operation="open",
+                subject=path,
+                errno=error.errno,
+            ) from error
+        raise KernelError(
+            f"The network namespace at {path} cannot be opened; the agent must run as root in the host's namespaces.",
+            operation="open",
+            subject=path,
+            errno=error.errno,
+        ) from error
+    try:
+        try:
+            kind = fcntl.ioctl(descriptor, NS_GET_NSTYPE)
+        except OSError:
+            kind = 0
+        if kind != CLONE_NEWNET:
+            raise RequestError(f"{path} is not a network namespace.", operation="NS_GET_NSTYPE", subject=path)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def identify(descriptor: int) -> NetnsId:
+    """Which namespace an open descriptor stands for."""
+    status = os.fstat(descriptor)
+    return NetnsId(dev=status.st_dev, ino=status.st_ino)
+
+
+def own() -> NetnsId:
+    """The namespace that the agent itself is in: the host's."""
+    status = Path("/proc/self/ns/net").stat()
+    return NetnsId(dev=status.st_dev, ino=status.st_ino)
+
+
+def run_inside(descriptor: int, function: Callable[[], T]) -> T:
+    """Runs ``function`` in a fresh thread inside the namespace and returns its result, or raises what it raised.
+
+    The thread ends afterwards, so no thread of a pool is ever left in a pod's namespace.
+    """
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            if _libc.setns(descriptor, CLONE_NEWNET) != 0:
+                number = ctypes.get_errno()
+                raise KernelError(
+                    "The pod's network namespace cannot be entered; the agent needs CAP_SYS_ADMIN.",
+                    operation="setns",
+                    errno=number,
+                )
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001 - carried over to the calling thread, which raises it
+            failures.append(error)
+
+    thread = threading.Thread(target=enter, name="rdmanet-netns")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def netlink_socket(family: int) -> socket.socket:
+    """A bound netlink socket of the calling thread's namespace (SOCK_DGRAM: asyncio takes no SOCK_RAW)."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, family)
+    try:
+        sock.bind((0, 0))
+        # Sentences of the kernel (NLM_EXT_ACK) are left off: pyroute2 raises on their presence in plain acks.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def abstract_listener(name: str) -> socket.socket:
+    """A listening unix socket under an abstract name, visible in the calling thread's network namespace only.
+
+    Raises OSError with EADDRINUSE when somebody else took the name.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind("\0" + name)
+        sock.listen(64)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def cookie(sock: socket.socket) -> int:
+    """The kernel's number for the socket's network namespace; never reused while the host is up."""
+    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])

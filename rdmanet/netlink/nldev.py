@@ -1,0 +1,289 @@
+"""RDMA netlink (RDMA_NL_NLDEV): devices, rxe links, queue pairs. include/uapi/rdma/rdma_netlink.h of Linux."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, nlmsg
+from pyroute2.netlink.exceptions import NetlinkError as PyrouteError
+from pyroute2.netlink.nlsocket import Marshal, NetlinkSocket
+
+from rdmanet.errors import ConflictError, NetlinkError, NotFoundError, UnavailableError
+from rdmanet.model import RdmaMode
+from rdmanet.netlink import namespace
+
+NETLINK_RDMA = 20
+RDMA_NL_NLDEV = 5
+
+CMD_GET = 1
+CMD_SET = 2
+CMD_NEWLINK = 3
+CMD_DELLINK = 4
+CMD_SYS_GET = 6
+CMD_RES_QP_GET = 10
+CMD_GET_CHARDEV = 15
+
+
+def _type(command: int) -> int:
+    return (RDMA_NL_NLDEV << 10) | command
+
+
+class nldevmsg(nlmsg):  # type: ignore[misc]
+    """An NLDEV message: no fixed header, attributes only. Numbers as in enum rdma_nldev_attr."""
+
+    prefix = "RDMA_NLDEV_"
+    nla_map = (
+        (1, "RDMA_NLDEV_ATTR_DEV_INDEX", "uint32"),
+        (2, "RDMA_NLDEV_ATTR_DEV_NAME", "asciiz"),
+        (3, "RDMA_NLDEV_ATTR_PORT_INDEX", "uint32"),
+        (12, "RDMA_NLDEV_ATTR_PORT_STATE", "uint8"),
+        (19, "RDMA_NLDEV_ATTR_RES_QP", "res_qp"),
+        (50, "RDMA_NLDEV_ATTR_NDEV_INDEX", "uint32"),
+        (51, "RDMA_NLDEV_ATTR_NDEV_NAME", "asciiz"),
+        (65, "RDMA_NLDEV_ATTR_LINK_TYPE", "asciiz"),
+        (66, "RDMA_NLDEV_SYS_ATTR_NETNS_MODE", "uint8"),
+        (68, "RDMA_NLDEV_NET_NS_FD", "uint32"),
+        (69, "RDMA_NLDEV_ATTR_CHARDEV_TYPE", "asciiz"),
+        (70, "RDMA_NLDEV_ATTR_CHARDEV_NAME", "asciiz"),
+        (72, "RDMA_NLDEV_ATTR_CHARDEV", "uint64"),
+    )
+
+    class res_qp(nlmsg):  # type: ignore[misc]
+        """The nested table of queue pairs."""
+
+        prefix = "RDMA_NLDEV_"
+        nla_map = ((20, "RDMA_NLDEV_ATTR_RES_QP_ENTRY", "entry"),)
+
+        class entry(nlmsg):  # type: ignore[misc]
+            """One queue pair."""
+
+            prefix = "RDMA_NLDEV_"
+            nla_map = (
+                (3, "RDMA_NLDEV_ATTR_PORT_INDEX", "uint32"),
+                (21, "RDMA_NLDEV_ATTR_RES_LQPN", "uint32"),
+                (22, "RDMA_NLDEV_ATTR_RES_RQPN", "uint32"),
+                (26, "RDMA_NLDEV_ATTR_RES_TYPE", "uint8"),
+                (27, "RDMA_NLDEV_ATTR_RES_STATE", "uint8"),
+                (28, "RDMA_NLDEV_ATTR_RES_PID", "uint32"),
+                (29, "RDMA_NLDEV_ATTR_RES_KERN_NAME", "asciiz"),
+            )
+
+
+class _NldevMarshal(Marshal):  # type: ignore[misc]
+    msg_map: ClassVar = {
+        _type(command): nldevmsg
+        for command in (
+            CMD_GET,
+            CMD_SET,
+            CMD_NEWLINK,
+            CMD_DELLINK,
+            CMD_SYS_GET,
+            CMD_RES_QP_GET,
+            CMD_GET_CHARDEV,
+        )
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RdmaDevice:
+    """A device as the kernel lists it."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CharacterDevice:
+    """A character device: its name below /dev/infiniband and its number."""
+
+    name: str
+    major: int
+    minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePair:
+    """A queue pair as the kernel lists it; ``pid`` is None for the kernel's own."""
+
+    qpn: int
+    pid: int | None
+
+
+class RdmaSocket:
+    """RDMA netlink as seen from one network namespace. Belongs to one thread; use as a context manager."""
+
+    def __init__(self, sock: socket.socket):
+        try:
+            self._netlink = NetlinkSocket(family=NETLINK_RDMA, use_socket=sock)
+            self._netlink.marshal = _NldevMarshal()
+            self._netlink.asyncore.marshal = self._netlink.marshal
+        except BaseException:
+            sock.close()
+            raise
+
+    @classmethod
+    def here(cls) -> RdmaSocket:
+        """Of the host's namespace. Raises UnavailableError on a kernel without RDMA."""
+        return cls(_rdma_socket())
+
+    @classmethod
+    def inside(cls, descriptor: int) -> RdmaSocket:
+        """Of the namespace that ``descriptor`` stands for."""
+        return cls(namespace.run_inside(descriptor, _rdma_socket))
+
+    def __enter__(self) -> RdmaSocket:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._netlink.close()
+
+    def _ask(self, command: int, attributes: list[tuple[str, object]], *, dump: bool = False) -> list[Any]:
+        message = nldevmsg()
+        message["attrs"] = attributes
+        flags = NLM_F_REQUEST | (NLM_F_DUMP if dump else NLM_F_ACK)
+        subject = ", ".join(f"{name.removeprefix('RDMA_NLDEV_')}={value}" for name, value in attributes)
+        try:
+            return list(self._netlink.nlm_request(message, msg_type=_type(command), msg_flags=flags))
+        except PyrouteError as error:
+            raise _refused(command, subject, abs(int(error.code or 0))) from error
+        except OSError as error:
+            raise _refused(command, subject, error.errno or errno.EIO) from error
+
+    def mode(self) -> RdmaMode:
+        """The host's RDMA namespace mode (true in the attribute: shared)."""
+        for reply in self._ask(CMD_SYS_GET, []):
+            value = reply.get_attr("RDMA_NLDEV_SYS_ATTR_NETNS_MODE")
+            if value is not None:
+                return RdmaMode.SHARED if value else RdmaMode.EXCLUSIVE
+        raise UnavailableError(
+            "The kernel does not say its RDMA network namespace mode; it needs Linux 5.3 or newer.",
+            operation="RDMA_NLDEV_CMD_SYS_GET",
+        )
+
+    def devices(self) -> list[RdmaDevice]:
+        """Every device that this namespace can see."""
+        return [
+            RdmaDevice(
+                index=reply.get_attr("RDMA_NLDEV_ATTR_DEV_INDEX"),
+                name=reply.get_attr("RDMA_NLDEV_ATTR_DEV_NAME"),
+            )
+            for reply in self._ask(CMD_GET, [], dump=True)
+        ]
+
+    def device(self, name: str) -> RdmaDevice | None:
+        """The device of that name as this namespace sees it, or None (GET by name gives EINVAL, so: dump)."""
+        return next((device for device in self.devices() if device.name == name), None)
+
+    def add_rxe(self, name: str, netdev: str) -> None:
+        """Makes a Soft-RoCE device on a netdev of this namespace. NEWLINK answers no index: ask ``device``."""
+        self._ask(
+            CMD_NEWLINK,
+            [
+                ("RDMA_NLDEV_ATTR_DEV_NAME", name),
+                ("RDMA_NLDEV_ATTR_LINK_TYPE", "rxe"),
+                ("RDMA_NLDEV_ATTR_NDEV_NAME", netdev),
+            ],
+        )
+
+    def delete_link(self, index: int) -> bool:
+        """Removes a software device; False when it is gone already."""
+        try:
+            self._ask(CMD_DELLINK, [("RDMA_NLDEV_ATTR_DEV_INDEX", index)])
+        except NotFoundError:
+            return False
+        return True
+
+    def move(self, index: int, descriptor: int) -> None:
+        """Moves a device into another network namespace (exclusive mode only; not rxe before Linux 7.3)."""
+        self._ask(CMD_SET, [("RDMA_NLDEV_ATTR_DEV_INDEX", index), ("RDMA_NLDEV_NET_NS_FD", descriptor)])
+
+    def character_device(self, index: int) -> CharacterDevice:
+        """The uverbs node of a device."""
+        for reply in self._ask(
+            CMD_GET_CHARDEV,
+            [("RDMA_NLDEV_ATTR_DEV_INDEX", index), ("RDMA_NLDEV_ATTR_CHARDEV_TYPE", "uverbs")],
+        ):
+            number = reply.get_attr("RDMA_NLDEV_ATTR_CHARDEV")
+            if number is not None:
+                # huge_encode_dev(): the layout of makedev() in glibc, which os.major and os.minor undo.
+                return CharacterDevice(
+                    name=reply.get_attr("RDMA_NLDEV_ATTR_CHARDEV_NAME"),
+                    major=os.major(number),
+                    minor=os.minor(number),
+                )
+        raise UnavailableError(
+            "The RDMA device has no uverbs node; load the ib_uverbs module on the host.",
+            operation="RDMA_NLDEV_CMD_GET_CHARDEV",
+            subject=str(index),
+        )
+
+    def queue_pairs(self, index: int) -> list[QueuePair]:
+        """The queue pairs of a device, with the pid (as the host counts) of the process that made each."""
+        pairs = []
+        for reply in self._ask(CMD_RES_QP_GET, [("RDMA_NLDEV_ATTR_DEV_INDEX", index)], dump=True):
+            table = reply.get_attr("RDMA_NLDEV_ATTR_RES_QP")
+            for entry in table.get_attrs("RDMA_NLDEV_ATTR_RES_QP_ENTRY") if table is not None else []:
+                qpn = entry.get_attr("RDMA_NLDEV_ATTR_RES_LQPN")
+                if qpn is not None:
+                    pairs.append(QueuePair(qpn=qpn, pid=entry.get_attr("RDMA_NLDEV_ATTR_RES_PID")))
+        return pairs
+
+
+def _rdma_socket() -> socket.socket:
+    try:
+        return namespace.netlink_socket(NETLINK_RDMA)
+    except OSError as error:
+        raise UnavailableError(
+            "This kernel has no RDMA subsystem (no RDMA netlink); load ib_core and rdma_rxe, or use a kernel that"
+            " has them.",
+            operation="socket(NETLINK_RDMA)",
+            errno=error.errno,
+        ) from error
+
+
+def _refused(command: int, subject: str, number: int) -> Exception:
+    names = {v: k for k, v in globals().items() if k.startswith("CMD_")}
+    operation = f"RDMA_NLDEV_{names[command]}"
+    if number in (errno.ENODEV, errno.ENOENT):
+        return NotFoundError(
+            f"The RDMA device is gone ({subject}).", operation=operation, subject=subject, errno=number
+        )
+    if number == errno.EEXIST:
+        return ConflictError(
+            f"An RDMA device of this name or on this netdev exists already ({subject}).",
+            operation=operation,
+            subject=subject,
+            errno=number,
+        )
+    if number in (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT) or (command == CMD_NEWLINK and number == errno.EINVAL):
+        return UnavailableError(
+            "This kernel cannot make the RDMA device: it lacks rdma_rxe, or is older than Linux 7.1 (Soft-RoCE in"
+            " network namespaces). `rdmanet doctor` says what it can.",
+            operation=operation,
+            subject=subject,
+            errno=number,
+        )
+    return NetlinkError(
+        f"The kernel refused {operation} ({subject}).", operation=operation, subject=subject, errno=number
+    )
+
+
+@contextlib.contextmanager
+def available() -> Iterator[RdmaSocket | None]:
+    """RDMA netlink of the host, or None on a kernel without RDMA."""
+    try:
+        sock = RdmaSocket.here()
+    except UnavailableError:
+        yield None
+        return
+    with sock:
+        yield sock

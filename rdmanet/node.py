@@ -1,0 +1,286 @@
+"""What rdmanet does to the host once, whatever the number of pods; each effect recorded first and with an idempotent
+undo.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import ipaddress
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rdmanet import ipam
+from rdmanet.config import Config
+from rdmanet.errors import ConfigError, KernelError, NotFoundError, UnavailableError
+from rdmanet.model import GATEWAY_MAC, IPAddress
+from rdmanet.netlink.route import Link, RouteSocket
+from rdmanet.store import Store
+
+log = logging.getLogger(__name__)
+
+HOST_LINK = "rdmanet0"
+HOST_PEER = "rdmanet1"
+BPF_FS_MAGIC = 0xCAFE4A11
+MNT_DETACH = 2
+DEFAULT_MTU_BYTES = 1500
+LOOPBACK_MTU_BYTES = 65535
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """A netdev that leads outside, with the addresses that pods are masqueraded behind."""
+
+    ifindex: int
+    name: str
+    mtu_bytes: int
+    ipv4: IPAddress | None
+    ipv6: IPAddress | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeNetwork:
+    """What attachments need to know of the node."""
+
+    ipv4_range: ipaddress.IPv4Network
+    ipv6_range: ipaddress.IPv6Network
+    mtu_bytes: int  # of pods' interfaces
+    outside_mtu_bytes: int  # of the smallest uplink; the pods' default routes carry it
+    host_ifindex: int  # rdmanet0
+    peer_ifindex: int  # rdmanet1, whose ingress sees what the host's stack sends to pods
+
+    @property
+    def ranges(self) -> tuple[ipam.IPNetwork, ipam.IPNetwork]:
+        """IPv4 before IPv6."""
+        return (self.ipv4_range, self.ipv6_range)
+
+
+# bpffs
+
+
+def prepare_bpffs(directory: Path, store: Store) -> None:
+    """Makes sure that ``directory`` exists inside a bpffs; mounts one on its parent where there is none."""
+    parent = directory.parent
+    if not _is_bpffs(parent):
+        if not parent.is_dir():
+            raise UnavailableError(
+                f"{parent} does not exist: the kernel lacks BPF, or sysfs is not mounted. datapath.bpffs_dir must"
+                f" lie directly below a"
+                " directory where a bpffs can be mounted.",
+                subject=str(parent),
+            )
+        store.record_effect("bpffs", str(parent))
+        _mount_bpffs(parent)
+    directory.mkdir(exist_ok=True, mode=0o700)
+
+
+def _mount_bpffs(target: Path) -> None:
+    if _libc.mount(b"bpf", os.fsencode(target), b"bpf", 0, b"mode=0700") != 0:
+        number = ctypes.get_errno()
+        raise KernelError(
+            f"A bpffs cannot be mounted at {target}; the agent needs CAP_SYS_ADMIN in the host's mount namespace.",
+            operation="mount",
+            subject=str(target),
+            errno=number,
+        )
+
+
+def _is_bpffs(path: Path) -> bool:
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), buffer) != 0:
+        return False
+    return ctypes.c_long.from_buffer(buffer).value == BPF_FS_MAGIC
+
+
+def _undo_bpffs(store: Store) -> None:
+    target = store.effects().get("bpffs")
+    if target is None:
+        return
+    if _is_bpffs(Path(target)) and _libc.umount2(os.fsencode(target), 0) != 0:
+        number = ctypes.get_errno()
+        if number == errno.EBUSY:
+            # Somebody else pins there by now: the mount is theirs as much as ours.
+            log.warning("The bpffs at %s is in use by others and stays mounted.", target)
+        else:
+            raise KernelError(
+                f"The bpffs at {target} cannot be unmounted.",
+                operation="umount",
+                subject=target,
+                errno=number,
+            )
+    store.forget_effect("bpffs")
+
+
+# The host link
+
+
+def prepare_host_link(config: Config, store: Store, route: RouteSocket) -> tuple[Link, Link]:
+    """rdmanet0 and rdmanet1, up, with the gateways' addresses and the routes to the ranges. Idempotent."""
+    ranges: tuple[ipam.IPNetwork, ...] = (config.network.ipv4_range, config.network.ipv6_range)
+    existing = route.link(HOST_LINK)
+    if existing is not None and "host-link" not in store.effects():
+        raise ConfigError(
+            f"A netdev {HOST_LINK} exists that this agent did not make; remove it (`ip link delete {HOST_LINK}`),"
+            f" or run"
+            " `rdmanet uninstall` with the state directory that made it.",
+            subject=HOST_LINK,
+        )
+    _refuse_overlap(ranges, route, existing)
+    if existing is None:
+        store.record_effect("host-link", HOST_LINK)
+        route.add_veth(HOST_LINK, GATEWAY_MAC, LOOPBACK_MTU_BYTES, peer_name=HOST_PEER, peer_mac=GATEWAY_MAC)
+    host, peer = route.link(HOST_LINK), route.link(HOST_PEER)
+    if host is None or peer is None:
+        raise NotFoundError(
+            f"{HOST_LINK} or {HOST_PEER} vanished while it was being set up; start the agent again.",
+            subject=HOST_LINK,
+        )
+    for link in (peer, host):
+        route.set_up(link.index, noarp=True, link_local=False)
+    for network in ranges:
+        gateway = ipam.gateway(network)
+        route.add_address(host.index, gateway, network.max_prefixlen)
+        route.add_route(network, host.index, source=gateway)
+    for family in ("ipv4", "ipv6"):
+        # bpf_fib_lookup answers only for a device that forwards (net/core/filter.c, bpf_ipv4_fib_lookup).
+        _write_sysctl(Path(f"/proc/sys/net/{family}/conf/{HOST_LINK}/forwarding"), "1")
+    return host, peer
+
+
+def _refuse_overlap(ranges: tuple[ipam.IPNetwork, ...], route: RouteSocket, own: Link | None) -> None:
+    for destination, ifindex in route.routes():
+        if own is not None and ifindex == own.index:
+            continue
+        for network in ranges:
+            if destination.version == network.version and destination.overlaps(network):
+                raise ConfigError(
+                    f"network.ipv{network.version}_range {network} overlaps {destination}, which this host already"
+                    f" reaches through link"
+                    f" {ifindex}; configure another range.",
+                    subject=str(network),
+                )
+
+
+def _write_sysctl(path: Path, value: str) -> None:
+    try:
+        path.write_text(value, encoding="ascii")
+    except OSError as error:
+        raise KernelError(
+            f"{path} cannot be written; is /proc/sys read-only, or IPv6 switched off on this host?",
+            operation="sysctl",
+            subject=str(path),
+            errno=error.errno,
+        ) from error
+
+
+def _undo_host_link(store: Store, route: RouteSocket) -> None:
+    if "host-link" in store.effects():
+        route.delete_link(HOST_LINK)
+        store.forget_effect("host-link")
+
+
+# Uplinks
+
+
+def find_uplinks(config: Config, route: RouteSocket) -> list[Uplink]:
+    """The configured uplinks, or the links with a default route. May be empty: pods then reach the host and each
+    other only.
+    """
+    defaults = route.default_routes()
+    links = {link.index: link for link in route.links()}
+    chosen: list[Link]
+    if config.network.uplinks:
+        by_name = {link.name: link for link in links.values()}
+        missing = [name for name in config.network.uplinks if name not in by_name]
+        if missing:
+            raise ConfigError(
+                f"network.uplinks names {', '.join(missing)}, which this host does not have; it has"
+                f" {', '.join(sorted(by_name))}.",
+                subject=missing[0],
+            )
+        chosen = [by_name[name] for name in config.network.uplinks]
+    else:
+        chosen = [links[index] for index in dict.fromkeys(r.ifindex for r in defaults) if index in links]
+    uplinks = []
+    for link in chosen:
+        found: dict[int, IPAddress] = {}
+        for default in defaults:
+            if default.ifindex == link.index and default.prefsrc is not None:
+                found.setdefault(default.family, default.prefsrc)
+        for _, address, _ in route.addresses(link.index):
+            if not address.is_link_local and not address.is_loopback:
+                found.setdefault(address.version, address)
+        uplinks.append(
+            Uplink(
+                ifindex=link.index,
+                name=link.name,
+                mtu_bytes=link.mtu_bytes,
+                ipv4=found.get(4),
+                ipv6=found.get(6),
+            )
+        )
+    return uplinks
+
+
+def prepare_uplink(uplink: Uplink, program: int, store: Store, route: RouteSocket) -> None:
+    """Puts our filter on an uplink's ingress, beside whatever others have there."""
+    effect = f"uplink:{uplink.name}"
+    if effect not in store.effects():
+        clsact = "theirs" if "clsact" in route.qdisc_kinds(uplink.ifindex) else "ours"
+        store.record_effect(effect, json.dumps({"clsact": clsact}))
+    route.add_clsact(uplink.ifindex)
+    route.set_ingress_filter(uplink.ifindex, program, "rdmanet/uplink")
+
+
+def _undo_uplinks(store: Store, route: RouteSocket) -> None:
+    for effect, detail in store.effects().items():
+        kind, _, name = effect.partition(":")
+        if kind != "uplink":
+            continue
+        link = route.link(name)
+        if link is not None:
+            route.delete_ingress_filter(link.index)
+            ours = json.loads(detail)["clsact"] == "ours"
+            if ours and not route.has_filters(link.index):
+                route.delete_clsact(link.index)
+        store.forget_effect(effect)
+
+
+# All of it
+
+
+def network(config: Config, host: Link, peer: Link, uplinks: list[Uplink]) -> NodeNetwork:
+    """What attachments need to know, from what was found."""
+    outside = min((uplink.mtu_bytes for uplink in uplinks), default=DEFAULT_MTU_BYTES)
+    return NodeNetwork(
+        ipv4_range=config.network.ipv4_range,
+        ipv6_range=config.network.ipv6_range,
+        mtu_bytes=config.network.mtu_bytes or outside,
+        outside_mtu_bytes=outside,
+        host_ifindex=host.index,
+        peer_ifindex=peer.index,
+    )
+
+
+def undo(store: Store, remove_pins: Callable[[], None]) -> None:
+    """Takes everything back: uplinks first, so that no packet meets half a datapath. Idempotent."""
+    with RouteSocket.here() as route:
+        _undo_uplinks(store, route)
+        _undo_host_link(store, route)
+    remove_pins()
+    _undo_bpffs(store)
+
+
+def is_socket(path: Path) -> bool:
+    """Whether a unix socket lies at ``path``."""
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except FileNotFoundError:
+        return False

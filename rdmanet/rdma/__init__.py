@@ -1,0 +1,1 @@
+"""RDMA devices for pods: back ends behind one small interface (``DeviceBackend``)."""

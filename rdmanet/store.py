@@ -1,0 +1,273 @@
+"""The agent's state: attachments, addresses and what was done to the host, in SQLite.
+
+Everything is committed before the effect that it announces; after a crash or a reboot every row can be finished or
+undone from what
+the kernel shows. Synchronous and thread-safe: one connection behind one lock; a commit takes some 50 µs (WAL,
+synchronous=NORMAL).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rdmanet.errors import ConflictError, StateError
+from rdmanet.model import (
+    Attachment,
+    AttachmentState,
+    Device,
+    GuardMode,
+    IPAddress,
+    NetnsId,
+    PodName,
+    RdmaMode,
+    address_key,
+    address_of,
+    pod_mac,
+)
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE attachments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    container_id TEXT NOT NULL,
+    ifname TEXT NOT NULL,
+    network TEXT NOT NULL,
+    netns TEXT NOT NULL,
+    netns_dev INTEGER NOT NULL,
+    netns_ino INTEGER NOT NULL,
+    pod_namespace TEXT NOT NULL,
+    pod_name TEXT NOT NULL,
+    state TEXT NOT NULL,
+    mac TEXT NOT NULL,
+    mtu_bytes INTEGER NOT NULL,
+    wants_rdma INTEGER NOT NULL,
+    guard TEXT NOT NULL,
+    device TEXT,
+    result TEXT NOT NULL DEFAULT '{}',
+    UNIQUE (container_id, ifname)
+) STRICT;
+CREATE TABLE addresses (
+    address BLOB PRIMARY KEY,
+    attachment_id INTEGER NOT NULL REFERENCES attachments (id) ON DELETE CASCADE
+) STRICT;
+CREATE INDEX addresses_by_attachment ON addresses (attachment_id);
+CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
+"""
+
+
+class Store:
+    """One database file. ``close`` when done."""
+
+    def __init__(self, path: Path):
+        self._lock = threading.RLock()
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            path.chmod(0o600)
+            self._migrate()
+        except (sqlite3.Error, OSError) as error:
+            raise StateError(
+                f"The agent's database {path} is not usable: {error}. If it is damaged, stop the agent, move the"
+                f" file away, and let the"
+                " runtime re-create the pods.",
+                operation="open",
+                subject=str(path),
+            ) from error
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StateError(
+                f"The agent's database {self.path} was written by a newer rdmanet (schema {version}, this one knows"
+                f" {SCHEMA_VERSION});"
+                " install that version again.",
+                operation="open",
+                subject=str(self.path),
+            )
+        if version == 0:
+            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+
+    def close(self) -> None:
+        """Closes the database; the write-ahead log is folded in."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+                if isinstance(error, sqlite3.IntegrityError):
+                    raise
+                raise StateError(
+                    f"The agent's database {self.path} cannot be written: {error}. Check free space and permissions.",
+                    operation="commit",
+                    subject=str(self.path),
+                ) from error
+
+    def _rows(self, query: str, parameters: tuple[object, ...] = ()) -> list[sqlite3.Row]:
+        with self._lock:
+            try:
+                return self._db.execute(query, parameters).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise StateError(
+                    f"The agent's database {self.path} cannot be read: {error}.",
+                    operation="read",
+                    subject=str(self.path),
+                ) from error
+
+    # Attachments
+
+    def reserve(self, attachment: Attachment) -> Attachment:
+        """Commits a new row in state ``adding`` with its addresses; returns it with its id and its MAC.
+
+        ``attachment.id`` is ignored; a MAC of "" is replaced by one made from the id. Raises ConflictError where the attachment or an
+        address exists.
+        """
+        try:
+            with self._transaction() as db:
+                cursor = db.execute(
+                    "INSERT INTO attachments (container_id, ifname, network, netns, netns_dev, netns_ino,"
+                    " pod_namespace,"
+                    " pod_name, state, mac, mtu_bytes, wants_rdma, guard) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,"
+                    " ?, ?)",
+                    (
+                        attachment.container_id,
+                        attachment.ifname,
+                        attachment.network,
+                        attachment.netns,
+                        attachment.netns_id.dev,
+                        attachment.netns_id.ino,
+                        attachment.pod.namespace,
+                        attachment.pod.name,
+                        AttachmentState.ADDING,
+                        attachment.mac,
+                        attachment.mtu_bytes,
+                        int(attachment.wants_rdma),
+                        attachment.guard,
+                    ),
+                )
+                number = int(cursor.lastrowid or 0)
+                mac = attachment.mac or pod_mac(number)
+                db.execute("UPDATE attachments SET mac = ? WHERE id = ?", (mac, number))
+                db.executemany(
+                    "INSERT INTO addresses (address, attachment_id) VALUES (?, ?)",
+                    [(address_key(address), number) for address in attachment.addresses],
+                )
+        except sqlite3.IntegrityError as error:
+            raise ConflictError(
+                f"Container {attachment.container_id} has an interface {attachment.ifname} already, or its address"
+                f" is taken.",
+                operation="reserve",
+                subject=f"{attachment.container_id}/{attachment.ifname}",
+            ) from error
+        return dataclasses.replace(attachment, id=number, mac=mac, state=AttachmentState.ADDING)
+
+    def set_state(self, attachment_id: int, state: AttachmentState) -> None:
+        """Commits a new state."""
+        with self._transaction() as db:
+            db.execute("UPDATE attachments SET state = ? WHERE id = ?", (state, attachment_id))
+
+    def set_device(self, attachment_id: int, device: Device | None) -> None:
+        """Commits what device the attachment has."""
+        text = json.dumps(dataclasses.asdict(device)) if device else None
+        with self._transaction() as db:
+            db.execute("UPDATE attachments SET device = ? WHERE id = ?", (text, attachment_id))
+
+    def set_ready(self, attachment_id: int, result: dict[str, object]) -> None:
+        """Commits state ``ready`` together with the result that ADD returned."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE attachments SET state = ?, result = ? WHERE id = ?",
+                (AttachmentState.READY, json.dumps(result), attachment_id),
+            )
+
+    def forget(self, attachment_id: int) -> None:
+        """Removes the row and frees its addresses."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM attachments WHERE id = ?", (attachment_id,))
+
+    def find(self, container_id: str, ifname: str) -> Attachment | None:
+        """The attachment of that key, or None."""
+        rows = self._rows("SELECT * FROM attachments WHERE container_id = ? AND ifname = ?", (container_id, ifname))
+        return self._attachment(rows[0]) if rows else None
+
+    def attachments(self) -> list[Attachment]:
+        """Every attachment, oldest first."""
+        return [self._attachment(row) for row in self._rows("SELECT * FROM attachments ORDER BY id")]
+
+    def taken(self) -> set[bytes]:
+        """The address keys in use."""
+        return {row["address"] for row in self._rows("SELECT address FROM addresses")}
+
+    def _attachment(self, row: sqlite3.Row) -> Attachment:
+        keys = self._rows("SELECT address FROM addresses WHERE attachment_id = ?", (row["id"],))
+        addresses: list[IPAddress] = [address_of(key["address"]) for key in keys]
+        device = json.loads(row["device"]) if row["device"] else None
+        if device is not None:
+            device = Device(**{**device, "mode": RdmaMode(device["mode"])})
+        return Attachment(
+            id=row["id"],
+            container_id=row["container_id"],
+            ifname=row["ifname"],
+            network=row["network"],
+            netns=row["netns"],
+            netns_id=NetnsId(dev=row["netns_dev"], ino=row["netns_ino"]),
+            pod=PodName(namespace=row["pod_namespace"], name=row["pod_name"]),
+            state=AttachmentState(row["state"]),
+            mac=row["mac"],
+            mtu_bytes=row["mtu_bytes"],
+            ipv4=next((a for a in addresses if isinstance(a, ipaddress.IPv4Address)), None),
+            ipv6=next((a for a in addresses if isinstance(a, ipaddress.IPv6Address)), None),
+            wants_rdma=bool(row["wants_rdma"]),
+            guard=GuardMode(row["guard"]),
+            device=device,
+            result=json.loads(row["result"]),
+        )
+
+    # What was done to the host, and facts about the last start
+
+    def record_effect(self, name: str, detail: str = "") -> None:
+        """Commits that an effect on the host is about to be made."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO host_effects (name, detail) VALUES (?, ?)", (name, detail))
+
+    def forget_effect(self, name: str) -> None:
+        """Commits that the effect has been taken back."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM host_effects WHERE name = ?", (name,))
+
+    def effects(self) -> dict[str, str]:
+        """Effects on the host that were recorded and not taken back."""
+        return {row["name"]: row["detail"] for row in self._rows("SELECT name, detail FROM host_effects")}
+
+    def meta(self, key: str) -> str | None:
+        """A fact such as ``boot_id``."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        return rows[0]["value"] if rows else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Commits a fact."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
