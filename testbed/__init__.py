@@ -1,0 +1,1 @@
+"""Where the tests run: the machine's own kernel where it can, a throwaway virtual machine elsewhere."""

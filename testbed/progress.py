@@ -1,0 +1,44 @@
+"""Progress lines on stderr: a person should never look at silence."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def say(sentence: str) -> None:
+    """One line on stderr, at once."""
+    print(f"testbed: {sentence}", file=sys.stderr, flush=True)
+
+
+class Ticker:
+    """Rewrites one line on a terminal, and prints a line every ``every_s`` seconds where there is none."""
+
+    def __init__(self, what: str, every_s: float = 10.0):
+        self.what = what
+        self.started = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._every_s = 0.25 if self._terminal else every_s
+        self._next = self.started + self._every_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the ticker was made."""
+        return time.monotonic() - self.started
+
+    def tick(self, detail: str = "") -> None:
+        """Say how far it is, if it is time to."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._every_s
+        line = f"{self.what}: {self.elapsed_s:.0f} s{' ' + detail if detail else ''}"
+        if self._terminal:
+            print(f"\rtestbed: {line}\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            say(line)
+
+    def done(self, detail: str = "") -> None:
+        """The last line."""
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        say(f"{self.what}: {self.elapsed_s:.1f} s{', ' + detail if detail else ''}")

@@ -1,0 +1,135 @@
+"""Boots QEMU, passes the command's output through as it comes, and brings its exit status back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from rdmanet.errors import UnavailableError
+from rdmanet.model import RdmaMode
+from testbed import kernel as kernels
+from testbed.kernel import Kernel
+from testbed.paths import BUILD, REPOSITORY
+from testbed.vm.accelerator import hardware_works
+from testbed.vm.image import base_image, command_script, guest_environment, run_image
+from testbed.vm.machine import GuestFailure, Machine
+
+__all__ = ["GuestFailure", "Settings", "run"]
+
+#: The largest 9p message; larger ones read big libraries in fewer round trips.
+_MSIZE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the virtual machine is made. ``icount`` counts virtual time in instructions, on one CPU."""
+
+    rdma_mode: RdmaMode = RdmaMode.SHARED
+    smp: int = 2
+    memory_mb: int = 4096
+    icount: bool = False
+    timeout_s: float | None = None
+    boot_timeout_s: float = 180.0
+    hardware: bool | None = None  # None: where a probe shows that it works
+
+
+def _qemu() -> str:
+    path = shutil.which("qemu-system-x86_64")
+    if path is None:
+        raise UnavailableError(
+            "There is no qemu-system-x86_64: apt-get install --no-install-recommends qemu-system-x86"
+        )
+    return path
+
+
+def qemu_arguments(
+    qemu: str, kernel: Kernel, initrd: Path, console: Path, settings: Settings, hardware: bool, ports: dict[str, int]
+) -> list[str]:
+    """QEMU's command line; ``ports`` are connected sockets by port name. No network card."""
+    if hardware:
+        accelerator = ["-accel", "kvm", "-cpu", "host"]
+    elif settings.icount:
+        accelerator = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-cpu", "max"]
+    else:
+        accelerator = ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    words = ["console=ttyS0", "panic=-1", "oops=panic", "quiet", "loglevel=5", "no_timer_check", "audit=0"]
+    words += ["mitigations=off", "random.trust_cpu=on", "cryptomgr.notests", "init_on_alloc=0"]
+    argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", *accelerator]
+    argv += ["-smp", str(1 if settings.icount else settings.smp), "-m", str(settings.memory_mb)]
+    argv += ["-kernel", str(kernel.image), "-initrd", str(initrd), "-append", " ".join(words)]
+    argv += ["-serial", f"file:{console}", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
+    for name, descriptor in ports.items():
+        argv += ["-chardev", f"socket,id={name},fd={descriptor}"]
+        argv += ["-device", f"virtserialport,chardev={name},name={name}"]
+    security = "passthrough" if os.geteuid() == 0 else "none"
+    for tag, path, flag in (("root", "/", ",readonly=on"), ("build", str(BUILD), "")):
+        share = f"local,id={tag},path={path.replace(',', ',,')},security_model={security},multidevs=remap"
+        argv += ["-fsdev", share + flag, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    return argv
+
+
+def run(
+    argv: list[str],
+    *,
+    rdma_mode: RdmaMode | str = RdmaMode.SHARED,
+    smp: int = 2,
+    memory_mb: int = 4096,
+    icount: bool = False,
+    timeout_s: float | None = None,
+    hardware: bool | None = None,
+    environment: Mapping[str, str] | None = None,
+    stdout: BinaryIO | None = None,
+    stderr: BinaryIO | None = None,
+) -> int:
+    """Run ``argv`` in the repository's directory inside a new virtual machine and return its exit status.
+
+    Output goes to ``stdout`` and ``stderr`` as it comes (this process's own by default). ``environment`` is
+    added to the little that passes by itself. Files below build/ are shared; all else that the command
+    writes is gone afterwards. Raises UnavailableError where no virtual machine can be made, GuestFailure
+    when it ends without the command's status.
+    """
+    settings = Settings(RdmaMode(rdma_mode), smp, memory_mb, icount, timeout_s, hardware=hardware)
+    qemu = _qemu()
+    minimum = kernels.MINIMUM_EXCLUSIVE if settings.rdma_mode is RdmaMode.EXCLUSIVE else kernels.MINIMUM_SHARED
+    kernel = kernels.prepare(minimum)
+    use_hardware = settings.hardware
+    if use_hardware is None:
+        use_hardware = not settings.icount and hardware_works(kernel, qemu)
+    out = stdout if stdout is not None else sys.stdout.buffer
+    err = stderr if stderr is not None else sys.stderr.buffer
+    guest = {
+        "ACTION": "run",
+        "RELEASE": kernel.release,
+        "MODULES": str(kernel.modules),
+        "BUILD": str(BUILD),
+        "MSIZE": str(_MSIZE_BYTES),
+        "HOSTNAME": "rdmanet-vm",
+        "MERGE": "1" if _same_file(out, err) else "0",
+    }
+    command = command_script(argv, REPOSITORY, guest_environment() | dict(environment or {}))
+    logs = BUILD / "vm"
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="rdmanet-vm-") as name:
+        initrd = Path(name, "initrd")
+        initrd.write_bytes(base_image(kernel, settings.rdma_mode).read_bytes() + run_image(guest, command))
+        console = logs / f"console-{os.getpid()}.log"
+        machine = Machine(console, out, err, timeout_s=settings.timeout_s, boot_timeout_s=settings.boot_timeout_s)
+        return machine.run(
+            lambda ports: qemu_arguments(qemu, kernel, initrd, console, settings, bool(use_hardware), ports),
+            f"{kernel.release}, {'KVM' if use_hardware else 'no hardware virtualisation'}",
+        )
+
+
+def _same_file(one: BinaryIO, other: BinaryIO) -> bool:
+    """Whether both are one file, so that their order to each other can be kept."""
+    try:
+        first, second = os.fstat(one.fileno()), os.fstat(other.fileno())
+    except (OSError, ValueError):  # not backed by a descriptor
+        return one is other
+    return (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
