@@ -5,6 +5,7 @@ Specification 1.1.0, section 1 "Plugin configuration objects" and section 2 "Exe
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import posixpath
@@ -273,7 +274,7 @@ class Request:
         args = Args.parse(variables.get("CNI_ARGS", ""))
         found = cls(command, config, container_id, _netns(variables["CNI_NETNS"]), ifname, args, path)
         # Asked for now, so that a bad value is refused here and not in the middle of an ADD.
-        found.requested_ips, found.requested_mac, found.wants_rdma  # noqa: B018
+        found.ips, found.mac, found.wants_rdma  # noqa: B018
         return found
 
     @property
@@ -290,7 +291,7 @@ class Request:
         return self.config.rdma if asked is None else asked
 
     @property
-    def requested_ips(self) -> tuple[IPAddress, ...]:
+    def ips(self) -> tuple[IPAddress, ...]:
         """Addresses asked for: ``runtimeConfig.ips``, else ``args.cni.ips``, else IP of CNI_ARGS."""
         listed = strings_of("args.cni.ips", self._cni_args.get("ips"))
         return (
@@ -298,7 +299,7 @@ class Request:
         )
 
     @property
-    def requested_mac(self) -> str | None:
+    def mac(self) -> str | None:
         """MAC asked for: ``runtimeConfig.mac``, else ``args.cni.mac``, else MAC of CNI_ARGS."""
         listed = string_of("args.cni.mac", self._cni_args.get("mac") or "")
         return self.config.runtime_config.mac or mac_of_text("args.cni.mac", listed) or self.args.mac
@@ -307,6 +308,13 @@ class Request:
     def dns(self) -> Dns:
         """DNS for the result: ``runtimeConfig.dns`` where the runtime gave it, else the configuration's."""
         return self.config.runtime_config.dns or self.config.dns
+
+    def answer(self, own: Result) -> dict[str, object]:
+        """What ADD prints for ``own``: after ``prevResult`` where there is one, with DNS, in the version asked for."""
+        if own.dns == Dns():
+            own = dataclasses.replace(own, dns=self.dns)
+        whole = self.config.prev_result.followed_by(own) if self.config.prev_result else own
+        return whole.to_json(self.config.cni_version)
 
     @property
     def _cni_args(self) -> JsonObject:

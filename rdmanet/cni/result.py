@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from rdmanet.cni.values import (
     Json,
-    JsonObject,
     config_error,
     list_of,
     number_of,
@@ -55,8 +54,8 @@ class IpConfig:
 class Route:
     """A route inside the pod."""
 
-    dst: IPNetwork
-    gw: IPAddress | None = None
+    destination: IPNetwork
+    gateway: IPAddress | None = None
     mtu_bytes: int | None = None
     advmss_bytes: int | None = None
     priority: int | None = None
@@ -88,9 +87,9 @@ class Dns:
             _ip_address("dns.nameservers", server)
         return found
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> dict[str, object]:
         """Only what is set."""
-        pairs: JsonObject = {
+        pairs: dict[str, object] = {
             "nameservers": list(self.nameservers),
             "domain": self.domain,
             "search": list(self.search),
@@ -127,7 +126,7 @@ class Result:
                 raise config_error(f"ips: interface {ip.interface} of {ip.address} is not in interfaces")
         return found
 
-    def to_json(self, version: str) -> JsonObject:
+    def to_json(self, version: str) -> dict[str, object]:
         """The result as ``version`` (a supported one) writes it."""
         return {
             "cniVersion": version,
@@ -159,13 +158,13 @@ def result(
     routes: Sequence[Route] = (),
     dns: Dns | None = None,
     previous: Result | None = None,
-) -> JsonObject:
+) -> dict[str, object]:
     """What ADD prints: our part, after ``previous`` where rdmanet is not the first in its chain."""
     own = Result(tuple(interfaces), tuple(ips), tuple(routes), dns or Dns())
     return (previous.followed_by(own) if previous else own).to_json(version)
 
 
-def error_json(version: str, code: int, msg: str, details: str = "") -> JsonObject:
+def error_json(version: str, code: int, msg: str, details: str = "") -> dict[str, object]:
     """The specification's error object; ``version`` is the request's, or the newest where it had none."""
     return {"cniVersion": version, "code": int(code), "msg": msg, "details": details}
 
@@ -190,9 +189,9 @@ def _interface(value: Json) -> Interface:
     )
 
 
-def _interface_json(interface: Interface, version: str) -> JsonObject:
-    found: JsonObject = {"name": interface.name}
-    optional: JsonObject = {"mac": interface.mac, "sandbox": interface.sandbox}
+def _interface_json(interface: Interface, version: str) -> dict[str, object]:
+    found: dict[str, object] = {"name": interface.name}
+    optional: dict[str, object] = {"mac": interface.mac, "sandbox": interface.sandbox}
     if version in _WITH_DETAILS:
         optional |= {
             "mtu": interface.mtu_bytes,
@@ -216,8 +215,8 @@ def _ip_config(value: Json) -> IpConfig:
     )
 
 
-def _ip_config_json(ip: IpConfig, version: str) -> JsonObject:
-    found: JsonObject = {"address": str(ip.address)}
+def _ip_config_json(ip: IpConfig, version: str) -> dict[str, object]:
+    found: dict[str, object] = {"address": str(ip.address)}
     if version in _WITH_IP_VERSION:
         found["version"] = str(ip.address.version)
     if ip.gateway is not None:
@@ -231,12 +230,12 @@ def _route(value: Json) -> Route:
     given = object_of("routes", value)
     text = string_of("routes.dst", given.get("dst"))
     try:
-        dst = ipaddress.ip_network(text, strict=False)
+        destination = ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise config_error(f"routes.dst: {shown(text)} is not a network") from None
     return Route(
-        dst=dst,
-        gw=_ip_address("routes.gw", given.get("gw")),
+        destination=destination,
+        gateway=_ip_address("routes.gw", given.get("gw")),
         mtu_bytes=number_of("routes.mtu", given.get("mtu"), _U32),
         advmss_bytes=number_of("routes.advmss", given.get("advmss"), _U32),
         priority=number_of("routes.priority", given.get("priority"), _U32),
@@ -245,12 +244,12 @@ def _route(value: Json) -> Route:
     )
 
 
-def _route_json(route: Route, version: str) -> JsonObject:
-    found: JsonObject = {"dst": str(route.dst)}
-    if route.gw is not None:
-        found["gw"] = str(route.gw)
+def _route_json(route: Route, version: str) -> dict[str, object]:
+    found: dict[str, object] = {"dst": str(route.destination)}
+    if route.gateway is not None:
+        found["gw"] = str(route.gateway)
     if version in _WITH_DETAILS:
-        details: JsonObject = {
+        details: dict[str, object] = {
             "mtu": route.mtu_bytes,
             "advmss": route.advmss_bytes,
             "priority": route.priority,
