@@ -27,6 +27,15 @@ def address_of(key: bytes) -> IPAddress:
     return address.ipv4_mapped or address
 
 
+#: The MAC of rdmanet0, rdmanet1 and every attachment's host end: pods' frames to their gateway are addressed to us.
+GATEWAY_MAC = "02:72:00:00:00:00"
+
+
+def pod_mac(attachment_id: int) -> str:
+    """A locally administered MAC made from the attachment's id; 0 is the gateway's."""
+    return "02:72:" + ":".join(f"{byte:02x}" for byte in (attachment_id & 0xFFFFFFFF).to_bytes(4, "big"))
+
+
 class RdmaMode(enum.StrEnum):
     """The RDMA subsystem's network namespace mode (RDMA_NLDEV_SYS_ATTR_NETNS_MODE)."""
 

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import logging
 import os
-import stat
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,12 @@ class NodeNetwork:
     def ranges(self) -> tuple[ipam.IPNetwork, ipam.IPNetwork]:
         """IPv4 before IPv6."""
         return (self.ipv4_range, self.ipv6_range)
+
+
+def kernel_release() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
+    parts = platform.release().split(".")
+    return int(parts[0]), int(parts[1].split("-")[0])
 
 
 # bpffs
@@ -276,11 +282,3 @@ def undo(store: Store, remove_pins: Callable[[], None]) -> None:
         _undo_host_link(store, route)
     remove_pins()
     _undo_bpffs(store)
-
-
-def is_socket(path: Path) -> bool:
-    """Whether a unix socket lies at ``path``."""
-    try:
-        return stat.S_ISSOCK(path.stat().st_mode)
-    except FileNotFoundError:
-        return False

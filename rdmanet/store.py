@@ -142,8 +142,8 @@ class Store:
     def reserve(self, attachment: Attachment) -> Attachment:
         """Commits a new row in state ``adding`` with its addresses; returns it with its id and its MAC.
 
-        ``attachment.id`` is ignored; a MAC of "" is replaced by one made from the id. Raises ConflictError where the attachment or an
-        address exists.
+        ``attachment.id`` is ignored; a MAC of "" is replaced by one made from the id. Raises
+        ConflictError where the attachment or an address exists.
         """
         try:
             with self._transaction() as db:

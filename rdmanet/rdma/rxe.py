@@ -1,8 +1,8 @@
 """Soft-RoCE: one rxe device per attachment, on the pod's own interface.
 
-Facts this is built on (docs/design/first-way.md, "RDMA"): the netdev must be in the pod's namespace before rxe is made on it, as moving a netdev
-removes its rxe; names must be unique on the host; link add and del race in the kernel's per-namespace socket
-teardown, so they are serialised.
+Facts this is built on (docs/design/first-way.md, "RDMA"): the netdev must be in the pod's
+namespace before rxe is made on it, as moving a netdev removes its rxe; names must be unique on the host; link add and
+del race in the kernel's per-namespace socket teardown, so they are serialised.
 """
 
 from __future__ import annotations
@@ -12,6 +12,17 @@ import threading
 from rdmanet.errors import ConflictError, KernelError, NotFoundError, UnavailableError
 from rdmanet.model import Attachment, Device, RdmaMode
 from rdmanet.rdma.backend import Namespaces, RdmaNetlink
+
+#: The first Linux release whose rxe has a UDP 4791 socket per network namespace; older ones make a device in a pod
+#: that no packet reaches.
+SHARED_RELEASE = (7, 1)
+#: The first that can also move a device into a namespace, as exclusive mode needs.
+EXCLUSIVE_RELEASE = (7, 3)
+
+
+def wanted_release(mode: RdmaMode) -> tuple[int, int]:
+    """The oldest Linux release that can give a pod its own Soft-RoCE device in this mode."""
+    return SHARED_RELEASE if mode is RdmaMode.SHARED else EXCLUSIVE_RELEASE
 
 
 class RxeBackend:

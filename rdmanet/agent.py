@@ -1,0 +1,321 @@
+"""The composition root: builds every part, starts and stops them. Read top to bottom, it is the wiring diagram.
+
+A stop leaves the host as it is: programs, maps, links and devices stay, and traffic with them. The next agent adopts
+them;
+``uninstall`` takes them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import platform
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from aiohttp import web
+
+from rdmanet import __version__, node, pending, steps
+from rdmanet.api import Api
+from rdmanet.attach import Attachments, boot_id
+from rdmanet.broker.server import BrokerServer
+from rdmanet.config import Config
+from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.maps import Datapath, NodeEntry, UplinkEntry
+from rdmanet.errors import ConflictError, NotFoundError, StateError, UnavailableError
+from rdmanet.metrics import Metrics
+from rdmanet.model import GATEWAY_MAC, address_key
+from rdmanet.netlink import namespace, nldev
+from rdmanet.netlink.route import RouteSocket
+from rdmanet.pods import Pods
+from rdmanet.rdma.backend import DeviceBackend
+from rdmanet.rdma.rxe import RxeBackend, wanted_release
+from rdmanet.store import Store
+
+log = logging.getLogger(__name__)
+
+#: Threads for what blocks: netlink, bpf(2), SQLite. Two cores are busy with eight ADDs at once.
+WORKERS = 8
+
+
+def run(config: Config) -> int:
+    """Runs the agent until SIGTERM or SIGINT."""
+    logging.basicConfig(level=config.agent.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    with _only_agent(config.agent.state_dir):
+        asyncio.run(Agent(config).serve())
+    return 0
+
+
+@contextlib.contextmanager
+def _only_agent(state_dir: Path) -> Iterator[None]:
+    """One agent per state directory; the kernel lets go of the lock however the agent ends."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"The state directory {state_dir} cannot be used: {error}.", operation="open", subject=str(state_dir)
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError(
+                f"An agent is running already with {state_dir}; stop it first.", operation="flock", errno=error.errno
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def find_devices(config: Config) -> tuple[DeviceBackend | None, str | None]:
+    """The back end for pods' RDMA devices, or None and why there is none."""
+    if not config.rdma.enabled:
+        return None, "switched off in the configuration (rdma.enabled)"
+    try:
+        with nldev.RdmaSocket.here() as rdma:
+            mode = rdma.mode()
+    except UnavailableError as error:
+        return None, error.sentence
+    wanted = wanted_release(mode)
+    if node.kernel_release() < wanted:
+        return None, (
+            f"Soft-RoCE works in pods' namespaces from Linux {wanted[0]}.{wanted[1]} in {mode} mode; this is"
+            f" {platform.release()}"
+        )
+    return RxeBackend(nldev.RdmaSocket, mode), None
+
+
+class Agent:
+    """One agent; ``serve`` runs it."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="rdmanet")
+        self._ready_at = time.monotonic()
+
+    async def serve(self) -> None:
+        """Starts, says ``ready``, waits for a signal, stops."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        started = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start(stack)
+            self._ready_at = time.monotonic()
+            log.info("ready after %.0f ms", (self._ready_at - started) * 1000)
+            print("ready", flush=True)
+            await stop.wait()
+            log.info("stopping; pods keep their network")
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        loop = asyncio.get_running_loop()
+        config = self._config
+        stack.callback(self._executor.shutdown)
+
+        # Read everything of ours before anything is written to the kernel.
+        store = await self._blocking(Store, config.agent.state_dir / "state.db")
+        stack.callback(store.close)
+        self._store = store
+        rebooted = store.meta("boot_id") not in (None, boot_id())
+        self._devices, self._devices_missing = await self._blocking(find_devices, config)
+
+        # The node: datapath, host link, uplinks.
+        self._network, self._datapath = await self._blocking(self._prepare)
+        stack.callback(self._datapath.close)
+        store.set_meta("boot_id", boot_id())
+
+        # Pods and leases.
+        self._pods = Pods(self._devices, self._executor, config.rdma.max_leases_per_pod)
+        self._broker = BrokerServer(
+            directory=self._pods,
+            guard=self._datapath,
+            queue_pairs=self._pods,
+            grace_s=config.rdma.claim_grace_s,
+            observe_granted=lambda seconds: self._metrics.lease_granted(seconds),
+        )
+        self._metrics = Metrics(store, self._datapath, self._broker.counts)
+        self._pods.serve_with(self._broker, loop)
+        parts = steps.Parts(store, self._network, self._datapath, self._devices, self._pods)
+        self._attachments = Attachments(parts, config.rdma.guard)
+        await self._broker.start()
+        stack.push_async_callback(self._broker.stop)
+        await self._blocking(lambda: self._attachments.recover(rebooted=rebooted))
+
+        # From here on the world may ask.
+        api = Api(
+            self._attachments,
+            self._executor,
+            status=self.status,
+            metrics=self._metrics.text,
+            observer=self._metrics,
+        )
+        await self._listen(stack, api)
+
+        async def call(variables: dict[str, str], body: bytes) -> int:
+            return (await api.call(variables, body))[0]
+
+        drained = await pending.drain(config.agent.state_dir / "pending", call)
+        if drained:
+            log.info("carried out %d queued DEL(s)", drained)
+
+    def _prepare(self) -> tuple[node.NodeNetwork, Datapath]:
+        """The node's effects, in order; each recorded first (``rdmanet.node``)."""
+        config, store = self._config, self._store
+        artifact = Artifact.load(config.datapath.artifact_dir)
+        node.prepare_bpffs(config.datapath.bpffs_dir, store)
+        datapath = Datapath.open(artifact, config.datapath.bpffs_dir)
+        with RouteSocket.here() as route:
+            host, peer = node.prepare_host_link(config, store, route)
+            uplinks = node.find_uplinks(config, route)
+            datapath.configure(
+                NodeEntry(
+                    gateway_mac=bytes.fromhex(GATEWAY_MAC.replace(":", "")),
+                    masquerade=config.masquerade.enabled,
+                    host_ifindex=host.index,
+                    first_port=config.masquerade.first_port,
+                    last_port=config.masquerade.last_port,
+                )
+            )
+            route.add_clsact(peer.index)
+            route.set_ingress_filter(peer.index, datapath.dispatcher("host"), "rdmanet/host")
+            for uplink in uplinks:
+                datapath.set_uplink(
+                    uplink.ifindex,
+                    UplinkEntry(
+                        ipv4=address_key(uplink.ipv4) if uplink.ipv4 else bytes(16),
+                        ipv6=address_key(uplink.ipv6) if uplink.ipv6 else bytes(16),
+                    ),
+                )
+                node.prepare_uplink(uplink, datapath.dispatcher("uplink"), store, route)
+            for ifindex in set(datapath.uplinks()) - {uplink.ifindex for uplink in uplinks}:
+                datapath.delete_uplink(ifindex)
+        return node.network(config, host, peer, uplinks), datapath
+
+    async def _listen(self, stack: contextlib.AsyncExitStack, api: Api) -> None:
+        path = self._config.agent.socket
+        runner = web.AppRunner(api.application(), access_log=None)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.SockSite(runner, _private_socket(path)).start()
+        if self._config.agent.metrics_port:
+            metrics = web.AppRunner(api.metrics_application(), access_log=None)
+            await metrics.setup()
+            stack.push_async_callback(metrics.cleanup)
+            await web.TCPSite(metrics, "127.0.0.1", self._config.agent.metrics_port).start()
+
+    async def _blocking(self, function, *arguments):  # type: ignore[no-untyped-def]
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+    # Status
+
+    async def status(self) -> dict[str, object]:
+        """What ``GET /v1/status`` answers."""
+        leases = self._broker.snapshot()
+        document: dict[str, object] = await self._blocking(self._status_of_kernel)
+        document["leases"] = leases
+        return document
+
+    def _status_of_kernel(self) -> dict[str, object]:
+        attachments = self._store.attachments()
+        names = {attachment.id: str(attachment.pod) for attachment in attachments}
+        degraded = self._pods.degraded()
+        counters = self._datapath.counters()
+        return {
+            "agent": {
+                "version": __version__,
+                "pid": os.getpid(),
+                "ready_s": time.monotonic() - self._ready_at,
+                "kernel": platform.release(),
+                "rdma_mode": self._devices.mode if self._devices else None,
+                "rdma_missing": self._devices_missing,
+                "mtu_bytes": self._network.mtu_bytes,
+            },
+            "attachments": [
+                {
+                    "id": attachment.id,
+                    "container_id": attachment.container_id,
+                    "ifname": attachment.ifname,
+                    "pod": str(attachment.pod),
+                    "network": attachment.network,
+                    "netns": attachment.netns,
+                    "state": attachment.state,
+                    "mac": attachment.mac,
+                    "mtu_bytes": attachment.mtu_bytes,
+                    "ipv4": str(attachment.ipv4) if attachment.ipv4 else None,
+                    "ipv6": str(attachment.ipv6) if attachment.ipv6 else None,
+                    "host_ifname": attachment.host_ifname,
+                    "guard": attachment.guard,
+                    "device": asdict(attachment.device) if attachment.device else None,
+                    "degraded": degraded.get(attachment.netns_id),
+                    "counters": {
+                        f"{direction}_{path}": {"packets": count.packets, "bytes": count.bytes}
+                        for (number, direction, path), count in counters.items()
+                        if number == attachment.id
+                    },
+                }
+                for attachment in attachments
+            ],
+            "drops": [
+                {"pod": names.get(number), "reason": reason, "packets": packets}
+                for (number, reason), packets in self._datapath.drops().items()
+                if packets
+            ],
+        }
+
+
+def _private_socket(path: Path) -> socket.socket:
+    """A listening unix socket that root alone may open; replaces what a dead agent left (the lock says it is dead)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        previous = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(previous)
+        sock.setblocking(False)
+    except OSError as error:
+        raise StateError(
+            f"The agent's socket {path} cannot be made: {error}.", operation="bind", subject=str(path)
+        ) from error
+    return sock
+
+
+def uninstall(config: Config) -> None:
+    """Takes back everything that agents with this configuration did to the host. Idempotent; refused while one runs."""
+    state_dir = config.agent.state_dir
+    with _only_agent(state_dir):
+        store = Store(state_dir / "state.db")
+        try:
+            devices, _ = find_devices(config)
+            for attachment in store.attachments():
+                with contextlib.ExitStack() as stack:
+                    descriptor = None
+                    with contextlib.suppress(NotFoundError):
+                        descriptor = stack.enter_context(namespace.opened(attachment.netns))
+                    if devices is not None and attachment.wants_rdma:
+                        devices.remove(attachment, descriptor)
+                    with RouteSocket.here() as route:
+                        route.delete_link(attachment.host_ifname)
+                store.forget(attachment.id)
+                print(f"removed {attachment.host_ifname} of {attachment.pod}")
+            node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
+        finally:
+            store.close()
+        config.agent.socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            config.agent.socket.parent.rmdir()  # only where nothing of others is in it
+        shutil.rmtree(state_dir)
+    print("uninstalled; the host is as it was")

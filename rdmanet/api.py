@@ -1,0 +1,244 @@
+"""HTTP over the agent's unix socket; the only place that maps errors to HTTP and CNI codes.
+
+======================  =====================================================================================
+``POST /v1/cni``        a CNI call as ``cni/rdmanet`` sends it; 200 with the result, else the specification's error
+``GET /v1/status``      everything that ``rdmanet status`` shows, as JSON
+``GET /metrics``        Prometheus' text format
+======================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import time
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
+from typing import Protocol, TypeVar
+
+from aiohttp import web
+
+from rdmanet.attach import Attachments
+from rdmanet.cni import (
+    BODY_MAX_BYTES,
+    SUPPORTED_VERSIONS,
+    CniCode,
+    CniError,
+    Command,
+    Request,
+    error_json,
+    variables_of_headers,
+)
+from rdmanet.errors import (
+    ConflictError,
+    ExhaustedError,
+    InputError,
+    KernelError,
+    NotFoundError,
+    RdmanetError,
+    StateError,
+    UnavailableError,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: CNI reserves codes from 100 on for plugins (specification, "Error"). docs/errors.md explains each to the people who
+#: meet it.
+CODE_CONFLICT = 100
+CODE_EXHAUSTED = 101
+CODE_UNAVAILABLE = 102
+CODE_KERNEL = 103
+CODE_STATE = 104
+CODE_OTHER = 199
+
+#: (exception, CNI code, HTTP status), most particular first. Where a namespace is gone nothing needs a DEL: code 3
+#: says so.
+_CODES: tuple[tuple[type[RdmanetError], int, int], ...] = (
+    (InputError, int(CniCode.CONFIG), 400),
+    (NotFoundError, int(CniCode.UNKNOWN_CONTAINER), 404),
+    (ConflictError, CODE_CONFLICT, 409),
+    (ExhaustedError, CODE_EXHAUSTED, 507),
+    (UnavailableError, CODE_UNAVAILABLE, 503),
+    (StateError, CODE_STATE, 500),
+    (KernelError, CODE_KERNEL, 500),
+)
+
+
+def codes(error: RdmanetError) -> tuple[int, int]:
+    """(CNI error code, HTTP status) of an error."""
+    if isinstance(error, CniError):
+        return int(error.code), 503 if error.code in (CniCode.TRY_AGAIN, CniCode.NOT_AVAILABLE) else 400
+    for kind, code, status in _CODES:
+        if isinstance(error, kind):
+            return code, status
+    return CODE_OTHER, 500
+
+
+class Observer(Protocol):
+    """Told of every CNI call that has ended."""
+
+    def cni_call(self, command: str, code: int, seconds: float) -> None: ...
+
+
+class KeyedLocks:
+    """A lock per key, kept only while somebody holds or awaits it."""
+
+    def __init__(self) -> None:
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, key: str) -> AsyncIterator[None]:
+        """Holds the key's lock."""
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = asyncio.Lock()
+            self._locks[key] = lock
+        async with lock:
+            yield None
+
+
+class Api:
+    """The handlers. ``executor`` runs what blocks."""
+
+    def __init__(
+        self,
+        attachments: Attachments,
+        executor: Executor,
+        *,
+        status: Callable[[], Awaitable[dict[str, object]]],
+        metrics: Callable[[], bytes],
+        observer: Observer,
+    ):
+        self._attachments = attachments
+        self._executor = executor
+        self._status = status
+        self._metrics = metrics
+        self._observer = observer
+        self._locks = KeyedLocks()
+        # GC must not meet an ADD in the middle, and ADDs need not wait for each other: readers and a writer.
+        self._collecting = asyncio.Condition()
+        self._calls = 0
+        self._collector = False
+
+    def application(self) -> web.Application:
+        """The aiohttp application for the root-only unix socket."""
+        app = web.Application(client_max_size=BODY_MAX_BYTES)
+        app.router.add_post("/v1/cni", self._cni)
+        app.router.add_get("/v1/status", self._get_status)
+        app.router.add_get("/metrics", self._get_metrics)
+        return app
+
+    def metrics_application(self) -> web.Application:
+        """The same metrics alone, for a loopback port where one is configured."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._get_metrics)
+        return app
+
+    async def _get_status(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._status())
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        body = await self._blocking(self._metrics)
+        return web.Response(body=body, content_type="text/plain", charset="utf-8")
+
+    async def _blocking(self, function: Callable[..., T], *arguments: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, functools.partial(function, *arguments))
+
+    # CNI
+
+    async def _cni(self, request: web.Request) -> web.Response:
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            body = b"{}"  # parsed below into the error that a missing version is
+        try:
+            variables = variables_of_headers(request.headers)
+        except CniError as error:
+            status, document = _refusal(body, error)
+        else:
+            status, document = await self.call(variables, body)
+        if document is None:
+            return web.Response(status=status)
+        return web.json_response(document, status=status)
+
+    async def call(self, variables: dict[str, str], body: bytes) -> tuple[int, dict[str, object] | None]:
+        """One CNI call, environment variables and standard input: (HTTP status, what the executable prints, if anything)."""
+        started = time.perf_counter()
+        command, code = "unknown", 0
+        try:
+            call = Request.parse(variables, body)
+            command = str(call.command)
+            return 200, await self._run(call)
+        except RdmanetError as error:
+            code, _ = codes(error)
+            log.warning("%s refused with code %d: %s", command, code, error)
+            return _refusal(body, error)
+        finally:
+            self._observer.cni_call(command, code, time.perf_counter() - started)
+
+    async def _run(self, call: Request) -> dict[str, object] | None:
+        if call.command is Command.STATUS:
+            return None  # an agent that answers is ready: it listens only then
+        if call.command is Command.GC:
+            async with self._alone():
+                valid = call.config.valid_attachments or ()
+                await self._blocking(self._attachments.collect, call.config.name, valid)
+            return None
+        async with self._together(), self._locks.hold(call.container_id):
+            if call.command is Command.ADD:
+                result = await self._blocking(self._attachments.add, call)
+                return call.answer(result)
+            if call.command is Command.CHECK:
+                await self._blocking(self._attachments.check, call)
+            else:
+                await self._blocking(self._attachments.delete, call.container_id, call.ifname)
+            return None
+
+    @contextlib.asynccontextmanager
+    async def _together(self) -> AsyncIterator[None]:
+        async with self._collecting:
+            await self._collecting.wait_for(lambda: not self._collector)
+            self._calls += 1
+        try:
+            yield None
+        finally:
+            async with self._collecting:
+                self._calls -= 1
+                self._collecting.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        async with self._collecting:
+            await self._collecting.wait_for(lambda: not self._collector)
+            self._collector = True
+            await self._collecting.wait_for(lambda: self._calls == 0)
+        try:
+            yield None
+        finally:
+            async with self._collecting:
+                self._collector = False
+                self._collecting.notify_all()
+
+
+def _refusal(body: bytes, error: RdmanetError) -> tuple[int, dict[str, object] | None]:
+    code, status = codes(error)
+    number = f"errno {error.errno}" if error.errno is not None else ""
+    details = " ".join(part for part in (error.operation, error.subject, number) if part)
+    return status, error_json(_version_of(body) or SUPPORTED_VERSIONS[-1], code, error.sentence, details)
+
+
+def _version_of(body: bytes) -> str | None:
+    """The version to answer in, also for a request that is refused: errors echo it (specification, "Error")."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    version = document.get("cniVersion") if isinstance(document, dict) else None
+    return version if isinstance(version, str) else None

@@ -1,0 +1,307 @@
+"""Attachments: add, check, delete, collect, and what a start finds of them.
+
+Synchronous; called from worker threads. Calls on one container id must not overlap: ``rdmanet.api`` holds a lock per
+id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rdmanet import ipam, steps
+from rdmanet.cni import Interface, IpConfig, Request, Result, Route
+from rdmanet.errors import (
+    ConflictError,
+    KernelError,
+    NotFoundError,
+    RdmanetError,
+    RequestError,
+    UnavailableError,
+)
+from rdmanet.model import (
+    Attachment,
+    AttachmentState,
+    GuardMode,
+    IPAddress,
+    address_key,
+)
+from rdmanet.netlink import namespace
+from rdmanet.netlink.route import RouteSocket
+
+log = logging.getLogger(__name__)
+
+
+def _nothing(point: str) -> None:
+    """The fault point of a running agent."""
+
+
+class Attachments:
+    """All attachments of this host."""
+
+    def __init__(self, parts: steps.Parts, guard: GuardMode, fault_point: steps.FaultPoint = _nothing):
+        self._parts = parts
+        self._guard = guard
+        self._fault_point = fault_point
+        self._ranges = (ipam.Range(parts.network.ipv4_range), ipam.Range(parts.network.ipv6_range))
+        # Choosing addresses and committing them is one act.
+        self._choosing = threading.Lock()
+        self._host = namespace.own()
+
+    # ADD
+
+    def add(self, request: Request) -> Result:
+        """Makes an attachment and returns what CNI's ADD returns.
+
+        Raises ConflictError where it or the interface exists, ExhaustedError without a free address, NotFoundError
+        without the namespace,
+        UnavailableError for RDMA on a host without it. Leaves nothing behind on failure.
+        """
+        wants_rdma = request.wants_rdma
+        if wants_rdma and self._parts.devices is None:
+            raise UnavailableError(
+                "This host has no RDMA to give to pods, and the pod asks for it; `rdmanet doctor` says what is"
+                " missing.",
+                subject=request.container_id,
+            )
+        existing = self._parts.store.find(request.container_id, request.ifname)
+        if existing is not None:
+            raise ConflictError(
+                f"Container {request.container_id} has an interface {request.ifname} from rdmanet already"
+                f" ({existing.state}); DEL it first.",
+                operation="ADD",
+                subject=f"{request.container_id}/{request.ifname}",
+            )
+        with namespace.opened(request.netns) as descriptor:
+            identity = namespace.identify(descriptor)
+            if identity == self._host:
+                raise RequestError(
+                    f"{request.netns} is the host's own network namespace; rdmanet attaches pods only.",
+                    subject=request.netns,
+                )
+            wanted = Attachment(
+                id=0,
+                container_id=request.container_id,
+                ifname=request.ifname,
+                network=request.config.name,
+                netns=request.netns,
+                netns_id=identity,
+                pod=request.pod,
+                state=AttachmentState.ADDING,
+                mac=request.mac or "",
+                mtu_bytes=request.config.mtu_bytes or self._parts.network.mtu_bytes,
+                ipv4=None,
+                ipv6=None,
+                wants_rdma=wants_rdma,
+                guard=request.config.guard or self._guard,
+            )
+            attachment = self._reserve(wanted, request.ips)
+            try:
+                self._fault_point("reserved")
+                attachment = steps.apply_all(self._parts, attachment, descriptor, self._fault_point)
+                result = self._result(attachment)
+                self._fault_point("commit ready")
+                self._parts.store.set_ready(attachment.id, result.to_json("1.1.0"))
+            except BaseException:
+                # The steps have undone themselves. Where even that failed the row stays, and the next start or GC
+                # finishes it.
+                with contextlib.suppress(KernelError):
+                    steps.undo_all(self._parts, attachment, descriptor, self._fault_point)
+                    self._parts.store.forget(attachment.id)
+                raise
+        log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
+        return result
+
+    def _reserve(self, wanted: Attachment, requested: tuple[IPAddress, ...]) -> Attachment:
+        with self._choosing:
+            taken = self._parts.store.taken()
+            chosen: dict[int, IPAddress] = {}
+            for space in self._ranges:
+                version = space.network.version
+                asked = [address for address in requested if address.version == version]
+                if len(asked) > 1:
+                    raise RequestError(f"One address of each family per interface, not {len(asked)}.", subject="IP")
+                chosen[version] = space.request(asked[0], taken) if asked else space.choose(taken)
+            ipv4, ipv6 = chosen[4], chosen[6]
+            assert isinstance(ipv4, ipaddress.IPv4Address)
+            assert isinstance(ipv6, ipaddress.IPv6Address)
+            return self._parts.store.reserve(dataclasses.replace(wanted, ipv4=ipv4, ipv6=ipv6))
+
+    def _result(self, attachment: Attachment) -> Result:
+        ips, routes = [], []
+        for address in attachment.addresses:
+            gateway = ipam.gateway(self._parts.network.ranges[0 if address.version == 4 else 1])
+            ips.append(
+                IpConfig(
+                    address=ipaddress.ip_interface(f"{address}/{address.max_prefixlen}"), gateway=gateway, interface=1
+                )
+            )
+            everything = ipaddress.ip_network("0.0.0.0/0" if address.version == 4 else "::/0")
+            routes.append(Route(destination=everything, gateway=gateway))
+        with RouteSocket.here() as route:
+            link = route.link(attachment.host_ifname)
+        return Result(
+            interfaces=(
+                Interface(
+                    name=attachment.host_ifname,
+                    mac=link.mac if link else "",
+                    sandbox="",
+                    mtu_bytes=attachment.mtu_bytes,
+                ),
+                Interface(
+                    name=attachment.ifname,
+                    mac=attachment.mac,
+                    sandbox=attachment.netns,
+                    mtu_bytes=attachment.mtu_bytes,
+                ),
+            ),
+            ips=tuple(ips),
+            routes=tuple(routes),
+        )
+
+    # DEL and GC
+
+    def delete(self, container_id: str, ifname: str) -> bool:
+        """Removes an attachment; False when there was none, which is no error (CNI specification, "DEL")."""
+        attachment = self._parts.store.find(container_id, ifname)
+        if attachment is None:
+            return False
+        self._release(attachment)
+        return True
+
+    def _release(self, attachment: Attachment) -> None:
+        self._fault_point("commit releasing")
+        self._parts.store.set_state(attachment.id, AttachmentState.RELEASING)
+        with self._entered(attachment) as descriptor:
+            steps.undo_all(self._parts, attachment, descriptor, self._fault_point)
+        self._fault_point("forget")
+        self._parts.store.forget(attachment.id)
+        log.info("deleted %s of %s", attachment.host_ifname, attachment.pod)
+
+    @contextlib.contextmanager
+    def _entered(self, attachment: Attachment) -> Iterator[int | None]:
+        """The attachment's namespace, or None where its path leads nowhere or to another one."""
+        with contextlib.ExitStack() as stack:
+            descriptor: int | None
+            try:
+                descriptor = stack.enter_context(namespace.opened(attachment.netns))
+            except (NotFoundError, RequestError):
+                descriptor = None
+            if descriptor is not None and not steps.same_namespace(descriptor, attachment.netns_id):
+                descriptor = None
+            yield descriptor
+
+    def collect(self, network: str, valid: Iterable[tuple[str, str]]) -> list[Attachment]:
+        """CNI's GC: removes every attachment of the network that is not in ``valid`` (container id, interface name)."""
+        keep = set(valid)
+        removed: list[Attachment] = []
+        failures: list[RdmanetError] = []
+        for attachment in self._parts.store.attachments():
+            if attachment.network != network or (attachment.container_id, attachment.ifname) in keep:
+                continue
+            try:
+                self._release(attachment)
+                removed.append(attachment)
+            except RdmanetError as error:
+                failures.append(error)
+        if failures:
+            # "Plugins should generally complete a GC action without error ... continue on error" (specification, "GC").
+            raise failures[0]
+        return removed
+
+    # CHECK
+
+    def check(self, request: Request) -> None:
+        """CNI's CHECK: raises NotFoundError, naming the first thing that is not as ADD left it."""
+        subject = f"{request.container_id}/{request.ifname}"
+        attachment = self._parts.store.find(request.container_id, request.ifname)
+        if attachment is None or attachment.state is not AttachmentState.READY:
+            raise NotFoundError(f"There is no attachment {subject}; ADD it again.", operation="CHECK", subject=subject)
+        for problem in self.problems(attachment):
+            raise NotFoundError(
+                f"{attachment.pod}: {problem}; DEL and ADD the pod again.", operation="CHECK", subject=subject
+            )
+
+    def problems(self, attachment: Attachment) -> Iterator[str]:
+        """Sentences about what of a ready attachment is missing from the kernel."""
+        with self._entered(attachment) as descriptor:
+            if descriptor is None:
+                yield f"its network namespace {attachment.netns} is gone"
+                return
+            with RouteSocket.inside(descriptor) as pod:
+                link = pod.link(attachment.ifname)
+                if link is None:
+                    yield f"the interface {attachment.ifname} is missing from the pod"
+                    return
+                held = {address for _, address, _ in pod.addresses(link.index)}
+                for address in attachment.addresses:
+                    if address not in held:
+                        yield f"the address {address} is missing from {attachment.ifname}"
+                routed = {route.family for route in pod.default_routes()}
+                for address in attachment.addresses:
+                    if address.version not in routed:
+                        yield f"the default route for IPv{address.version} is missing"
+            with RouteSocket.here() as host:
+                outer = host.link(attachment.host_ifname)
+                if outer is None:
+                    yield f"the host's end {attachment.host_ifname} is missing"
+                    return
+                if "rdmanet/pod" not in host.ingress_filter_names(outer.index):
+                    yield f"the filter on {attachment.host_ifname} is missing"
+            own, endpoint = steps.entries(attachment, outer.index)
+            if self._parts.datapath.attachments().get(outer.index) != own:
+                yield "its entry in the datapath is missing or wrong"
+            endpoints = self._parts.datapath.endpoints()
+            for address in attachment.addresses:
+                if endpoints.get(address_key(address)) != endpoint:
+                    yield f"the endpoint {address} is missing from the datapath"
+
+    # Start
+
+    def recover(self, *, rebooted: bool) -> None:
+        """Finishes what an earlier agent left: undoes half-made and half-removed attachments, adopts the ready ones.
+
+        After a reboot, or where a pod's namespace is gone, nothing of an attachment can be alive: it is taken back
+        and its addresses are freed.
+        """
+        attachments = self._parts.store.attachments()
+        for space in self._ranges:
+            for attachment in attachments:
+                address = attachment.ipv4 if space.network.version == 4 else attachment.ipv6
+                if address is not None:
+                    space.resume_after(address)
+        for attachment in attachments:
+            if rebooted or attachment.state is not AttachmentState.READY or not self._adopt(attachment):
+                self._release(attachment)
+
+    def _adopt(self, attachment: Attachment) -> bool:
+        with self._entered(attachment) as descriptor:
+            if descriptor is None:
+                return False
+            with RouteSocket.here() as host:
+                link = host.link(attachment.host_ifname)
+                names = host.ingress_filter_names(link.index) if link else []
+            if link is None:
+                return False
+            if "rdmanet/pod" not in names:
+                log.warning("%s: the filter was missing and is put back", attachment.host_ifname)
+                steps.attach_filter(self._parts.datapath, attachment)
+            own, endpoint = steps.entries(attachment, link.index)
+            present = self._parts.datapath.endpoints()
+            if self._parts.datapath.attachments().get(link.index) != own or any(
+                present.get(address_key(address)) != endpoint for address in attachment.addresses
+            ):
+                log.warning("%s: datapath entries differed and are written again", attachment.host_ifname)
+                steps.set_entries(self._parts.datapath, attachment, link.index)
+            self._parts.listeners.open(attachment, descriptor)
+        return True
+
+
+def boot_id() -> str:
+    """The kernel's random number of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

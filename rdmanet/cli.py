@@ -1,0 +1,134 @@
+"""What a person types. Imports what a command needs when it runs: `rdmanet --help` should not wait for pyroute2."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from rdmanet import __version__, config
+from rdmanet.errors import RdmanetError, UnavailableError
+
+ANSWER_TIMEOUT_S = 10.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 done, 1 refused with a sentence, 2 wrong usage."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except RdmanetError as error:
+        print(f"rdmanet: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rdmanet", description="The network of a host that runs containers, kernel path and RDMA path."
+    )
+    parser.add_argument("--version", action="version", version=f"rdmanet {__version__}")
+    parser.add_argument(
+        "--config", type=Path, default=None, metavar="FILE", help=f"configuration (default {config.DEFAULT_PATH})"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    agent = commands.add_parser("agent", help="run the agent in the foreground")
+    agent.set_defaults(run=_agent)
+
+    status = commands.add_parser("status", help="show pods, devices and leases")
+    status.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    status.set_defaults(run=_status)
+
+    doctor = commands.add_parser("doctor", help="say what this host can and cannot do, and what to do about it")
+    doctor.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    doctor.set_defaults(run=_doctor)
+
+    uninstall = commands.add_parser("uninstall", help="take everything back that rdmanet did to this host")
+    uninstall.set_defaults(run=_uninstall)
+
+    datapath = commands.add_parser("datapath", help="compile the eBPF artifact, or swap it under traffic")
+    actions = datapath.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="compile (needs bcc and kernel headers; the agent needs neither)")
+    build.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: datapath.artifact_dir")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _agent(chosen: argparse.Namespace) -> int:
+    from rdmanet import agent
+
+    return agent.run(config.load(chosen.config))
+
+
+def _status(chosen: argparse.Namespace) -> int:
+    from rdmanet import show
+
+    document = ask(config.load(chosen.config).agent.socket, "/v1/status")
+    print(json.dumps(document, indent=2) if chosen.output == "json" else show.status(document))
+    return 0
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rdmanet import doctor, show
+
+    findings = doctor.examine(config.load(chosen.config))
+    if chosen.output == "json":
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        print(show.table(("check", "verdict", ""), [(f.check, f.verdict, f.sentence) for f in findings]))
+    return 1 if any(f.verdict is doctor.Verdict.MISSING for f in findings) else 0
+
+
+def _uninstall(chosen: argparse.Namespace) -> int:
+    from rdmanet import agent
+
+    agent.uninstall(config.load(chosen.config))
+    return 0
+
+
+def _build(chosen: argparse.Namespace) -> int:
+    from rdmanet.datapath import compiler
+
+    return int(compiler.main(["--output", str(chosen.output or config.load(chosen.config).datapath.artifact_dir)]))
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over the agent's socket (urllib and http.client know TCP only; aiohttp would cost half a second)."""
+
+    def __init__(self, path: Path):
+        super().__init__("rdmanet", timeout=ANSWER_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def ask(path: Path, url: str) -> dict[str, Any]:
+    """GETs a JSON document from the agent. Raises UnavailableError when nobody answers."""
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", url)
+        answer = connection.getresponse()
+        document: dict[str, Any] = json.loads(answer.read())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UnavailableError(
+            f"The agent does not answer on {path}: {error}. Start it with `rdmanet agent` (as root), or name its"
+            f" configuration"
+            " with --config.",
+            operation="GET",
+            subject=url,
+        ) from error
+    finally:
+        connection.close()
+    return document

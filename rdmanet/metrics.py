@@ -1,0 +1,88 @@
+"""Metrics in Prometheus' own words. Cardinality is bounded by the number of attachments times fixed label sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from rdmanet.datapath.maps import Datapath
+from rdmanet.model import AttachmentState
+from rdmanet.store import Store
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class _State(Collector):
+    """Read at each scrape from the datapath, the store and the broker, so that nothing is counted twice."""
+
+    def __init__(self, store: Store, datapath: Datapath, leases: Callable[[], dict[str, int]]):
+        self._store = store
+        self._datapath = datapath
+        self._leases = leases
+
+    def collect(self) -> Iterable[Metric]:
+        attachments = self._store.attachments()
+        names = {attachment.id: [str(attachment.pod), attachment.ifname] for attachment in attachments}
+        states = GaugeMetricFamily("rdmanet_attachments", "Attachments by state.", labels=["state"])
+        for state in AttachmentState:
+            states.add_metric([state], sum(1 for attachment in attachments if attachment.state is state))
+        yield states
+        labels = ["pod", "interface", "direction", "path"]
+        packets = CounterMetricFamily(
+            "rdmanet_pod_packets", "Packets by pod, direction and path (ip or roce).", labels=labels
+        )
+        size = CounterMetricFamily("rdmanet_pod_bytes", "Bytes by pod, direction and path (ip or roce).", labels=labels)
+        for (number, direction, path), count in self._datapath.counters().items():
+            if number in names:
+                packets.add_metric([*names[number], direction, path], count.packets)
+                size.add_metric([*names[number], direction, path], count.bytes)
+        yield packets
+        yield size
+        drops = CounterMetricFamily(
+            "rdmanet_drops",
+            "Packets dropped, by pod (empty: none known) and drop reason.",
+            labels=["pod", "interface", "reason"],
+        )
+        for (number, reason), dropped in self._datapath.drops().items():
+            drops.add_metric([*names.get(number, ["", ""]), reason], dropped)
+        yield drops
+        leases = GaugeMetricFamily("rdmanet_leases", "Leases by state.", labels=["state"])
+        for state, held in self._leases().items():
+            leases.add_metric([state], held)
+        yield leases
+
+
+class Metrics:
+    """The agent's registry."""
+
+    def __init__(self, store: Store, datapath: Datapath, leases: Callable[[], dict[str, int]]):
+        self._registry = CollectorRegistry()
+        self._registry.register(_State(store, datapath, leases))
+        self._cni = Histogram(
+            "rdmanet_cni_seconds",
+            "Duration of CNI calls, by command and CNI error code (0: success).",
+            ["command", "code"],
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        self._lease = Histogram(
+            "rdmanet_lease_seconds",
+            "From asking for a lease to its grant.",
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+
+    def cni_call(self, command: str, code: int, seconds: float) -> None:
+        """See ``rdmanet.api.Observer``."""
+        self._cni.labels(command=command, code=str(code)).observe(seconds)
+
+    def lease_granted(self, seconds: float) -> None:
+        """A lease was granted so long after it was asked for."""
+        self._lease.observe(seconds)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format; blocks for map reads."""
+        return generate_latest(self._registry)

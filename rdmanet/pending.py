@@ -1,0 +1,70 @@
+"""DELs that the executable queued on disk while the agent was away (``cni/queue.h`` is the other side)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+from rdmanet.cni import parse_pending
+from rdmanet.errors import RdmanetError, StateError
+
+log = logging.getLogger(__name__)
+
+Call = Callable[[dict[str, str], bytes], Awaitable[int]]
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the queue's lock; blocks while an executable writes its entry (milliseconds)."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"The queue of DELs {directory} cannot be opened: {error}.", operation="open", subject=str(directory)
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def entries(directory: Path) -> list[tuple[Path, dict[str, str], bytes]]:
+    """(file, environment variables, standard input) of every whole entry, oldest first.
+
+    An entry that cannot be read can never be carried out: it is set aside under a name ending in ``.malformed``, and
+    logged.
+    """
+    found = []
+    files = [path for path in directory.iterdir() if "@" in path.name and not path.name.endswith(".malformed")]
+    for path in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        try:
+            variables, body = parse_pending(path.read_bytes())
+        except RdmanetError as error:
+            log.error("The queued DEL %s is malformed and set aside: %s", path, error)
+            path.rename(path.with_name(path.name + ".malformed"))
+            continue
+        found.append((path, variables, body))
+    return found
+
+
+async def drain(directory: Path, call: Call) -> int:
+    """Carries out every queued DEL; returns how many. What fails stays queued for the next start.
+
+    The caller listens already: an executable that waits for the lock finds the agent there when it has it.
+    """
+    with locked(directory):
+        done = 0
+        for path, variables, body in entries(directory):
+            status = await call(variables, body)
+            if status == 200:
+                path.unlink()
+                done += 1
+            else:
+                log.error("The queued DEL %s failed (HTTP %d) and stays queued", path, status)
+    return done

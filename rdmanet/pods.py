@@ -1,0 +1,155 @@
+"""The pods of this host as the broker knows them, and the lease sockets inside their namespaces.
+
+A pod is one network namespace; attachments come and go in worker threads, the broker asks on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rdmanet.broker.core import PodView
+from rdmanet.errors import KernelError, NotFoundError
+from rdmanet.lease import SOCKET_NAME
+from rdmanet.model import Attachment, Device, NetnsId, PodName, address_key
+from rdmanet.netlink import namespace
+from rdmanet.rdma.backend import DeviceBackend
+
+log = logging.getLogger(__name__)
+
+#: A thread that waits for the event loop waits at most this long; the loop never blocks.
+LOOP_TIMEOUT_S = 10.0
+
+
+class LeaseServer(Protocol):
+    """``rdmanet.broker.server.BrokerServer``, as seen from here."""
+
+    async def add_listener(self, sock: object, cookie: int) -> None: ...
+    async def remove_listener(self, cookie: int) -> None: ...
+    async def pod_gone(self, name: PodName) -> None: ...
+
+
+@dataclass
+class _Pod:
+    attachments: list[Attachment] = field(default_factory=list)
+    cookie: int | None = None  # None: somebody else holds the socket's name
+    degraded: str | None = None
+
+
+class Pods:
+    """``rdmanet.steps.Listeners``, ``rdmanet.broker.core.Directory`` and ``QueuePairs`` in one."""
+
+    def __init__(self, devices: DeviceBackend | None, executor: Executor, max_leases: int):
+        self._devices = devices
+        self._executor = executor
+        self._max_leases = max_leases
+        self._lock = threading.RLock()
+        self._pods: dict[NetnsId, _Pod] = {}
+        self._server: LeaseServer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def serve_with(self, server: LeaseServer, loop: asyncio.AbstractEventLoop) -> None:
+        """Says who takes the listening sockets; called once, before any attachment."""
+        self._server = server
+        self._loop = loop
+
+    def _on_loop(self, call: Callable[[LeaseServer], object]) -> None:
+        assert self._server is not None
+        assert self._loop is not None
+        future = asyncio.run_coroutine_threadsafe(call(self._server), self._loop)  # type: ignore[arg-type]
+        future.result(LOOP_TIMEOUT_S)
+
+    # Listeners, from worker threads
+
+    def open(self, attachment: Attachment, descriptor: int) -> None:
+        """See ``rdmanet.steps.Listeners``."""
+        with self._lock:
+            pod = self._pods.setdefault(attachment.netns_id, _Pod())
+            pod.attachments = [a for a in pod.attachments if a.id != attachment.id] + [attachment]
+            if pod.cookie is not None:
+                return
+            pod.degraded = None
+        try:
+            sock = namespace.run_inside(descriptor, lambda: namespace.abstract_listener(SOCKET_NAME.removeprefix("\0")))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise KernelError(
+                    "The lease socket cannot be made inside the pod.", operation="listen", errno=error.errno
+                ) from error
+            # The pod's own process took the name: the pod harms itself and nobody else.
+            pod.degraded = "a process in the pod holds the lease socket's name @rdmanet; its leases cannot work"
+            log.warning("%s: %s", attachment.pod, pod.degraded)
+            return
+        cookie = namespace.cookie(sock)
+        with self._lock:
+            pod.cookie = cookie
+        self._on_loop(lambda server: server.add_listener(sock, cookie))
+
+    def close(self, attachment: Attachment) -> None:
+        """See ``rdmanet.steps.Listeners``."""
+        with self._lock:
+            pod = self._pods.get(attachment.netns_id)
+            if pod is None:
+                return
+            pod.attachments = [a for a in pod.attachments if a.id != attachment.id]
+            last = not pod.attachments
+            if last:
+                del self._pods[attachment.netns_id]
+        if last:
+            cookie = pod.cookie
+            if cookie is not None:
+                self._on_loop(lambda server: server.remove_listener(cookie))
+            self._on_loop(lambda server: server.pod_gone(attachment.pod))
+
+    def degraded(self) -> dict[NetnsId, str]:
+        """Pods whose lease socket could not be made, with the sentence why."""
+        with self._lock:
+            return {key: pod.degraded for key, pod in self._pods.items() if pod.degraded}
+
+    # Directory, from the event loop
+
+    def by_cookie(self, cookie: int) -> PodView | None:
+        """The pod whose namespace has this cookie."""
+        with self._lock:
+            return next((self._view(pod) for pod in self._pods.values() if pod.cookie == cookie), None)
+
+    def by_name(self, name: PodName) -> PodView | None:
+        """The pod of that name; the newest where a runtime re-created one before the old was gone."""
+        with self._lock:
+            found = [pod for pod in self._pods.values() if any(a.pod == name for a in pod.attachments)]
+        return self._view(max(found, key=lambda pod: pod.attachments[-1].id)) if found else None
+
+    def _view(self, pod: _Pod) -> PodView:
+        device = next((a.device for a in pod.attachments if a.device is not None), None)
+        with_device = [a for a in pod.attachments if a.device is not None] or pod.attachments
+        return PodView(
+            name=pod.attachments[-1].pod,
+            addresses=tuple(address_key(address) for a in with_device for address in a.addresses),
+            device=device,
+            max_leases=self._max_leases,
+        )
+
+    # QueuePairs, from the event loop
+
+    async def holder(self, device: Device, qpn: int) -> int | None:
+        """The host's pid of the process that made a queue pair on a pod's device."""
+        with self._lock:
+            paths = [a.netns for p in self._pods.values() for a in p.attachments if a.device == device]
+        if not paths or self._devices is None:
+            return None
+        devices = self._devices
+
+        def ask() -> int | None:
+            try:
+                with namespace.opened(paths[0]) as descriptor:
+                    return devices.holder(device, qpn, descriptor)
+            except NotFoundError:
+                return None
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, ask)
