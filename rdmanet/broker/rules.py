@@ -1,0 +1,78 @@
+"""Who gets a lease: every reason to refuse one, and the sentence that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rdmanet.broker.table import LeaseTable
+from rdmanet.broker.values import Key, Limits, PodView, Reason
+from rdmanet.lease import lease_text, pod_text
+from rdmanet.model import PodName, address_of
+
+
+def permits_all(connector: PodView, listener: PodView) -> str | None:
+    """The policy until there is one: None permits, a sentence refuses. Asked from connector to listener only."""
+    return None
+
+
+def no_device(name: PodName) -> str:
+    return (
+        f'{pod_text(name)} has no RDMA device; ask for one with "rdma": true in its network configuration '
+        "(or RDMA=true in CNI_ARGS) and create the pod again"
+    )
+
+
+def unknown_lease(number: int) -> str:
+    return f"lease {lease_text(number)} is not one of this connection's, or has ended"
+
+
+def foreign_gid(view: PodView, gid: bytes) -> str | None:
+    """Why ``view`` must not use this GID, None when it is the pod's own."""
+    if gid in view.addresses:
+        return None
+    own = " and ".join(str(address_of(address)) for address in view.addresses)
+    return f"GID {address_of(gid)} is not an address of {pod_text(view.name)}, which has {own or 'none'}"
+
+
+def connect_refusal(
+    view: PodView,
+    peer: PodView | None,
+    target: PodName,
+    service: str,
+    key: Key,
+    *,
+    leases: LeaseTable,
+    listening: Mapping[tuple[PodName, str], int],
+    limits: Limits,
+    permits: Callable[[PodView, PodView], str | None],
+) -> tuple[Reason, str] | None:
+    """Why ``view`` gets no lease to ``service`` of ``target`` for its queue pair ``key``; None when it may."""
+    caller, name = pod_text(view.name), pod_text(target)
+    if view.device is None:
+        return Reason.NO_DEVICE, no_device(view.name)
+    if peer is None:
+        return Reason.NO_SUCH_POD, f"there is no pod {name} on this host"
+    if peer.device is None:
+        return Reason.PEER_NO_DEVICE, no_device(target)
+    denied = permits(view, peer)
+    if denied is not None:
+        return Reason.POLICY, denied
+    if (target, service) not in listening:
+        return Reason.NOT_LISTENING, f"no process of {name} listens on {service}"
+    foreign = foreign_gid(view, key[0])
+    if foreign is not None:
+        return Reason.FOREIGN_GID, foreign
+    family = address_of(key[0]).version
+    if all(address_of(address).version != family for address in peer.addresses):
+        sentence = f"{name} has no IPv{family} address, and {caller} connects from one"
+        return Reason.ADDRESS_FAMILY, sentence
+    if leases.is_held(key):
+        return Reason.CONFLICT, f"queue pair {key[1]} of {caller} has a lease already; create another"
+    if leases.pending_of(view.name) >= limits.pending_per_pod:
+        return Reason.LIMIT, f"{caller} waits for {limits.pending_per_pod} leases already, the most"
+    for pod in (view, peer):
+        # A lease of a pod with itself needs two of its ends.
+        if leases.ends_of(pod.name) + (view.name == target) >= pod.max_leases:
+            sentence = f"{pod_text(pod.name)} has all its {pod.max_leases} leases in use; close some"
+            return Reason.LIMIT, sentence
+    return None

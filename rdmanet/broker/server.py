@@ -1,0 +1,378 @@
+"""The broker on the event loop: abstract unix sockets in, guard entries out.
+
+Pods reach it by a WebSocket on an abstract socket inside their own network namespace. Which pod is speaking is the
+accepted socket's network namespace (SO_NETNS_COOKIE), which process is SO_PEERCRED: nothing that a pod sends is
+believed about either.
+
+The core's effects go through one queue and are done one after another, guard writes in a thread of their own. So a
+message that depends on a guard entry leaves after the entry is in the map, and the loop is never blocked.
+
+There is no heartbeat: the kernel closes a unix socket with its process, and a job that computes for minutes without
+turning its event loop must not lose its leases for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import logging
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from rdmanet import lease as wire
+from rdmanet.broker import rules
+from rdmanet.broker.core import BrokerCore
+from rdmanet.broker.values import (
+    Close,
+    Counts,
+    DeleteGuard,
+    Directory,
+    Effect,
+    FindHolder,
+    Granted,
+    Key,
+    LeaseView,
+    Limits,
+    PodView,
+    Send,
+    SetGuard,
+)
+from rdmanet.errors import ConflictError, KernelError, RdmanetError
+from rdmanet.model import Device, GuardEntry, PodName
+
+_log = logging.getLogger(__name__)
+
+#: include/uapi/asm-generic/socket.h, since Linux 5.14 (e8b9eab99232); the socket module has no name for it.
+SO_NETNS_COOKIE = 71
+#: Connections that have not become WebSockets yet, on top of Limits.connections_per_pod.
+_SPARE_CONNECTIONS = 16
+#: Messages that may wait for a pod to read them before it is dropped.
+_MAX_OUTGOING = 256
+#: RFC 6455 5.5: a control frame's payload is at most 125 bytes, two of them the code.
+_MAX_CLOSE_BYTES = 123
+#: How long to stop accepting when the process has no descriptors left.
+_ACCEPT_PAUSE_S = 1.0
+
+
+class Guard(Protocol):
+    """The guard map (rdmanet.datapath); synchronous, called from a thread."""
+
+    def set_guard(self, address: bytes, qpn: int, entry: GuardEntry) -> None: ...
+
+    def delete_guard(self, address: bytes, qpn: int) -> None:
+        """Succeeds where there is no such entry."""
+
+    def guards(self) -> Mapping[Key, GuardEntry]: ...
+
+
+class QueuePairs(Protocol):
+    """The kernel's list of queue pairs (rdmanet.netlink.nldev)."""
+
+    async def holder(self, device: Device, qpn: int) -> int | None:
+        """The pid, as the agent sees pids, of the process that created the queue pair; None: no such one."""
+
+
+def open_listener() -> tuple[socket.socket, int]:
+    """The lease socket of the calling thread's network namespace, listening, and the namespace's cookie.
+
+    ConflictError: something in the pod has taken the name. The pod is degraded until that lets go; nothing else is.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(wire.SOCKET_NAME)
+        sock.listen(64)
+        return sock, netns_cookie(sock)
+    except OSError as error:
+        sock.close()
+        name = wire.SOCKET_NAME.replace("\0", "@")
+        if error.errno == errno.EADDRINUSE:
+            raise ConflictError(
+                f"a process in the pod holds the abstract socket {name}: pods cannot lease until it is stopped",
+                operation="bind",
+                subject=name,
+                errno=error.errno,
+            ) from error
+        raise KernelError(
+            "the lease socket could not be opened", operation="bind", subject=name, errno=error.errno
+        ) from error
+
+
+def netns_cookie(sock: socket.socket) -> int:
+    """The cookie of the network namespace that a socket belongs to: unique until the next boot."""
+    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The pid, as this process sees pids, of whoever connected a unix socket (unix(7), SO_PEERCRED)."""
+    return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    cookie: int
+    pid: int
+    socket: web.WebSocketResponse
+    transport: asyncio.Transport
+    outgoing: asyncio.Queue[str | None] = field(default_factory=lambda: asyncio.Queue(_MAX_OUTGOING))
+    farewell: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Listener:
+    socket: socket.socket
+    task: asyncio.Task[None]
+    transports: list[asyncio.BaseTransport]
+
+
+@dataclass(frozen=True, slots=True)
+class _Barrier:
+    """Not the core's: everything queued before it has been done."""
+
+    reached: asyncio.Future[None]
+
+
+class BrokerServer:
+    """Serves every pod's lease socket. ``start``, then listeners; ``stop`` leaves the leases to the next agent."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        guard: Guard,
+        queue_pairs: QueuePairs,
+        *,
+        limits: Limits | None = None,
+        permits: Callable[[PodView, PodView], str | None] = rules.permits_all,
+        observe_connect_s: Callable[[float], None] = lambda seconds: None,
+    ):
+        self._limits = limits or Limits()
+        self._core = BrokerCore(directory, limits=self._limits, permits=permits)
+        self._guard = guard
+        self._queue_pairs = queue_pairs
+        self._observe_connect_s = observe_connect_s
+        self._numbers = itertools.count(1)
+        self._connections: dict[int, _Connection] = {}
+        self._listeners: dict[int, _Listener] = {}
+        self._effects: asyncio.Queue[Effect | _Barrier] = asyncio.Queue()
+        self._lookups: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
+        self._guard_failures = 0
+        # One thread: guard writes stay in order.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="guard")
+        application = web.Application()
+        application.router.add_get(wire.HTTP_PATH, self._serve)
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1)
+        self._worker: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Adopt what the guard map holds and be ready for listeners. Raises what ``guards()`` raises."""
+        loop = asyncio.get_running_loop()
+        guards = await loop.run_in_executor(self._thread, self._guard.guards)
+        await self._runner.setup()
+        self._worker = loop.create_task(self._work(), name="broker effects")
+        self._apply(self._core.adopt(guards, loop.time()))
+
+    async def stop(self) -> None:
+        """Close every connection without ending a lease: the entries stay in the map and can be claimed."""
+        self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for cookie in list(self._listeners):
+            await self.remove_listener(cookie)
+        for connection in self._connections.values():
+            _put(connection, None, "the agent stops; leases live on and can be claimed from the next one")
+        await self._runner.cleanup()
+        if self._worker is not None:
+            await self._settled()
+            self._worker.cancel()
+            await asyncio.gather(self._worker, *self._lookups, return_exceptions=True)
+        self._thread.shutdown()
+
+    async def add_listener(self, sock: socket.socket, cookie: int) -> None:
+        """Serve a socket from ``open_listener``; the server closes it. The pod must be in the directory by now."""
+        if cookie in self._listeners:
+            raise ConflictError("this network namespace has a lease listener already", subject=str(cookie))
+        transports: list[asyncio.BaseTransport] = []
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._accept(sock, cookie, transports), name=f"lease listener {cookie}")
+        self._listeners[cookie] = _Listener(sock, task, transports)
+
+    async def remove_listener(self, cookie: int) -> None:
+        """Stop listening in a network namespace; unknown cookies are fine. Connections stay until ``pod_gone``."""
+        listener = self._listeners.pop(cookie, None)
+        if listener is not None:
+            listener.task.cancel()
+            await asyncio.gather(listener.task, return_exceptions=True)
+            listener.socket.close()
+
+    async def pod_gone(self, name: PodName) -> None:
+        """Ends all of a pod's leases and connections; returns when none of its guard entries is left."""
+        self._apply(self._core.pod_gone(name, asyncio.get_running_loop().time()))
+        await self._settled()
+
+    def snapshot(self) -> list[LeaseView]:
+        """All leases, oldest first."""
+        return self._core.snapshot(asyncio.get_running_loop().time())
+
+    @property
+    def counts(self) -> Counts:
+        """Leases granted, refused, revoked, claimed and adopted since the start."""
+        return self._core.counts
+
+    @property
+    def guard_failures(self) -> int:
+        """Guard writes that the kernel refused."""
+        return self._guard_failures
+
+    # Connections
+
+    async def _accept(self, sock: socket.socket, cookie: int, transports: list[asyncio.BaseTransport]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(sock)
+            except OSError as error:
+                # As asyncio's own servers do: out of descriptors or memory, somebody else must let go first.
+                _log.error("lease connections cannot be accepted for a while: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            transports[:] = [t for t in transports if not t.is_closing()]
+            if len(transports) >= self._limits.connections_per_pod + _SPARE_CONNECTIONS:
+                accepted.close()
+                continue
+            factory = self._runner.server
+            assert factory is not None
+            transport, _ = await loop.connect_accepted_socket(factory, accepted)
+            transports.append(transport)
+
+    async def _serve(self, request: web.Request) -> web.WebSocketResponse:
+        response = web.WebSocketResponse(compress=False, max_msg_size=wire.MAX_MESSAGE_BYTES + 1)
+        transport = request.transport
+        assert transport is not None
+        sock = transport.get_extra_info("socket")
+        cookie, pid = netns_cookie(sock), peer_pid(sock)
+        await response.prepare(request)
+        loop = asyncio.get_running_loop()
+        number = next(self._numbers)
+        connection = _Connection(cookie, pid, response, transport)
+        self._connections[number] = connection
+        writer = loop.create_task(self._write(connection), name=f"lease connection {number}")
+        try:
+            self._apply(self._core.connected(number, cookie, pid, loop.time()))
+            async for message in response:
+                if message.type is not WSMsgType.TEXT:
+                    break
+                self._apply(self._core.receive(number, message.data, loop.time()))
+        finally:
+            del self._connections[number]
+            if not self._stopping:
+                self._apply(self._core.disconnected(number, loop.time()))
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+        return response
+
+    async def _write(self, connection: _Connection) -> None:
+        with contextlib.suppress(ConnectionError):  # the reader notices as well, and cleans up
+            while (text := await connection.outgoing.get()) is not None:
+                await connection.socket.send_str(text)
+            farewell = connection.farewell.encode()[:_MAX_CLOSE_BYTES].decode(errors="ignore")
+            await connection.socket.close(code=WSCloseCode.GOING_AWAY, message=farewell.encode())
+
+    # Effects
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            self._effects.put_nowait(effect)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline_s = self._core.next_deadline_s()
+        if deadline_s is not None and not self._stopping:
+            self._timer = asyncio.get_running_loop().call_at(deadline_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._apply(self._core.tick(asyncio.get_running_loop().time()))
+
+    async def _settled(self) -> None:
+        """Everything that is queued now, and what follows from it, has been done."""
+        while True:
+            barrier = _Barrier(asyncio.get_running_loop().create_future())
+            self._effects.put_nowait(barrier)
+            await barrier.reached
+            if self._effects.empty():
+                return
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            match await self._effects.get():
+                case Send(number, message):
+                    connection = self._connections.get(number)
+                    if connection is not None:
+                        _put(connection, wire.dump(message))
+                case SetGuard(lease, entries):
+                    failure = await loop.run_in_executor(self._thread, self._set_guard, entries)
+                    self._apply(self._core.guard_written(lease, failure, loop.time()))
+                case DeleteGuard(address, qpn):
+                    await loop.run_in_executor(self._thread, self._delete_guard, address, qpn)
+                case FindHolder(query, device, qpn):
+                    lookup = loop.create_task(self._find_holder(query, device, qpn))
+                    self._lookups.add(lookup)
+                    lookup.add_done_callback(self._lookups.discard)
+                case Close(number, sentence):
+                    connection = self._connections.get(number)
+                    if connection is not None:
+                        _put(connection, None, sentence)
+                case Granted(seconds):
+                    self._observe_connect_s(seconds)
+                case _Barrier(reached):
+                    reached.set_result(None)
+
+    def _set_guard(self, entries: tuple[tuple[Key, GuardEntry], ...]) -> str | None:
+        failure = None
+        for key, entry in entries:
+            try:
+                self._guard.set_guard(*key, entry)
+            except RdmanetError as error:
+                # The other entry is written all the same: when both are to be revoked, one is better than none.
+                self._guard_failures += 1
+                _log.error("guard entry of lease %s: %s", wire.lease_text(entry.lease), error)
+                failure = str(error)
+        return failure
+
+    def _delete_guard(self, address: bytes, qpn: int) -> None:
+        try:
+            self._guard.delete_guard(address, qpn)
+        except RdmanetError as error:
+            self._guard_failures += 1
+            _log.error("guard entry of queue pair %d could not be deleted: %s", qpn, error)
+
+    async def _find_holder(self, query: int, device: Device, qpn: int) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            pid = await self._queue_pairs.holder(device, qpn)
+        except RdmanetError as error:
+            _log.warning("the holder of queue pair %d of %s is not known: %s", qpn, device.name, error)
+            self._apply(self._core.holder_unknown(query, loop.time()))
+        else:
+            self._apply(self._core.holder_found(query, pid, loop.time()))
+
+
+def _put(connection: _Connection, text: str | None, farewell: str = "") -> None:
+    """Queue a message for a pod, or with None the end of the connection; drop a pod that does not read."""
+    if text is None:
+        connection.farewell = farewell
+    try:
+        connection.outgoing.put_nowait(text)
+    except asyncio.QueueFull:
+        _log.warning("pid %d does not read its lease messages: its connection is dropped", connection.pid)
+        connection.transport.abort()

@@ -1,0 +1,151 @@
+"""What goes into and comes out of the broker's core: views of pods, limits, effects, counts."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rdmanet.lease import Answer
+from rdmanet.model import Device, GuardEntry, PodName
+
+Key = tuple[bytes, int]  # one end: address key, QPN
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """What the broker knows of a pod: its name, addresses (address keys, IPv4 first), device and limit."""
+
+    name: PodName
+    addresses: tuple[bytes, ...]
+    device: Device | None
+    max_leases: int
+
+
+class Directory(Protocol):
+    """Who is on this host. Asked on the event loop: answers come from memory."""
+
+    def by_cookie(self, cookie: int) -> PodView | None:
+        """The pod whose network namespace has this cookie (SO_NETNS_COOKIE)."""
+
+    def by_name(self, name: PodName) -> PodView | None: ...
+
+    def by_address(self, address: bytes) -> PodView | None:
+        """The pod that has this address key; asked for what an earlier agent left in the guard map."""
+
+
+class Reason(enum.StrEnum):
+    """Why a request was refused; also the metric's label and ``kind`` of ``error`` messages."""
+
+    MALFORMED = "malformed"
+    VERSION = "version"
+    ORDER = "order"  # something else before hello, or hello twice
+    NO_SUCH_POD = "no_such_pod"
+    NO_DEVICE = "no_device"  # the caller has none
+    PEER_NO_DEVICE = "peer_no_device"
+    NOT_LISTENING = "not_listening"
+    ADDRESS_FAMILY = "address_family"
+    FOREIGN_GID = "foreign_gid"
+    CONFLICT = "conflict"
+    LIMIT = "limit"
+    POLICY = "policy"
+    REJECTED = "rejected"  # by the listening process
+    TIMED_OUT = "timed_out"
+    PEER_GONE = "peer_gone"
+    UNKNOWN_LEASE = "unknown_lease"
+    UNAVAILABLE = "unavailable"  # the kernel did not do its part; ask again
+
+
+class Cause(enum.StrEnum):
+    """Why a granted lease ended; also the metric's label."""
+
+    RELEASED = "released"
+    DISCONNECTED = "disconnected"
+    POD_GONE = "pod_gone"
+    UNCLAIMED = "unclaimed"
+    SUPERSEDED = "superseded"
+    INCOMPLETE = "incomplete"  # an earlier agent died while it wrote the guard
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds and times of the broker; leases per pod come with the pod (PodView.max_leases)."""
+
+    connections_per_pod: int = 64
+    listeners_per_pod: int = 64
+    pending_per_pod: int = 64
+    pending_s: float = 30.0  # how long a listener may take to answer
+    grace_s: float = 30.0  # how long leases of an earlier agent wait to be claimed
+    first_check_s: float = 0.5  # after a revocation, until the kernel is asked whether the queue pair is gone
+    longest_check_s: float = 60.0  # the interval doubles up to this while the queue pair stays
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    connection: int
+    message: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class SetGuard:
+    """Write these entries, then report ``core.guard_written(lease, ...)``."""
+
+    lease: int
+    entries: tuple[tuple[Key, GuardEntry], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteGuard:
+    address: bytes
+    qpn: int
+
+
+@dataclass(frozen=True, slots=True)
+class FindHolder:
+    """Ask the kernel who holds a queue pair, then report ``core.holder_found`` or ``holder_unknown``."""
+
+    query: int
+    device: Device
+    qpn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    connection: int
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A lease became usable; ``seconds`` is from the connect message until its guard was written."""
+
+    seconds: float
+
+
+Effect = Send | SetGuard | DeleteGuard | FindHolder | Close | Granted
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the agent started."""
+
+    granted: int = 0
+    claimed: int = 0  # ends, not leases: each process claims its own
+    adopted: int = 0
+    refused: Counter[str] = field(default_factory=Counter)  # connects, by Reason
+    revoked: Counter[str] = field(default_factory=Counter)  # granted leases, by Cause
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """One lease as ``rdmanet status`` shows it."""
+
+    lease: str
+    state: str  # "pending", "granted", "unclaimed"
+    connector: str  # pod; of adopted leases only the two ends are known, not who connected
+    connector_qpn: int | None
+    listener: str
+    listener_qpn: int | None  # None until the listener has answered
+    service: str | None
+    age_s: float
