@@ -144,13 +144,14 @@ class Agent:
             grace_s=config.rdma.claim_grace_s,
             observe_granted=lambda seconds: self._metrics.lease_granted(seconds),
         )
-        self._metrics = Metrics(store, self._datapath, self._broker.counts)
+        self._metrics = Metrics(store, self._datapath, self._broker.states)
         self._pods.serve_with(self._broker, loop)
         parts = steps.Parts(store, self._network, self._datapath, self._devices, self._pods)
         self._attachments = Attachments(parts, config.rdma.guard)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
         await self._blocking(lambda: self._attachments.recover(rebooted=rebooted))
+        await self._broker.adopt()
 
         # From here on the world may ask.
         api = Api(
@@ -221,9 +222,8 @@ class Agent:
 
     async def status(self) -> dict[str, object]:
         """What ``GET /v1/status`` answers."""
-        leases = self._broker.snapshot()
         document: dict[str, object] = await self._blocking(self._status_of_kernel)
-        document["leases"] = leases
+        document["leases"] = await self._broker.status()
         return document
 
     def _status_of_kernel(self) -> dict[str, object]:

@@ -125,6 +125,12 @@ class Pods:
             found = [pod for pod in self._pods.values() if any(a.pod == name for a in pod.attachments)]
         return self._view(max(found, key=lambda pod: pod.attachments[-1].id)) if found else None
 
+    def by_address(self, address: bytes) -> PodView | None:
+        """The pod that has this address key."""
+        with self._lock:
+            views = [self._view(pod) for pod in self._pods.values()]
+        return next((view for view in views if address in view.addresses), None)
+
     def _view(self, pod: _Pod) -> PodView:
         device = next((a.device for a in pod.attachments if a.device is not None), None)
         with_device = [a for a in pod.attachments if a.device is not None] or pod.attachments

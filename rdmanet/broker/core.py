@@ -38,6 +38,9 @@ from rdmanet.broker.values import (
     Reason,
     Send,
     SetGuard,
+    dismiss,
+    error,
+    reply,
 )
 from rdmanet.errors import RequestError
 from rdmanet.lease import pod_text
@@ -92,11 +95,11 @@ class BrokerCore:
         view = self._directory.by_cookie(cookie)
         if view is None:
             sentence = "this network namespace is not a pod of rdmanet (any more)"
-            return _dismiss(connection, Reason.NO_SUCH_POD, sentence)
+            return dismiss(connection, Reason.NO_SUCH_POD, sentence)
         if sum(c.pod == view.name for c in self._connections.values()) >= self._limits.connections_per_pod:
             limit = self._limits.connections_per_pod
             sentence = f"{pod_text(view.name)} has {limit} connections to the agent, the most; close some"
-            return _dismiss(connection, Reason.LIMIT, sentence)
+            return dismiss(connection, Reason.LIMIT, sentence)
         self._connections[connection] = _Connection(view.name, cookie, pid)
         return []
 
@@ -113,16 +116,16 @@ class BrokerCore:
             ]
         try:
             request = wire.parse_request(text)
-        except RequestError as error:
-            return [_error(connection, wire.request_id(text), Reason.MALFORMED, error.sentence)]
+        except RequestError as refused:
+            return [error(connection, wire.request_id(text), Reason.MALFORMED, refused.sentence)]
         if isinstance(request, wire.Hello):
             return self._hello(connection, state, view, request)
         if not state.greeted:
-            return [_error(connection, request.id, Reason.ORDER, "the first message must be hello")]
+            return [error(connection, request.id, Reason.ORDER, "the first message must be hello")]
         match request:
             case wire.Unlisten():
                 self._unlisten(state, request.service)
-                return [_reply(connection, request.id)]
+                return [reply(connection, request.id)]
             case wire.Listen():
                 return self._listen(connection, state, view, request)
             case wire.Connect():
@@ -132,7 +135,7 @@ class BrokerCore:
                 pending = lease is not None and lease.phase is Phase.PENDING
                 if lease is None or not pending or lease.listener.connection != connection:
                     sentence = rules.unknown_lease(request.lease)
-                    return [_error(connection, request.id, Reason.UNKNOWN_LEASE, sentence)]
+                    return [error(connection, request.id, Reason.UNKNOWN_LEASE, sentence)]
                 if isinstance(request, wire.Accept):
                     return self._accept(connection, view, lease, request, now_s)
                 return self._reject(connection, lease, request, now_s)
@@ -173,8 +176,8 @@ class BrokerCore:
         self.counts.granted += 1
         answer = wire.ConnectReply(number, listener.end, listener.pod)
         return [
-            _reply(listener.connection, lease.accept_id),
-            _reply(connector.connection, lease.connect_id, answer.to_json()),
+            reply(listener.connection, lease.accept_id),
+            reply(connector.connection, lease.connect_id, answer.to_json()),
             Granted(seconds),
         ]
 
@@ -207,7 +210,7 @@ class BrokerCore:
         for other in claim.waiting:
             self._claims.pop(other, None)
         sentence = "the kernel's list of queue pairs could not be read; claim again"
-        return [_error(claim.connection, claim.request_id, Reason.UNAVAILABLE, sentence)]
+        return [error(claim.connection, claim.request_id, Reason.UNAVAILABLE, sentence)]
 
     def adopt(self, guards: Mapping[Key, GuardEntry], now_s: float) -> list[Effect]:
         """Take over what an earlier agent left in the guard map; before the first connection."""
@@ -292,32 +295,32 @@ class BrokerCore:
 
     def _hello(self, connection: int, state: _Connection, view: PodView, request: wire.Hello) -> list[Effect]:
         if state.greeted:
-            return [_error(connection, request.id, Reason.ORDER, "hello was said already")]
+            return [error(connection, request.id, Reason.ORDER, "hello was said already")]
         if request.version != wire.PROTOCOL_VERSION:
             sentence = (
                 f"the agent speaks version {wire.PROTOCOL_VERSION} of the lease protocol and the library "
                 f"{request.version}: install the same rdmanet on both sides"
             )
-            return [_error(connection, request.id, Reason.VERSION, sentence)]
+            return [error(connection, request.id, Reason.VERSION, sentence)]
         state.greeted = True
         device = view.device.name if view.device else None
         answer = wire.HelloReply(view.name, device, tuple(map(address_of, view.addresses)), view.max_leases)
-        return [_reply(connection, request.id, answer.to_json())]
+        return [reply(connection, request.id, answer.to_json())]
 
     def _listen(self, connection: int, state: _Connection, view: PodView, request: wire.Listen) -> list[Effect]:
         place = (view.name, request.service)
         name = pod_text(view.name)
         if view.device is None:
-            return [_error(connection, request.id, Reason.NO_DEVICE, rules.no_device(view.name))]
+            return [error(connection, request.id, Reason.NO_DEVICE, rules.no_device(view.name))]
         if place in self._listening:
             sentence = f"a process of {name} listens on {request.service} already"
-            return [_error(connection, request.id, Reason.CONFLICT, sentence)]
+            return [error(connection, request.id, Reason.CONFLICT, sentence)]
         if sum(pod == view.name for pod, _ in self._listening) >= self._limits.listeners_per_pod:
             sentence = f"{name} listens on {self._limits.listeners_per_pod} services already, the most"
-            return [_error(connection, request.id, Reason.LIMIT, sentence)]
+            return [error(connection, request.id, Reason.LIMIT, sentence)]
         self._listening[place] = connection
         state.services.add(request.service)
-        return [_reply(connection, request.id)]
+        return [reply(connection, request.id)]
 
     def _unlisten(self, state: _Connection, service: str) -> None:
         if service in state.services:
@@ -343,7 +346,7 @@ class BrokerCore:
         )
         if refusal is not None:
             self.counts.refused[refusal[0]] += 1
-            return [_error(connection, request.id, *refusal)]
+            return [error(connection, request.id, *refusal)]
         assert peer is not None
         assert peer.device is not None
         assert view.device is not None
@@ -375,7 +378,7 @@ class BrokerCore:
             problem = f"queue pair {key[1]} of {pod_text(view.name)} has a lease already"
         if problem is not None:
             return [
-                _error(connection, request.id, Reason.CONFLICT, problem),
+                error(connection, request.id, Reason.CONFLICT, problem),
                 *self._end(lease, Cause.RELEASED, Reason.REJECTED, problem, now_s, by=listener),
             ]
         effects = self._supersede(key, view, now_s)
@@ -392,7 +395,7 @@ class BrokerCore:
     def _reject(self, connection: int, lease: Lease, request: wire.Reject, now_s: float) -> list[Effect]:
         sentence = f"{pod_text(lease.listener.pod)}:{lease.service} refused: {request.sentence}"
         return [
-            _reply(connection, request.id),
+            reply(connection, request.id),
             *self._end(lease, Cause.RELEASED, Reason.REJECTED, sentence, now_s, by=lease.listener),
         ]
 
@@ -400,12 +403,12 @@ class BrokerCore:
         lease = self._leases.get(request.lease)
         if lease is None or lease.id not in state.leases or lease.phase is not Phase.GRANTED:
             sentence = rules.unknown_lease(request.lease)
-            return [_error(connection, request.id, Reason.UNKNOWN_LEASE, sentence)]
+            return [error(connection, request.id, Reason.UNKNOWN_LEASE, sentence)]
         side = next(side for side in lease.sides if side.connection == connection)
         sentence = f"{pod_text(state.pod)} closed its end"
         return [
             *self._end(lease, Cause.RELEASED, Reason.PEER_GONE, sentence, now_s, by=side),
-            _reply(connection, request.id),
+            reply(connection, request.id),
         ]
 
     def _claim(self, connection: int, state: _Connection, request: wire.Claim) -> list[Effect]:
@@ -434,7 +437,7 @@ class BrokerCore:
         if claim.waiting:
             return []
         answer = wire.ClaimReply(tuple(claim.claimed), tuple(claim.lost))
-        return [_reply(claim.connection, claim.request_id, answer.to_json())]
+        return [reply(claim.connection, claim.request_id, answer.to_json())]
 
     # How leases end
 
@@ -473,9 +476,9 @@ class BrokerCore:
             if side is by or side.connection is None or side.connection not in self._connections:
                 continue
             if lease.phase is not Phase.GRANTED and side is lease.connector:
-                effects.append(_error(side.connection, lease.connect_id, reason, sentence))
+                effects.append(error(side.connection, lease.connect_id, reason, sentence))
             elif lease.phase is Phase.WRITING:
-                effects.append(_error(side.connection, lease.accept_id, reason, sentence))
+                effects.append(error(side.connection, lease.accept_id, reason, sentence))
             else:
                 effects.append(Send(side.connection, wire.Revoked(lease.id, sentence)))
         return effects
@@ -489,15 +492,3 @@ class BrokerCore:
             entries.append((side.key, GuardEntry(lease.id, *peer.key, GuardState.REVOKED)))
             self._revoked.add(side.key, side.pod, side.device, side.pid, now_s)
         return SetGuard(lease.id, tuple(entries))
-
-
-def _reply(connection: int, number: int, values: wire.Json | None = None) -> Send:
-    return Send(connection, wire.Reply(number, values or {}))
-
-
-def _dismiss(connection: int, reason: Reason, sentence: str) -> list[Effect]:
-    return [_error(connection, None, reason, sentence), Close(connection, sentence)]
-
-
-def _error(connection: int, number: int | None, reason: Reason, sentence: str) -> Send:
-    return Send(connection, wire.Refusal(number, reason, wire.sentence_of(sentence)))

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import itertools
 import logging
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,8 +45,8 @@ from rdmanet.broker.values import (
     Send,
     SetGuard,
 )
-from rdmanet.errors import ConflictError, KernelError, RdmanetError
-from rdmanet.model import Device, GuardEntry, PodName
+from rdmanet.errors import ConflictError, RdmanetError
+from rdmanet.model import Device, GuardEntry, PodName, address_of
 
 _log = logging.getLogger(__name__)
 
@@ -78,31 +78,6 @@ class QueuePairs(Protocol):
 
     async def holder(self, device: Device, qpn: int) -> int | None:
         """The pid, as the agent sees pids, of the process that created the queue pair; None: no such one."""
-
-
-def open_listener() -> tuple[socket.socket, int]:
-    """The lease socket of the calling thread's network namespace, listening, and the namespace's cookie.
-
-    ConflictError: something in the pod has taken the name. The pod is degraded until that lets go; nothing else is.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        sock.bind(wire.SOCKET_NAME)
-        sock.listen(64)
-        return sock, netns_cookie(sock)
-    except OSError as error:
-        sock.close()
-        name = wire.SOCKET_NAME.replace("\0", "@")
-        if error.errno == errno.EADDRINUSE:
-            raise ConflictError(
-                f"a process in the pod holds the abstract socket {name}: pods cannot lease until it is stopped",
-                operation="bind",
-                subject=name,
-                errno=error.errno,
-            ) from error
-        raise KernelError(
-            "the lease socket could not be opened", operation="bind", subject=name, errno=error.errno
-        ) from error
 
 
 def netns_cookie(sock: socket.socket) -> int:
@@ -140,7 +115,12 @@ class _Barrier:
 
 
 class BrokerServer:
-    """Serves every pod's lease socket. ``start``, then listeners; ``stop`` leaves the leases to the next agent."""
+    """Serves every pod's lease socket.
+
+    ``start``, then the listeners of the pods that are known, then ``adopt``: connections wait until then, because what
+    an earlier agent left can only be adopted when its pods are known, and only then be claimed. ``stop`` leaves the
+    leases to the next agent.
+    """
 
     def __init__(
         self,
@@ -148,21 +128,22 @@ class BrokerServer:
         guard: Guard,
         queue_pairs: QueuePairs,
         *,
-        limits: Limits | None = None,
+        grace_s: float = Limits().grace_s,
         permits: Callable[[PodView, PodView], str | None] = rules.permits_all,
-        observe_connect_s: Callable[[float], None] = lambda seconds: None,
+        observe_granted: Callable[[float], None] = lambda seconds: None,
     ):
-        self._limits = limits or Limits()
+        self._limits = Limits(grace_s=grace_s)
         self._core = BrokerCore(directory, limits=self._limits, permits=permits)
         self._guard = guard
         self._queue_pairs = queue_pairs
-        self._observe_connect_s = observe_connect_s
+        self._observe_granted = observe_granted
         self._numbers = itertools.count(1)
         self._connections: dict[int, _Connection] = {}
         self._listeners: dict[int, _Listener] = {}
         self._effects: asyncio.Queue[Effect | _Barrier] = asyncio.Queue()
         self._lookups: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._adopted = asyncio.Event()
         self._stopping = False
         self._guard_failures = 0
         # One thread: guard writes stay in order.
@@ -173,12 +154,16 @@ class BrokerServer:
         self._worker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Adopt what the guard map holds and be ready for listeners. Raises what ``guards()`` raises."""
+        """Be ready for listeners."""
+        await self._runner.setup()
+        self._worker = asyncio.get_running_loop().create_task(self._work(), name="broker effects")
+
+    async def adopt(self) -> None:
+        """Take over the leases in the guard map and begin to serve. Raises what ``guards()`` raises."""
         loop = asyncio.get_running_loop()
         guards = await loop.run_in_executor(self._thread, self._guard.guards)
-        await self._runner.setup()
-        self._worker = loop.create_task(self._work(), name="broker effects")
         self._apply(self._core.adopt(guards, loop.time()))
+        self._adopted.set()
 
     async def stop(self) -> None:
         """Close every connection without ending a lease: the entries stay in the map and can be claimed."""
@@ -197,7 +182,7 @@ class BrokerServer:
         self._thread.shutdown()
 
     async def add_listener(self, sock: socket.socket, cookie: int) -> None:
-        """Serve a socket from ``open_listener``; the server closes it. The pod must be in the directory by now."""
+        """Serve a listening socket, non-blocking, of a pod's namespace with this cookie; the server closes it."""
         if cookie in self._listeners:
             raise ConflictError("this network namespace has a lease listener already", subject=str(cookie))
         transports: list[asyncio.BaseTransport] = []
@@ -221,6 +206,16 @@ class BrokerServer:
     def snapshot(self) -> list[LeaseView]:
         """All leases, oldest first."""
         return self._core.snapshot(asyncio.get_running_loop().time())
+
+    async def status(self) -> list[dict[str, object]]:
+        """All leases, oldest first, with the packets and bytes that reached their ends (for JSON)."""
+        guards = await asyncio.get_running_loop().run_in_executor(self._thread, self._guard.guards)
+        return [_status(view, guards) for view in self.snapshot()]
+
+    def states(self) -> dict[str, int]:
+        """How many leases are pending, granted and unclaimed; what a gauge shows. Safe from any thread."""
+        found = Counter(view.state for view in self._core.snapshot(0.0))
+        return {state: found[state] for state in ("pending", "granted", "unclaimed")}
 
     @property
     def counts(self) -> Counts:
@@ -259,6 +254,7 @@ class BrokerServer:
         assert transport is not None
         sock = transport.get_extra_info("socket")
         cookie, pid = netns_cookie(sock), peer_pid(sock)
+        await self._adopted.wait()
         await response.prepare(request)
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
@@ -333,7 +329,7 @@ class BrokerServer:
                     if connection is not None:
                         _put(connection, None, sentence)
                 case Granted(seconds):
-                    self._observe_connect_s(seconds)
+                    self._observe_granted(seconds)
                 case _Barrier(reached):
                     reached.set_result(None)
 
@@ -365,6 +361,29 @@ class BrokerServer:
             self._apply(self._core.holder_unknown(query, loop.time()))
         else:
             self._apply(self._core.holder_found(query, pid, loop.time()))
+
+
+def _status(view: LeaseView, guards: Mapping[Key, GuardEntry]) -> dict[str, object]:
+    ends = {}
+    packets = size = 0
+    for name, end in (("connector", view.connector), ("listener", view.listener)):
+        entry = guards.get(end.key) if end.key is not None else None
+        packets += entry.packets if entry is not None else 0
+        size += entry.bytes if entry is not None else 0
+        ends[name] = {
+            "pod": end.pod,
+            "address": None if end.key is None else str(address_of(end.key[0])),
+            "qpn": None if end.key is None else end.key[1],
+        }
+    return {
+        "lease": view.lease,
+        "state": view.state,
+        "service": view.service,
+        **ends,
+        "packets": packets,
+        "bytes": size,
+        "age_s": view.age_s,
+    }
 
 
 def _put(connection: _Connection, text: str | None, farewell: str = "") -> None:

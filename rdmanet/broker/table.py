@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rdmanet import lease as wire
-from rdmanet.broker.values import Key, LeaseView
+from rdmanet.broker.values import EndView, Key, LeaseView
 from rdmanet.lease import lease_text
 from rdmanet.model import Device, PodName
 
@@ -142,7 +142,7 @@ class LeaseTable:
         return deadline_s
 
     def snapshot(self, now_s: float) -> list[LeaseView]:
-        """All leases, oldest first."""
+        """All leases, oldest first. Safe from any thread: sorted() copies the values in one step."""
         return [_view(lease, now_s) for lease in sorted(self._leases.values(), key=lambda x: x.since_s)]
 
 
@@ -152,10 +152,8 @@ def _view(lease: Lease, now_s: float) -> LeaseView:
     return LeaseView(
         lease=lease_text(lease.id),
         state="unclaimed" if unclaimed else "granted" if lease.phase is Phase.GRANTED else "pending",
-        connector=str(connector.pod),
-        connector_qpn=None if connector.key is None else connector.key[1],
-        listener=str(listener.pod),
-        listener_qpn=None if listener.key is None else listener.key[1],
+        connector=EndView(str(connector.pod), connector.key),
+        listener=EndView(str(listener.pod), listener.key),
         service=lease.service,
         age_s=now_s - lease.since_s,
     )

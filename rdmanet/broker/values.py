@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rdmanet.lease import Answer
+from rdmanet.lease import Answer, Json, Refusal, Reply, sentence_of
 from rdmanet.model import Device, GuardEntry, PodName
 
 Key = tuple[bytes, int]  # one end: address key, QPN
@@ -123,6 +123,21 @@ class Granted:
     seconds: float
 
 
+def reply(connection: int, number: int, values: Json | None = None) -> Send:
+    """Answer the request ``number``."""
+    return Send(connection, Reply(number, values or {}))
+
+
+def error(connection: int, number: int | None, reason: Reason, sentence: str) -> Send:
+    """Refuse the request ``number``."""
+    return Send(connection, Refusal(number, reason, sentence_of(sentence)))
+
+
+def dismiss(connection: int, reason: Reason, sentence: str) -> list[Effect]:
+    """Say why and hang up."""
+    return [error(connection, None, reason, sentence), Close(connection, sentence)]
+
+
 Effect = Send | SetGuard | DeleteGuard | FindHolder | Close | Granted
 
 
@@ -138,14 +153,20 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class EndView:
+    """One end of a lease as ``rdmanet status`` shows it."""
+
+    pod: str
+    key: Key | None  # None until the listener has answered
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseView:
     """One lease as ``rdmanet status`` shows it."""
 
     lease: str
-    state: str  # "pending", "granted", "unclaimed"
-    connector: str  # pod; of adopted leases only the two ends are known, not who connected
-    connector_qpn: int | None
-    listener: str
-    listener_qpn: int | None  # None until the listener has answered
+    state: str  # "pending", "granted" or "unclaimed"
+    connector: EndView  # of adopted leases only the two ends are known, not who connected
+    listener: EndView
     service: str | None
     age_s: float
