@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The one place that reads packets. bpf_skb_load_bytes checks each access against the packet's end and also reaches
+ * what the driver left in pages, which a pointer between data and data_end does not.
+ */
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/in.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
+#include <uapi/linux/tcp.h>
+#include <uapi/linux/udp.h>
+#include <uapi/linux/icmp.h>
+#include <uapi/linux/icmpv6.h>
+#include "address.h"
+#include "drop.h"
+
+#define ROCE_PORT     4791 /* RoCEv2, InfiniBand architecture annex A17 */
+#define ETHERTYPE_ARP ETH_P_ARP
+
+#define MAXIMUM_EXTENSIONS 4 /* IPv6 extension headers walked; RFC 8200 4.1 recommends far fewer kinds */
+
+/* struct packet.flags */
+#define IS_FRAGMENT	  1 /* any part of a fragmented packet */
+#define IS_LATER_FRAGMENT 2 /* not the first part: no transport header */
+#define DONT_FRAGMENT	  4
+#define IS_ROCE		  8
+
+/* struct packet.tcp_flags, as byte 13 of the header has them (RFC 9293 3.1) */
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+struct packet {
+	struct address_key source;
+	struct address_key destination;
+	__u8 destination_mac[6];
+	__u8 source_mac[6];
+	__u16 ethertype;    /* host byte order */
+	__u16 transport;    /* offset of the transport header from the frame's start */
+	__be16 source_port; /* TCP and UDP; ICMP echo: its identifier */
+	__be16 destination_port;
+	__u8 family; /* 4, 6 or 0 */
+	__u8 protocol;
+	__u8 hop_limit; /* IPv4: time to live */
+	__u8 flags;
+	__u8 tcp_flags;
+	__u8 icmp_type;
+	__u8 pad[2];
+	__u32 end;	       /* offset of the IP packet's end; 0: the frame's (BIG TCP) */
+	__u32 destination_qpn; /* where IS_ROCE */
+};
+
+#define NETWORK_OFFSET ETH_HLEN
+
+static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *packet)
+{
+	struct ethhdr ethernet;
+
+	if (bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
+		return DROP_MALFORMED;
+	__builtin_memcpy(packet->destination_mac, ethernet.h_dest, 6);
+	__builtin_memcpy(packet->source_mac, ethernet.h_source, 6);
+	/* A VLAN tag may be in the frame or, taken out by the kernel, beside it. */
+	if (skb->vlan_present)
+		return DROP_NOT_IP;
+	packet->ethertype = bpf_ntohs(ethernet.h_proto);
+	return 0;
+}
+
+static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *packet)
+{
+	struct iphdr ip;
+	__u32 header_bytes, total_bytes;
+	__u16 fragment;
+
+	if (bpf_skb_load_bytes(skb, NETWORK_OFFSET, &ip, sizeof(ip)))
+		return DROP_MALFORMED;
+	header_bytes = ip.ihl * 4;
+	total_bytes = bpf_ntohs(ip.tot_len);
+	if (ip.version != 4 || header_bytes < sizeof(ip))
+		return DROP_MALFORMED;
+	/* BIG TCP: a GSO packet over 64 KiB says 0. */
+	if (total_bytes || !skb->gso_size) {
+		packet->end = NETWORK_OFFSET + total_bytes;
+		if (total_bytes < header_bytes || packet->end > skb->len)
+			return DROP_MALFORMED;
+	}
+	address_map(&packet->source, ip.saddr);
+	address_map(&packet->destination, ip.daddr);
+	packet->family = 4;
+	packet->protocol = ip.protocol;
+	packet->hop_limit = ip.ttl;
+	packet->transport = NETWORK_OFFSET + header_bytes;
+	fragment = bpf_ntohs(ip.frag_off);
+	if (fragment & 0x1fff)
+		packet->flags |= IS_LATER_FRAGMENT;
+	if (fragment & 0x3fff)
+		packet->flags |= IS_FRAGMENT;
+	if (fragment & 0x4000)
+		packet->flags |= DONT_FRAGMENT;
+	return 0;
+}
+
+static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *packet)
+{
+	struct ipv6hdr ip;
+	__u8 extension[8];
+	__u32 offset = NETWORK_OFFSET + sizeof(ip);
+	__u32 payload_bytes;
+	__u8 next;
+	int i;
+
+	if (bpf_skb_load_bytes(skb, NETWORK_OFFSET, &ip, sizeof(ip)))
+		return DROP_MALFORMED;
+	payload_bytes = bpf_ntohs(ip.payload_len);
+	if (ip.version != 6)
+		return DROP_MALFORMED;
+	/* BIG TCP: a GSO packet over 64 KiB says 0. */
+	if (payload_bytes || !skb->gso_size) {
+		packet->end = offset + payload_bytes;
+		if (packet->end > skb->len)
+			return DROP_MALFORMED;
+	}
+	__builtin_memcpy(&packet->source, &ip.saddr, sizeof(packet->source));
+	__builtin_memcpy(&packet->destination, &ip.daddr, sizeof(packet->destination));
+	packet->family = 6;
+	packet->hop_limit = ip.hop_limit;
+	packet->flags |= DONT_FRAGMENT;
+	next = ip.nexthdr;
+
+#pragma unroll
+	for (i = 0; i < MAXIMUM_EXTENSIONS; i++) {
+		if (next == IPPROTO_FRAGMENT) {
+			__u16 place;
+
+			if (bpf_skb_load_bytes(skb, offset, extension, 8))
+				return DROP_MALFORMED;
+			place = (extension[2] << 8) | extension[3];
+			packet->flags |= IS_FRAGMENT;
+			next = extension[0];
+			offset += 8;
+			if (place & 0xfff8) {
+				packet->flags |= IS_LATER_FRAGMENT;
+				break;
+			}
+		} else if (next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING ||
+			   next == IPPROTO_DSTOPTS) {
+			if (bpf_skb_load_bytes(skb, offset, extension, 2))
+				return DROP_MALFORMED;
+			next = extension[0];
+			offset += (extension[1] + 1) * 8;
+		} else {
+			break;
+		}
+	}
+	if (!(packet->flags & IS_LATER_FRAGMENT) &&
+	    (next == IPPROTO_FRAGMENT || next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING ||
+	     next == IPPROTO_DSTOPTS))
+		return DROP_MALFORMED;
+	packet->protocol = next;
+	packet->transport = offset;
+	return 0;
+}
+
+/* The network header; the ethertype is IPv4's or IPv6's. */
+static __always_inline int parse_network(struct __sk_buff *skb, struct packet *packet)
+{
+	if (packet->ethertype == ETH_P_IP)
+		return parse_ipv4(skb, packet);
+	return parse_ipv6(skb, packet);
+}
+
+static __always_inline bool has_transport(const struct packet *packet, __u32 bytes)
+{
+	return !packet->end || packet->transport + bytes <= packet->end;
+}
+
+/* Base transport header, InfiniBand 9.2: opcode, flags, partition key, then the destination QPN in the low 24 bits. */
+static __always_inline int parse_roce(struct __sk_buff *skb, struct packet *packet)
+{
+	__be32 bth[3];
+
+	if (!has_transport(packet, sizeof(struct udphdr) + sizeof(bth)) ||
+	    bpf_skb_load_bytes(skb, packet->transport + sizeof(struct udphdr), bth, sizeof(bth)))
+		return DROP_MALFORMED;
+	packet->destination_qpn = bpf_ntohl(bth[1]) & 0xffffff;
+	packet->flags |= IS_ROCE;
+	return 0;
+}
+
+/*
+ * Ports, flags and RoCE of whole packets and first fragments. A first fragment too short for its header is malformed:
+ * the rest of a RoCE packet must not slip through behind one that could not be judged.
+ */
+static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet)
+{
+	__u8 head[14];
+	__u32 bytes = 0;
+
+	if (packet->flags & IS_LATER_FRAGMENT)
+		return 0;
+	if (packet->protocol == IPPROTO_TCP)
+		bytes = sizeof(struct tcphdr);
+	else if (packet->protocol == IPPROTO_UDP)
+		bytes = sizeof(struct udphdr);
+	else if (packet->protocol == (packet->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+		bytes = sizeof(struct icmphdr);
+	else
+		return 0;
+	if (!has_transport(packet, bytes))
+		return DROP_MALFORMED;
+
+	if (packet->protocol == IPPROTO_TCP) {
+		if (bpf_skb_load_bytes(skb, packet->transport, head, 14))
+			return DROP_MALFORMED;
+		packet->tcp_flags = head[13];
+	} else if (bpf_skb_load_bytes(skb, packet->transport, head, 8)) {
+		return DROP_MALFORMED;
+	}
+	if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP) {
+		__builtin_memcpy(&packet->source_port, head, 2);
+		__builtin_memcpy(&packet->destination_port, head + 2, 2);
+	} else {
+		packet->icmp_type = head[0];
+		__builtin_memcpy(&packet->source_port, head + 4, 2);
+	}
+	if (packet->protocol == IPPROTO_UDP && packet->destination_port == bpf_htons(ROCE_PORT))
+		return parse_roce(skb, packet);
+	return 0;
+}

@@ -1,0 +1,190 @@
+"""A compiled datapath as a file: programs with relocations, map definitions, drop reasons.
+
+The file is JSON, so that a node needs neither bcc nor LLVM nor kernel headers to read it. ``integrity`` is the SHA-256
+of everything else in canonical form (sorted keys, no white space); it finds damage, it does not prove origin.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdmanet.errors import NotFoundError, StateError
+
+FORMAT = 1
+#: Bytes of one eBPF instruction (RFC 9669 3).
+INSTRUCTION_BYTES = 8
+#: Hooks and their slots in the program array, as enum hook in bpf/dispatcher.c has them.
+HOOKS: Mapping[str, int] = {"pod": 0, "host": 1, "uplink": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class MapDefinition:
+    """What a map must look like; ``type`` is the kernel's enum bpf_map_type, sizes are bytes."""
+
+    name: str
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """The instruction (by index) that loads a map's descriptor."""
+
+    instruction: int
+    map: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One tc program; map descriptors are zero where the relocations point."""
+
+    name: str
+    instructions: bytes
+    relocations: tuple[Relocation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A compiled datapath. ``key`` is the hash of source, flags and compiler, in hexadecimal."""
+
+    key: str
+    compiler: str
+    license: str
+    drop_reasons: tuple[str, ...]  # the reason with number 1 first
+    maps: Mapping[str, MapDefinition]
+    programs: Mapping[str, Program]
+
+
+def encode(artifact: Artifact) -> str:
+    """The artifact as the text of its file."""
+    body: dict[str, Any] = {
+        "format": FORMAT,
+        "key": artifact.key,
+        "compiler": artifact.compiler,
+        "license": artifact.license,
+        "drop_reasons": list(artifact.drop_reasons),
+        "maps": {
+            name: {
+                "type": definition.type,
+                "key_size": definition.key_size,
+                "value_size": definition.value_size,
+                "max_entries": definition.max_entries,
+                "flags": definition.flags,
+            }
+            for name, definition in artifact.maps.items()
+        },
+        "programs": {
+            name: {
+                "instructions": base64.b64encode(program.instructions).decode("ascii"),
+                "relocations": [[r.instruction, r.map] for r in program.relocations],
+            }
+            for name, program in artifact.programs.items()
+        },
+    }
+    return json.dumps({**body, "integrity": _integrity(body)}, indent=1, sort_keys=True) + "\n"
+
+
+def decode(text: str, origin: str = "artifact") -> Artifact:
+    """Reads the text of an artifact file; ``origin`` names it in errors.
+
+    Raises StateError when it is not an artifact, of another format, damaged, or contradicts itself.
+    """
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _unusable(origin, f"it is not JSON ({error})") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise _unusable(origin, f"it is not of format {FORMAT}")
+    if body.pop("integrity", None) != _integrity(body):
+        raise _unusable(origin, "its integrity hash does not match, the file is damaged")
+    try:
+        maps = {name: MapDefinition(name=name, **definition) for name, definition in body["maps"].items()}
+        programs = {
+            name: Program(
+                name=name,
+                instructions=base64.b64decode(program["instructions"], validate=True),
+                relocations=tuple(Relocation(index, target) for index, target in program["relocations"]),
+            )
+            for name, program in body["programs"].items()
+        }
+        artifact = Artifact(
+            key=body["key"],
+            compiler=body["compiler"],
+            license=body["license"],
+            drop_reasons=tuple(body["drop_reasons"]),
+            maps=maps,
+            programs=programs,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+        raise _unusable(origin, f"a field is missing or of the wrong type ({error!r})") from error
+    _check(artifact, origin)
+    return artifact
+
+
+def load(path: Path) -> Artifact:
+    """Reads an artifact file. Raises NotFoundError without one, StateError as ``decode`` does."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"There is no compiled datapath at {path}; "
+            "make one with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
+            subject=str(path),
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unusable(str(path), f"it cannot be read ({error})") from error
+    return decode(text, str(path))
+
+
+def save(artifact: Artifact, path: Path) -> None:
+    """Writes an artifact file in one step: a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(encode(artifact))
+        os.chmod(temporary, 0o644)  # noqa: PTH101 - a name, not yet a path of ours
+        os.replace(temporary, path)  # noqa: PTH105
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _integrity(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check(artifact: Artifact, origin: str) -> None:
+    """What the loader relies on."""
+    wanted = [*HOOKS, *(f"dispatch_{hook}" for hook in HOOKS)]
+    missing = [name for name in wanted if name not in artifact.programs]
+    if missing or "programs" not in artifact.maps:
+        raise _unusable(origin, f"it lacks {', '.join(missing) or 'the map programs'}")
+    for program in artifact.programs.values():
+        count, rest = divmod(len(program.instructions), INSTRUCTION_BYTES)
+        if rest or not count:
+            raise _unusable(origin, f"program {program.name} is not made of whole instructions")
+        for relocation in program.relocations:
+            if relocation.map not in artifact.maps or not 0 <= relocation.instruction < count:
+                raise _unusable(origin, f"program {program.name} has a relocation that leads nowhere")
+
+
+def _unusable(origin: str, why: str) -> StateError:
+    return StateError(
+        f"The compiled datapath in {origin} is not usable: {why}; "
+        "make it anew with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
+        subject=origin,
+    )

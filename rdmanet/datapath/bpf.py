@@ -1,0 +1,346 @@
+"""bpf(2) through ctypes: maps, programs, pins.
+
+Structures are those of union bpf_attr in the kernel's include/uapi/linux/bpf.h. Every call raises BpfError with the
+kernel's errno unless its docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from rdmanet.errors import BpfError, UnavailableError
+
+MAP_TYPE_HASH = 1
+MAP_TYPE_ARRAY = 2
+MAP_TYPE_PROG_ARRAY = 3
+MAP_TYPE_PERCPU_HASH = 5
+MAP_TYPE_LRU_HASH = 9
+PROG_TYPE_SCHED_CLS = 3
+#: Update whatever is there, or not.
+ANY = 0
+
+BPF_FS_MAGIC = 0xCAFE4A11
+
+_SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_GET_NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
+_PROG_TEST_RUN = 10
+_PROG_GET_FD_BY_ID = 13
+_OBJ_GET_INFO_BY_FD = 15
+
+_NAME_BYTES = 16  # BPF_OBJ_NAME_LEN, the closing zero included
+_ATTR_BYTES = 152
+_LOG_BYTES = 1 << 20
+_PERCPU_TYPES = (5, 6, 10)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """struct bpf_map_info, as far as a layout check needs it; sizes in bytes."""
+
+    type: int
+    id: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramInfo:
+    """struct bpf_prog_info, as far as adoption needs it."""
+
+    type: int
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a program did to a packet: its return value, the packet, struct __sk_buff, nanoseconds per run."""
+
+    verdict: int
+    packet: bytes
+    context: bytes
+    duration_ns: int
+
+
+def create_map(name: str, type_: int, key_size: int, value_size: int, max_entries: int, flags: int = 0) -> int:
+    """A new map's descriptor."""
+    attr = struct.pack(
+        "=IIIIIIi16s", type_, key_size, value_size, max_entries, flags, 0, 0, _name(name)
+    )  # inner map and NUMA node are not used
+    # map_name follows numa_node (offset 28)
+    return _descriptor(_MAP_CREATE, attr, "BPF_MAP_CREATE", name)
+
+
+def lookup(descriptor: int, key: bytes, value_bytes: int) -> bytes | None:
+    """The value under ``key``, or None; ``value_bytes`` is what ``buffer_bytes`` says."""
+    keys, value = _buffer(key), ctypes.create_string_buffer(value_bytes)
+    result, number = _call(_MAP_LOOKUP, _element(descriptor, keys, value))
+    if result < 0:
+        if number == errno.ENOENT:
+            return None
+        raise _failed("BPF_MAP_LOOKUP_ELEM", f"map descriptor {descriptor}", number)
+    return value.raw
+
+
+def update(descriptor: int, key: bytes, value: bytes, flags: int = ANY) -> None:
+    """Writes one entry."""
+    keys, values = _buffer(key), _buffer(value)
+    result, number = _call(_MAP_UPDATE, _element(descriptor, keys, values, flags))
+    if result < 0:
+        raise _failed("BPF_MAP_UPDATE_ELEM", f"map descriptor {descriptor}", number)
+
+
+def delete(descriptor: int, key: bytes) -> bool:
+    """Removes one entry; False when it was not there."""
+    keys = _buffer(key)
+    result, number = _call(_MAP_DELETE, struct.pack("=IIQ", descriptor, 0, ctypes.addressof(keys)))
+    if result < 0:
+        if number == errno.ENOENT:
+            return False
+        raise _failed("BPF_MAP_DELETE_ELEM", f"map descriptor {descriptor}", number)
+    return True
+
+
+def keys(descriptor: int, key_bytes: int, max_entries: int) -> Iterator[bytes]:
+    """Every key. Those added or removed meanwhile may be missed or come twice: the kernel starts again from the
+    beginning when the key it stood at is gone, so the walk ends after as many steps as could be needed."""
+    previous: ctypes.Array[ctypes.c_char] | None = None
+    following = ctypes.create_string_buffer(key_bytes)
+    for _ in range(2 * max_entries + 2):
+        attr = struct.pack(
+            "=IIQQ",
+            descriptor,
+            0,
+            0 if previous is None else ctypes.addressof(previous),
+            ctypes.addressof(following),
+        )
+        result, number = _call(_MAP_GET_NEXT_KEY, attr)
+        if result < 0:
+            if number == errno.ENOENT:
+                return
+            raise _failed("BPF_MAP_GET_NEXT_KEY", f"map descriptor {descriptor}", number)
+        yield following.raw
+        previous, following = following, ctypes.create_string_buffer(key_bytes)
+
+
+def load_program(name: str, instructions: bytes, license_: str, type_: int = PROG_TYPE_SCHED_CLS) -> int:
+    """A loaded program's descriptor. The verifier's last words are in the error."""
+    code, licenses = _buffer(instructions), ctypes.create_string_buffer(license_.encode())
+
+    def attributes(log: ctypes.Array[ctypes.c_char] | None) -> bytes:
+        return struct.pack(
+            "=IIQQIIQII16s",
+            type_,
+            len(instructions) // 8,
+            ctypes.addressof(code),
+            ctypes.addressof(licenses),
+            0 if log is None else 1,
+            0 if log is None else len(log),
+            0 if log is None else ctypes.addressof(log),
+            0,
+            0,
+            _name(name),
+        )
+
+    result, number = _call(_PROG_LOAD, attributes(None))
+    if result >= 0:
+        return result
+    if number == errno.EPERM:
+        raise _failed("BPF_PROG_LOAD", name, number)
+    # Only a program that was refused is worth the log: it makes loading slower.
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    result, number = _call(_PROG_LOAD, attributes(log))
+    if result >= 0:
+        return result
+    words = log.value.decode(errors="replace").strip().splitlines()[-12:]
+    raise BpfError(
+        f"The kernel's verifier refused program {name}: " + " | ".join(words),
+        operation="BPF_PROG_LOAD",
+        subject=name,
+        errno=number,
+    )
+
+
+def pin(descriptor: int, path: Path) -> None:
+    """Gives a map or program a name in a bpffs; it then lives without us. FileExistsError where there is one."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    result, number = _call(_OBJ_PIN, struct.pack("=QI", ctypes.addressof(name), descriptor))
+    if result < 0:
+        if number == errno.EEXIST:
+            raise FileExistsError(number, os.strerror(number), str(path))
+        raise _failed("BPF_OBJ_PIN", str(path), number)
+
+
+def get(path: Path) -> int | None:
+    """The descriptor of what is pinned at ``path``, or None."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    result, number = _call(_OBJ_GET, struct.pack("=QI", ctypes.addressof(name), 0))
+    if result < 0:
+        if number == errno.ENOENT:
+            return None
+        raise _failed("BPF_OBJ_GET", str(path), number)
+    return result
+
+
+def program_by_id(number: int) -> int | None:
+    """The descriptor of a loaded program by its kernel id, or None when it is gone."""
+    result, code = _call(_PROG_GET_FD_BY_ID, struct.pack("=III", number, 0, 0))
+    if result < 0:
+        if code == errno.ENOENT:
+            return None
+        raise _failed("BPF_PROG_GET_FD_BY_ID", f"program {number}", code)
+    return result
+
+
+def map_info(descriptor: int) -> MapInfo:
+    """What the kernel knows of a map."""
+    raw = _info(descriptor, 88)
+    type_, id_, key_size, value_size, max_entries, flags, name = struct.unpack_from("=IIIIII16s", raw)
+    return MapInfo(type_, id_, key_size, value_size, max_entries, flags, _text(name))
+
+
+def program_info(descriptor: int) -> ProgramInfo:
+    """What the kernel knows of a program."""
+    raw = _info(descriptor, 232)
+    type_, id_ = struct.unpack_from("=II", raw)
+    (name,) = struct.unpack_from("=16s", raw, 64)
+    return ProgramInfo(type_, id_, _text(name))
+
+
+def run_program(descriptor: int, packet: bytes, context: bytes = b"", repeat: int = 1) -> Run:
+    """Runs a tc program on a packet (BPF_PROG_TEST_RUN); ``context`` is a struct __sk_buff or its beginning."""
+    packet_in, context_in = _buffer(packet), _buffer(context)
+    packet_out = ctypes.create_string_buffer(len(packet) + 512)
+    context_out = ctypes.create_string_buffer(192)
+    attr = ctypes.create_string_buffer(
+        struct.pack(
+            "=IIIIQQIIIIQQIII",
+            descriptor,
+            0,
+            len(packet),
+            len(packet_out),
+            ctypes.addressof(packet_in),
+            ctypes.addressof(packet_out),
+            repeat,
+            0,
+            len(context),
+            len(context_out),
+            ctypes.addressof(context_in) if context else 0,
+            ctypes.addressof(context_out),
+            0,
+            0,
+            0,
+        ),
+        _ATTR_BYTES,
+    )
+    result, number = _call_buffer(_PROG_TEST_RUN, attr)
+    if result < 0:
+        raise _failed("BPF_PROG_TEST_RUN", f"{len(packet)} bytes", number)
+    _, verdict, _, size, _, _, _, duration, _, context_size = struct.unpack_from("=IIIIQQIIII", attr)
+    return Run(verdict, packet_out.raw[:size], context_out.raw[:context_size], duration)
+
+
+def buffer_bytes(map_type: int, value_size: int) -> int:
+    """Bytes that a look-up returns: per-CPU values come for every possible CPU, each padded to 8 bytes."""
+    if map_type not in _PERCPU_TYPES:
+        return value_size
+    return (value_size + 7) // 8 * 8 * possible_cpus()
+
+
+@cache
+def possible_cpus() -> int:
+    """CPUs that the kernel has room for, plugged in or not."""
+    text = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()
+    return int(text.split(",")[-1].split("-")[-1]) + 1
+
+
+def is_bpffs(path: Path) -> bool:
+    """Whether ``path`` (which exists) is inside a bpffs."""
+    status = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), status) != 0:
+        number = ctypes.get_errno()
+        raise BpfError(f"{path} cannot be looked at.", operation="statfs", subject=str(path), errno=number)
+    # f_type comes first, a long on both architectures.
+    return bool(struct.unpack_from("=q", status.raw)[0] == BPF_FS_MAGIC)
+
+
+def _element(
+    descriptor: int, key: ctypes.Array[ctypes.c_char], value: ctypes.Array[ctypes.c_char], flags: int = 0
+) -> bytes:
+    return struct.pack("=IIQQQ", descriptor, 0, ctypes.addressof(key), ctypes.addressof(value), flags)
+
+
+def _info(descriptor: int, size: int) -> bytes:
+    info = ctypes.create_string_buffer(size)
+    result, number = _call(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", descriptor, size, ctypes.addressof(info)))
+    if result < 0:
+        raise _failed("BPF_OBJ_GET_INFO_BY_FD", f"descriptor {descriptor}", number)
+    return info.raw
+
+
+def _descriptor(command: int, attr: bytes, operation: str, subject: str) -> int:
+    result, number = _call(command, attr)
+    if result < 0:
+        raise _failed(operation, subject, number)
+    return result
+
+
+def _call(command: int, attr: bytes) -> tuple[int, int]:
+    return _call_buffer(command, ctypes.create_string_buffer(attr, _ATTR_BYTES))
+
+
+def _call_buffer(command: int, attr: ctypes.Array[ctypes.c_char]) -> tuple[int, int]:
+    """(result, errno); the descriptors that come back are close-on-exec (the kernel sets it)."""
+    result = _libc.syscall(ctypes.c_long(_syscall_number()), ctypes.c_long(command), attr, ctypes.c_long(len(attr)))
+    return int(result), ctypes.get_errno()
+
+
+@cache
+def _syscall_number() -> int:
+    machine = platform.machine()
+    try:
+        return _SYSCALL_NUMBERS[machine]
+    except KeyError:
+        raise UnavailableError(
+            f"The datapath runs on {' and '.join(_SYSCALL_NUMBERS)}; this machine is {machine}."
+        ) from None
+
+
+def _failed(operation: str, subject: str, number: int) -> BpfError:
+    if number in (errno.EPERM, errno.EACCES):
+        sentence = "The kernel allows eBPF only to root in the host's namespaces (CAP_BPF and CAP_NET_ADMIN)."
+    elif number == errno.ENOSYS:
+        sentence = "This kernel was built without eBPF (CONFIG_BPF_SYSCALL)."
+    elif number == errno.E2BIG:
+        sentence = "The map is full."
+    else:
+        sentence = "The kernel refused an eBPF operation."
+    return BpfError(sentence, operation=operation, subject=subject, errno=number)
+
+
+def _name(name: str) -> bytes:
+    encoded = name.encode("ascii")
+    if len(encoded) >= _NAME_BYTES:
+        raise ValueError(f"{name} is longer than the {_NAME_BYTES - 1} bytes of a BPF object's name")
+    return encoded
+
+
+def _buffer(content: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(content, max(len(content), 1))
+
+
+def _text(name: bytes) -> str:
+    return name.split(b"\0", 1)[0].decode("ascii", errors="replace")

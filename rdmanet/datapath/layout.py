@@ -1,0 +1,305 @@
+"""Wire formats of the maps: Python tables beside the C structs of bpf/, and the values they hold.
+
+A test compares every table with the offsets and sizes that the C compiler gives. Numbers are in the host's byte order
+unless a field's comment says otherwise; addresses are address keys (16 bytes, ``rdmanet.model.address_key``).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rdmanet.errors import InputError, StateError
+from rdmanet.model import GuardEntry, GuardState
+
+ADDRESS_BYTES = 16
+NO_ADDRESS = bytes(ADDRESS_BYTES)
+
+HAS_DEVICE = 1  # bpf/endpoint.h
+ENFORCE = 2
+
+DIRECTIONS = ("from_pod", "to_pod")  # enum direction in bpf/counters.h
+KINDS = ("ip", "roce")
+_GUARD_STATES = {GuardState.GRANTED: 1, GuardState.REVOKED: 2}  # enum guard_state in bpf/guard.h
+_GUARD_STATE_NAMES = {number: state for state, number in _GUARD_STATES.items()}
+
+
+class StructTable:
+    """A C struct: field names with their struct(3) codes, in order, padding written out."""
+
+    def __init__(self, name: str, *fields: tuple[str, str]):
+        self.name = name
+        self.fields = fields
+        self._struct = struct.Struct("=" + "".join(code for _, code in fields))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._struct.size
+
+    def offsets(self) -> dict[str, int]:
+        """Where each field begins, in bytes; padding (code ``x``) left out."""
+        found, offset = {}, 0
+        for name, code in self.fields:
+            if not code.endswith("x"):
+                found[name] = offset
+            offset += struct.calcsize("=" + code)
+        return found
+
+    def pack(self, *values: int | bytes) -> bytes:
+        """The fields' values, in order, as the struct's bytes."""
+        return self._struct.pack(*values)
+
+    def unpack(self, raw: bytes) -> tuple[int | bytes, ...]:
+        """The struct's bytes as the fields' values, in order."""
+        return self._struct.unpack(raw)
+
+
+U32 = StructTable("__u32", ("value", "I"))
+U64 = StructTable("__u64", ("value", "Q"))
+ADDRESS_KEY = StructTable("address_key", ("word", "16s"))
+NODE = StructTable(
+    "node_entry",
+    ("gateway_mac", "6s"),
+    ("masquerade", "H"),
+    ("host_ifindex", "I"),
+    ("first_port", "H"),
+    ("last_port", "H"),
+)
+ATTACHMENT = StructTable(
+    "attachment_entry",
+    ("id", "I"),
+    ("flags", "I"),
+    ("ipv4", "16s"),
+    ("ipv6", "16s"),
+    ("mac", "6s"),
+    ("pad", "2x"),
+)
+ENDPOINT = StructTable(
+    "endpoint_entry", ("ifindex", "I"), ("attachment", "I"), ("flags", "I"), ("mac", "6s"), ("pad", "2x")
+)
+UPLINK = StructTable("uplink_entry", ("ipv4", "16s"), ("ipv6", "16s"))
+GUARD_KEY = StructTable("guard_key", ("address", "16s"), ("qpn", "I"))
+GUARD = StructTable(
+    "guard_entry",
+    ("lease", "Q"),
+    ("packets", "Q"),
+    ("bytes", "Q"),
+    ("peer_address", "16s"),
+    ("peer_qpn", "I"),
+    ("state", "I"),
+)
+NAT_TUPLE = StructTable(
+    "nat_tuple",
+    ("local", "16s"),
+    ("remote", "16s"),
+    ("local_port", "2s"),  # network byte order
+    ("remote_port", "2s"),  # network byte order
+    ("protocol", "B"),
+    ("pad", "3x"),
+)
+NAT_ENTRY = StructTable(
+    "nat_entry",
+    ("address", "16s"),
+    ("last_seen_ns", "Q"),
+    ("attachment", "I"),
+    ("port", "2s"),  # network byte order
+    ("closing", "B"),
+    ("pad", "x"),
+)
+COUNTER_KEY = StructTable("counter_key", ("attachment", "I"), ("direction", "B"), ("roce", "B"), ("pad", "2x"))
+COUNTER = StructTable("counter_entry", ("packets", "Q"), ("bytes", "Q"))
+DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "I"))
+
+#: Key and value of every map.
+MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
+    "node": (U32, NODE),
+    "attachments": (U32, ATTACHMENT),
+    "endpoints": (ADDRESS_KEY, ENDPOINT),
+    "uplinks": (U32, UPLINK),
+    "nat_forward": (NAT_TUPLE, NAT_ENTRY),
+    "nat_reverse": (NAT_TUPLE, NAT_ENTRY),
+    "guard": (GUARD_KEY, GUARD),
+    "counters": (COUNTER_KEY, COUNTER),
+    "drops": (DROP_KEY, U64),
+    "programs": (U32, U32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """Options of the node. Ports are the outside ports for masquerading, both included."""
+
+    gateway_mac: str  # of rdmanet0, rdmanet1 and the host's end of every veth pair
+    host_ifindex: int  # rdmanet0
+    masquerade: bool = True
+    first_port: int = 61000
+    last_port: int = 65535
+
+    def encode(self) -> bytes:
+        if not 0 < self.first_port <= self.last_port <= 65535:
+            raise InputError(f"The masquerading ports {self.first_port}-{self.last_port} are no range of ports.")
+        return NODE.pack(
+            mac_bytes(self.gateway_mac), int(self.masquerade), self.host_ifindex, self.first_port, self.last_port
+        )
+
+    @classmethod
+    def decode(cls, raw: bytes) -> NodeEntry:
+        mac, masquerade, ifindex, first, last = NODE.unpack(raw)
+        return cls(mac_text(_raw(mac)), int(ifindex), bool(masquerade), int(first), int(last))
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentEntry:
+    """Who may send from a veth; the map's key is the index of its host's end."""
+
+    id: int
+    mac: str
+    ipv4: bytes | None  # address keys
+    ipv6: bytes | None
+    device: bool = False
+    enforce: bool = False
+
+    def encode(self) -> bytes:
+        return ATTACHMENT.pack(
+            self.id,
+            _flags(self.device, self.enforce),
+            _key(self.ipv4),
+            _key(self.ipv6),
+            mac_bytes(self.mac),
+        )
+
+    @classmethod
+    def decode(cls, raw: bytes) -> AttachmentEntry:
+        id_, flags, ipv4, ipv6, mac = ATTACHMENT.unpack(raw)
+        return cls(
+            id=int(id_),
+            mac=mac_text(_raw(mac)),
+            ipv4=_optional(ipv4),
+            ipv6=_optional(ipv6),
+            device=bool(int(flags) & HAS_DEVICE),
+            enforce=bool(int(flags) & ENFORCE),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointEntry:
+    """Where an address is; the map's key is the address key."""
+
+    ifindex: int  # the host's end of the veth pair
+    attachment_id: int
+    mac: str
+    device: bool = False
+    enforce: bool = False
+
+    def encode(self) -> bytes:
+        return ENDPOINT.pack(self.ifindex, self.attachment_id, _flags(self.device, self.enforce), mac_bytes(self.mac))
+
+    @classmethod
+    def decode(cls, raw: bytes) -> EndpointEntry:
+        ifindex, attachment, flags, mac = ENDPOINT.unpack(raw)
+        return cls(
+            ifindex=int(ifindex),
+            attachment_id=int(attachment),
+            mac=mac_text(_raw(mac)),
+            device=bool(int(flags) & HAS_DEVICE),
+            enforce=bool(int(flags) & ENFORCE),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkEntry:
+    """Address keys to masquerade behind, None where the uplink has none of that family."""
+
+    ipv4: bytes | None
+    ipv6: bytes | None
+
+    def encode(self) -> bytes:
+        return UPLINK.pack(_key(self.ipv4), _key(self.ipv6))
+
+    @classmethod
+    def decode(cls, raw: bytes) -> UplinkEntry:
+        ipv4, ipv6 = UPLINK.unpack(raw)
+        return cls(_optional(ipv4), _optional(ipv6))
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Packets (a GSO frame as its segments) and bytes of frames."""
+
+    packets: int
+    bytes: int
+
+
+def encode_guard(entry: GuardEntry) -> bytes:
+    """A guard entry as the map holds it."""
+    return GUARD.pack(
+        entry.lease,
+        entry.packets,
+        entry.bytes,
+        _key(entry.peer_address),
+        entry.peer_qpn,
+        _GUARD_STATES[entry.state],
+    )
+
+
+def decode_guard(raw: bytes) -> GuardEntry:
+    """A guard entry from the map. Raises StateError for a state this version does not know."""
+    lease, packets, size, peer, qpn, state = GUARD.unpack(raw)
+    name = _GUARD_STATE_NAMES.get(int(state))
+    if name is None:
+        raise StateError(f"The guard map holds state {int(state)!r}, which this version does not know.")
+    return GuardEntry(
+        lease=int(lease),
+        peer_address=_raw(peer),
+        peer_qpn=int(qpn),
+        state=name,
+        packets=int(packets),
+        bytes=int(size),
+    )
+
+
+def encode_guard_key(address: bytes, qpn: int) -> bytes:
+    """The key of a queue pair's guard entry. Raises InputError for a QPN beyond 24 bits."""
+    if not 0 <= qpn <= 0xFFFFFF:
+        raise InputError(f"{qpn} is no queue pair number: those have 24 bits.")
+    return GUARD_KEY.pack(_key(address), qpn)
+
+
+def mac_bytes(mac: str) -> bytes:
+    """Six bytes of ``02:00:00:00:00:01``. Raises InputError for anything else."""
+    try:
+        raw = bytes.fromhex(mac.replace(":", ""))
+    except ValueError:
+        raw = b""
+    if len(raw) != 6:
+        raise InputError(f"{mac!r} is no MAC address; one looks like 02:00:00:00:00:01.")
+    return raw
+
+
+def mac_text(raw: bytes) -> str:
+    """The usual way to write six bytes."""
+    return raw.hex(":")
+
+
+def _flags(device: bool, enforce: bool) -> int:
+    return (HAS_DEVICE if device else 0) | (ENFORCE if enforce else 0)
+
+
+def _key(address: bytes | None) -> bytes:
+    if address is None:
+        return NO_ADDRESS
+    if len(address) != ADDRESS_BYTES:
+        raise InputError(f"An address key has {ADDRESS_BYTES} bytes, not {len(address)}.")
+    return address
+
+
+def _optional(value: int | bytes) -> bytes | None:
+    address = _raw(value)
+    return None if address == NO_ADDRESS else address
+
+
+def _raw(value: int | bytes) -> bytes:
+    assert isinstance(value, bytes)
+    return value

@@ -1,0 +1,236 @@
+"""The datapath as the agent uses it: entries in, counters out, programs swapped.
+
+Synchronous, and safe to call from several threads: the kernel's maps are the only state.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from rdmanet.datapath import bpf, layout, loader
+from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.layout import (
+    DIRECTIONS,
+    KINDS,
+    AttachmentEntry,
+    Count,
+    EndpointEntry,
+    NodeEntry,
+    UplinkEntry,
+)
+from rdmanet.errors import BpfError, ExhaustedError, InputError
+from rdmanet.model import GuardEntry
+
+__all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry", "UplinkEntry"]
+
+
+class Datapath:
+    """The pinned maps and programs. Deleting what is not there is no error; writing into a full map is one
+    (ExhaustedError). Address keys are 16 bytes, as ``rdmanet.model.address_key`` makes them."""
+
+    def __init__(self, pinned: loader.Pinned):
+        self._pinned = pinned
+
+    @classmethod
+    def open(cls, artifact: Artifact, pins: Path) -> Datapath:
+        """Loads and pins, or adopts what is pinned below ``pins``, a directory inside a bpffs.
+
+        Raises UnavailableError when there is no bpffs or eBPF is refused, StateError when a pinned map has another
+        layout than the artifact's.
+        """
+        _check_tables(artifact)
+        return cls(loader.open_pins(artifact, pins))
+
+    def __enter__(self) -> Datapath:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the descriptors back; the datapath goes on working. Idempotent."""
+        self._pinned.close()
+
+    @staticmethod
+    def remove(pins: Path) -> None:
+        """Unpins everything below ``pins``; filters must be gone before. Idempotent."""
+        loader.remove(pins)
+
+    def dispatcher(self, hook: str) -> int:
+        """The program descriptor for the tc filter of ``pod``, ``host`` or ``uplink``; it stays ours to close."""
+        return self._pinned.dispatchers[hook]
+
+    def swap(self, artifact: Artifact) -> None:
+        """Replaces the programs behind all filters without losing a packet; errors as ``open``."""
+        _check_tables(artifact)
+        loader.swap(self._pinned, artifact)
+
+    def running(self) -> dict[str, str]:
+        """Hook → kernel name of the program that runs there: the hook and 8 digits of its artifact's key."""
+        return loader.running(self._pinned)
+
+    # What the agent writes
+
+    def configure(self, node: NodeEntry) -> None:
+        """Sets the node's options; before the first time everything is dropped as ``no_node``."""
+        self._update("node", layout.U32.pack(0), node.encode())
+
+    def node(self) -> NodeEntry | None:
+        """The node's options, or None before they were set."""
+        raw = self._lookup("node", layout.U32.pack(0))
+        entry = None if raw is None else NodeEntry.decode(raw)
+        return entry if entry is not None and entry.host_ifindex else None
+
+    def set_attachment(self, ifindex: int, entry: AttachmentEntry) -> None:
+        """Lets the veth whose host's end is ``ifindex`` send as this attachment."""
+        self._update("attachments", layout.U32.pack(ifindex), entry.encode())
+
+    def delete_attachment(self, ifindex: int) -> None:
+        """From now on nothing that the veth sends passes."""
+        self._delete("attachments", layout.U32.pack(ifindex))
+
+    def attachments(self) -> dict[int, AttachmentEntry]:
+        """By the index of the host's end."""
+        return {_number(key): AttachmentEntry.decode(value) for key, value in self._items("attachments")}
+
+    def set_endpoint(self, address: bytes, entry: EndpointEntry) -> None:
+        """Delivers packets to ``address`` there from now on."""
+        self._update("endpoints", _address(address), entry.encode())
+
+    def delete_endpoint(self, address: bytes) -> None:
+        """From now on packets to ``address`` are dropped as ``no_endpoint``."""
+        self._delete("endpoints", _address(address))
+
+    def endpoints(self) -> dict[bytes, EndpointEntry]:
+        """By address key."""
+        return {key: EndpointEntry.decode(value) for key, value in self._items("endpoints")}
+
+    def set_uplink(self, ifindex: int, entry: UplinkEntry) -> None:
+        """Lets pods out through this device."""
+        self._update("uplinks", layout.U32.pack(ifindex), entry.encode())
+
+    def delete_uplink(self, ifindex: int) -> None:
+        """From now on nothing goes out there, nor comes back."""
+        self._delete("uplinks", layout.U32.pack(ifindex))
+
+    def uplinks(self) -> dict[int, UplinkEntry]:
+        """By index."""
+        return {_number(key): UplinkEntry.decode(value) for key, value in self._items("uplinks")}
+
+    def set_guard(self, address: bytes, qpn: int, entry: GuardEntry) -> None:
+        """Says who may send to the queue pair ``qpn`` of ``address``; packets and bytes start from the entry's."""
+        self._update("guard", layout.encode_guard_key(address, qpn), layout.encode_guard(entry))
+
+    def delete_guard(self, address: bytes, qpn: int) -> None:
+        """Forgets the queue pair: it is unleased from now on."""
+        self._delete("guard", layout.encode_guard_key(address, qpn))
+
+    def guards(self) -> dict[tuple[bytes, int], GuardEntry]:
+        """By (address key, QPN)."""
+        found = {}
+        for key, value in self._items("guard"):
+            address, qpn = layout.GUARD_KEY.unpack(key)
+            assert isinstance(address, bytes)
+            found[address, int(qpn)] = layout.decode_guard(value)
+        return found
+
+    # What the programs counted
+
+    def counters(self) -> dict[tuple[int, str, str], Count]:
+        """By (attachment id, ``from_pod`` or ``to_pod``, ``ip`` or ``roce``), summed over the CPUs."""
+        found = {}
+        for key, values in self._items("counters"):
+            attachment, direction, roce = (int(field) for field in layout.COUNTER_KEY.unpack(key))
+            counts = [layout.COUNTER.unpack(value) for value in _per_cpu(values, layout.COUNTER.size)]
+            found[attachment, DIRECTIONS[direction], KINDS[roce]] = Count(
+                packets=sum(int(packets) for packets, _ in counts),
+                bytes=sum(int(size) for _, size in counts),
+            )
+        return found
+
+    def drops(self) -> dict[tuple[int, str], int]:
+        """Packets by (attachment id, or 0 where it is not known; drop reason), summed over the CPUs."""
+        reasons = self._pinned.artifact.drop_reasons
+        found = {}
+        for key, values in self._items("drops"):
+            attachment, number = (int(field) for field in layout.DROP_KEY.unpack(key))
+            # A newer version may have left a reason that this one has no name for.
+            reason = reasons[number - 1] if 0 < number <= len(reasons) else f"reason_{number}"
+            found[attachment, reason] = sum(_number(value) for value in _per_cpu(values, layout.U64.size))
+        return found
+
+    def forget(self, attachment_id: int) -> None:
+        """Removes the counters and drops of an attachment that is gone."""
+        for name, table in (("counters", layout.COUNTER_KEY), ("drops", layout.DROP_KEY)):
+            for key in self._keys(name):
+                if table.unpack(key)[0] == attachment_id:
+                    self._delete(name, key)
+
+    # One map
+
+    def _update(self, name: str, key: bytes, value: bytes) -> None:
+        try:
+            bpf.update(self._pinned.maps[name], key, value)
+        except BpfError as error:
+            if error.errno in (errno.E2BIG, errno.ENOMEM):
+                bound = self._pinned.artifact.maps[name].max_entries
+                raise ExhaustedError(
+                    f"The datapath's map {name} is full: it holds at most {bound} entries.",
+                    operation=error.operation,
+                    subject=name,
+                    errno=error.errno,
+                ) from error
+            raise
+
+    def _delete(self, name: str, key: bytes) -> None:
+        bpf.delete(self._pinned.maps[name], key)
+
+    def _lookup(self, name: str, key: bytes) -> bytes | None:
+        definition = self._pinned.artifact.maps[name]
+        return bpf.lookup(self._pinned.maps[name], key, bpf.buffer_bytes(definition.type, definition.value_size))
+
+    def _keys(self, name: str) -> list[bytes]:
+        definition = self._pinned.artifact.maps[name]
+        return list(dict.fromkeys(bpf.keys(self._pinned.maps[name], definition.key_size, definition.max_entries)))
+
+    def _items(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+        for key in self._keys(name):
+            value = self._lookup(name, key)
+            # Gone since the keys were read.
+            if value is not None:
+                yield key, value
+
+
+def _check_tables(artifact: Artifact) -> None:
+    """Sizes of this module's tables against the artifact's; a test compares every offset."""
+    for name, (key, value) in layout.MAPS.items():
+        definition = artifact.maps.get(name)
+        if definition is None or (definition.key_size, definition.value_size) != (key.size, value.size):
+            raise InputError(
+                f"The compiled datapath's map {name} does not fit this version of rdmanet; "
+                "make it anew with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
+                subject=name,
+            )
+
+
+def _address(address: bytes) -> bytes:
+    if len(address) != layout.ADDRESS_BYTES:
+        raise InputError(f"An address key has {layout.ADDRESS_BYTES} bytes, not {len(address)}.")
+    return address
+
+
+def _number(raw: bytes) -> int:
+    return int.from_bytes(raw, sys.byteorder)
+
+
+def _per_cpu(values: bytes, size: int) -> Iterator[bytes]:
+    """Each CPU's value; the kernel pads them to 8 bytes."""
+    step = (size + 7) // 8 * 8
+    for offset in range(0, len(values), step):
+        yield values[offset : offset + size]
