@@ -119,7 +119,7 @@ class RuntimeConfig:
     pod_annotations: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, value: Json) -> RuntimeConfig:
+    def parse(cls, value: object) -> RuntimeConfig:
         """Read ``runtimeConfig``; keys in any letter case, as containerd and podman write them differently.
 
         Raises CniError (7): a value has the wrong type or form.
@@ -402,7 +402,7 @@ def _netns(path: str) -> str:
     return path
 
 
-def _network_name(value: Json) -> str:
+def _network_name(value: object) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value) or len(value) > 255:
         raise config_error(
             f'"name" is {shown(value)}; it must be a letter or digit followed by at most 254 of those, _ . and -'

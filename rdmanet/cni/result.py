@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rdmanet.cni.values import (
-    Json,
     config_error,
     list_of,
     number_of,
@@ -73,7 +72,7 @@ class Dns:
     options: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, value: Json) -> Dns:
+    def from_json(cls, value: object) -> Dns:
         """Read a ``dns`` object; keys in any letter case, as in runtimeConfig. Raises CniError (7)."""
         given = {key.lower(): item for key, item in object_of("dns", value).items()}
         # "servers" and "searches" are the names of the dns capability in CONVENTIONS.md.
@@ -108,7 +107,7 @@ class Result:
     dns: Dns = Dns()
 
     @classmethod
-    def from_json(cls, value: Json) -> Result:
+    def from_json(cls, value: object) -> Result:
         """Read a result of any supported version, ``prevResult`` included, where cniVersion may be missing.
 
         Raises CniError (7): a value has the wrong type or form, or an index points nowhere.
@@ -169,7 +168,7 @@ def error_json(version: str, code: int, msg: str, details: str = "") -> dict[str
     return {"cniVersion": version, "code": int(code), "msg": msg, "details": details}
 
 
-def _ip_address(name: str, value: Json) -> IPAddress | None:
+def _ip_address(name: str, value: object) -> IPAddress | None:
     text = string_of(name, value)
     try:
         return ipaddress.ip_address(text) if text else None
@@ -177,7 +176,7 @@ def _ip_address(name: str, value: Json) -> IPAddress | None:
         raise config_error(f"{name}: {shown(text)} is not an address") from None
 
 
-def _interface(value: Json) -> Interface:
+def _interface(value: object) -> Interface:
     given = object_of("interfaces", value)
     return Interface(
         name=string_of("interfaces.name", given.get("name")),
@@ -201,7 +200,7 @@ def _interface_json(interface: Interface, version: str) -> dict[str, object]:
     return found | {key: value for key, value in optional.items() if value}
 
 
-def _ip_config(value: Json) -> IpConfig:
+def _ip_config(value: object) -> IpConfig:
     given = object_of("ips", value)
     text = string_of("ips.address", given.get("address"))
     try:
@@ -226,7 +225,7 @@ def _ip_config_json(ip: IpConfig, version: str) -> dict[str, object]:
     return found
 
 
-def _route(value: Json) -> Route:
+def _route(value: object) -> Route:
     given = object_of("routes", value)
     text = string_of("routes.dst", given.get("dst"))
     try:

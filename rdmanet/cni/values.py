@@ -55,12 +55,12 @@ def config_error(sentence: str) -> CniError:
     return CniError(f"The network configuration is not valid: {sentence}", CniCode.CONFIG)
 
 
-def field_error(key: str, value: Json, hint: str) -> CniError:
+def field_error(key: str, value: object, hint: str) -> CniError:
     """The error for a key that rdmanet does not act upon; the specification wants its key and value in it."""
     return CniError(f'Unsupported field in the network configuration: "{key}": {shown(value)}{hint}', CniCode.FIELD)
 
 
-def shown(value: Json) -> str:
+def shown(value: object) -> str:
     """A value as JSON for a sentence, cut to 80 characters."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -73,7 +73,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'; did you mean "{lowered[found[0]]}"?' if found else ""
 
 
-def object_of(name: str, value: Json) -> JsonObject:
+def object_of(name: str, value: object) -> JsonObject:
     """A JSON object; absent and null are an empty one. Raises CniError (7)."""
     if value is None:
         return {}
@@ -82,7 +82,7 @@ def object_of(name: str, value: Json) -> JsonObject:
     return value
 
 
-def list_of(name: str, value: Json) -> list[Json]:
+def list_of(name: str, value: object) -> list[Json]:
     """A bounded list; absent and null are an empty one. Raises CniError (7)."""
     if value is None:
         return []
@@ -93,7 +93,7 @@ def list_of(name: str, value: Json) -> list[Json]:
     return value
 
 
-def string_of(name: str, value: Json) -> str:
+def string_of(name: str, value: object) -> str:
     """A bounded string without NUL; absent and null are an empty one. Raises CniError (7)."""
     if value is None:
         return ""
@@ -104,12 +104,12 @@ def string_of(name: str, value: Json) -> str:
     return value
 
 
-def strings_of(name: str, value: Json) -> tuple[str, ...]:
+def strings_of(name: str, value: object) -> tuple[str, ...]:
     """A bounded list of strings; absent and null are an empty one. Raises CniError (7)."""
     return tuple(string_of(name, item) for item in list_of(name, value))
 
 
-def number_of(name: str, value: Json, allowed: range) -> int | None:
+def number_of(name: str, value: object, allowed: range) -> int | None:
     """A whole number within a range; absent and null are None. Raises CniError (7)."""
     if value is None:
         return None
@@ -120,14 +120,14 @@ def number_of(name: str, value: Json, allowed: range) -> int | None:
     return value
 
 
-def bool_of(name: str, value: Json) -> bool | None:
+def bool_of(name: str, value: object) -> bool | None:
     """true or false; absent and null are None. Raises CniError (7)."""
     if value is not None and not isinstance(value, bool):
         raise config_error(f'"{name}" is {shown(value)}; write true or false')
     return value
 
 
-def path_of(name: str, value: Json) -> str | None:
+def path_of(name: str, value: object) -> str | None:
     """An absolute path; absent is None. Raises CniError (7)."""
     if value is not None and not string_of(name, value).startswith("/"):
         raise config_error(f'"{name}" is {shown(value)}; write an absolute path')
@@ -140,9 +140,9 @@ def address_of_text(name: str, text: str, error: Callable[[str], CniError] = con
         address = ipaddress.ip_interface(text.strip()).ip
     except ValueError:
         raise error(f"{name} is {shown(text)}, not an IPv4 or IPv6 address") from None
-    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+    if "%" in text:
         raise error(f"{name} is {shown(text)}: an address with a scope cannot be given to a pod")
-    return ipaddress.ip_address(address.packed)
+    return address
 
 
 def mac_of_text(name: str, text: str, error: Callable[[str], CniError] = config_error) -> str | None:
