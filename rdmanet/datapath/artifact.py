@@ -20,6 +20,8 @@ from typing import Any
 from rdmanet.errors import NotFoundError, StateError
 
 FORMAT = 1
+#: The newest artifact of a directory.
+NEWEST = "datapath.json"
 #: Bytes of one eBPF instruction (RFC 9669 3).
 INSTRUCTION_BYTES = 8
 #: Hooks and their slots in the program array, as enum hook in bpf/dispatcher.c has them.
@@ -57,21 +59,40 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A compiled datapath. ``key`` is the hash of source, flags and compiler, in hexadecimal."""
+    """A compiled datapath. ``hash`` is that of source, flags and compiler, in hexadecimal."""
 
-    key: str
+    hash: str
     compiler: str
     license: str
     drop_reasons: tuple[str, ...]  # the reason with number 1 first
     maps: Mapping[str, MapDefinition]
     programs: Mapping[str, Program]
 
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Reads an artifact file, or the newest one of a directory that the compiler wrote into.
+
+        Raises NotFoundError without one, StateError when it is damaged or of another format.
+        """
+        file = path / NEWEST if path.is_dir() else path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise NotFoundError(
+                f"There is no compiled datapath at {file}; "
+                "make one with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
+                subject=str(file),
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unusable(str(file), f"it cannot be read ({error})") from error
+        return decode(text, str(file))
+
 
 def encode(artifact: Artifact) -> str:
     """The artifact as the text of its file."""
     body: dict[str, Any] = {
         "format": FORMAT,
-        "key": artifact.key,
+        "hash": artifact.hash,
         "compiler": artifact.compiler,
         "license": artifact.license,
         "drop_reasons": list(artifact.drop_reasons),
@@ -120,7 +141,7 @@ def decode(text: str, origin: str = "artifact") -> Artifact:
             for name, program in body["programs"].items()
         }
         artifact = Artifact(
-            key=body["key"],
+            hash=body["hash"],
             compiler=body["compiler"],
             license=body["license"],
             drop_reasons=tuple(body["drop_reasons"]),
@@ -131,21 +152,6 @@ def decode(text: str, origin: str = "artifact") -> Artifact:
         raise _unusable(origin, f"a field is missing or of the wrong type ({error!r})") from error
     _check(artifact, origin)
     return artifact
-
-
-def load(path: Path) -> Artifact:
-    """Reads an artifact file. Raises NotFoundError without one, StateError as ``decode`` does."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"There is no compiled datapath at {path}; "
-            "make one with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
-            subject=str(path),
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unusable(str(path), f"it cannot be read ({error})") from error
-    return decode(text, str(path))
 
 
 def save(artifact: Artifact, path: Path) -> None:

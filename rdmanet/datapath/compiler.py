@@ -26,7 +26,6 @@ from rdmanet.errors import NotFoundError, RdmanetError, StateError, UnavailableE
 FLAGS = ("-Wno-unused-variable", "-Wno-macro-redefined", "-Wno-unused-function")
 
 HEADERS_VARIABLE = "BCC_KERNEL_SOURCE"
-NEWEST = "datapath.json"
 
 _LOAD_64_BIT_IMMEDIATE = 0x18
 _PSEUDO_MAP_FD = 1
@@ -48,14 +47,14 @@ def compile_datapath(output: Path, directory: Path | None = None) -> Path:
     if artifact is None:
         artifact = _compile(lib, text, key, compiler)
         artifacts.save(artifact, path)
-    artifacts.save(artifact, output / NEWEST)
+    artifacts.save(artifact, output / artifacts.NEWEST)
     return path
 
 
 def _cached(path: Path) -> Artifact | None:
     """What an earlier run left; a damaged file is made anew."""
     try:
-        return artifacts.load(path)
+        return Artifact.load(path)
     except (NotFoundError, StateError):
         return None
 
@@ -114,7 +113,7 @@ def _compile(lib: Any, text: str, key: str, compiler: str) -> Artifact:
             for name in (hook, f"dispatch_{hook}"):
                 programs[name] = _program(name, _instructions(lib, module, name), names)
         return Artifact(
-            key=key,
+            hash=key,
             compiler=compiler,
             license=lib.bpf_module_license(module).decode(),
             drop_reasons=reasons,

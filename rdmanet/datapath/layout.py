@@ -15,6 +15,7 @@ from rdmanet.model import GuardEntry, GuardState
 
 ADDRESS_BYTES = 16
 NO_ADDRESS = bytes(ADDRESS_BYTES)
+MAC_BYTES = 6
 
 HAS_DEVICE = 1  # bpf/endpoint.h
 ENFORCE = 2
@@ -131,53 +132,52 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
 class NodeEntry:
     """Options of the node. Ports are the outside ports for masquerading, both included."""
 
-    gateway_mac: str  # of rdmanet0, rdmanet1 and the host's end of every veth pair
+    gateway_mac: bytes  # of rdmanet0, rdmanet1 and the host's end of every veth pair
     host_ifindex: int  # rdmanet0
     masquerade: bool = True
     first_port: int = 61000
     last_port: int = 65535
 
     def encode(self) -> bytes:
+        """struct node_entry."""
         if not 0 < self.first_port <= self.last_port <= 65535:
             raise InputError(f"The masquerading ports {self.first_port}-{self.last_port} are no range of ports.")
         return NODE.pack(
-            mac_bytes(self.gateway_mac), int(self.masquerade), self.host_ifindex, self.first_port, self.last_port
+            _mac(self.gateway_mac), int(self.masquerade), self.host_ifindex, self.first_port, self.last_port
         )
 
     @classmethod
     def decode(cls, raw: bytes) -> NodeEntry:
+        """From struct node_entry."""
         mac, masquerade, ifindex, first, last = NODE.unpack(raw)
-        return cls(mac_text(_raw(mac)), int(ifindex), bool(masquerade), int(first), int(last))
+        return cls(_raw(mac), int(ifindex), bool(masquerade), int(first), int(last))
 
 
 @dataclass(frozen=True, slots=True)
 class AttachmentEntry:
     """Who may send from a veth; the map's key is the index of its host's end."""
 
-    id: int
-    mac: str
-    ipv4: bytes | None  # address keys
-    ipv6: bytes | None
+    attachment_id: int
+    mac: bytes
+    ipv4: bytes = NO_ADDRESS  # address keys
+    ipv6: bytes = NO_ADDRESS
     device: bool = False
     enforce: bool = False
 
     def encode(self) -> bytes:
-        return ATTACHMENT.pack(
-            self.id,
-            _flags(self.device, self.enforce),
-            _key(self.ipv4),
-            _key(self.ipv6),
-            mac_bytes(self.mac),
-        )
+        """struct attachment_entry."""
+        flags = _flags(self.device, self.enforce)
+        return ATTACHMENT.pack(self.attachment_id, flags, address(self.ipv4), address(self.ipv6), _mac(self.mac))
 
     @classmethod
     def decode(cls, raw: bytes) -> AttachmentEntry:
+        """From struct attachment_entry."""
         id_, flags, ipv4, ipv6, mac = ATTACHMENT.unpack(raw)
         return cls(
-            id=int(id_),
-            mac=mac_text(_raw(mac)),
-            ipv4=_optional(ipv4),
-            ipv6=_optional(ipv6),
+            attachment_id=int(id_),
+            mac=_raw(mac),
+            ipv4=_raw(ipv4),
+            ipv6=_raw(ipv6),
             device=bool(int(flags) & HAS_DEVICE),
             enforce=bool(int(flags) & ENFORCE),
         )
@@ -188,21 +188,24 @@ class EndpointEntry:
     """Where an address is; the map's key is the address key."""
 
     ifindex: int  # the host's end of the veth pair
+    mac: bytes  # the pod's end
     attachment_id: int
-    mac: str
     device: bool = False
     enforce: bool = False
 
     def encode(self) -> bytes:
-        return ENDPOINT.pack(self.ifindex, self.attachment_id, _flags(self.device, self.enforce), mac_bytes(self.mac))
+        """struct endpoint_entry."""
+        flags = _flags(self.device, self.enforce)
+        return ENDPOINT.pack(self.ifindex, self.attachment_id, flags, _mac(self.mac))
 
     @classmethod
     def decode(cls, raw: bytes) -> EndpointEntry:
+        """From struct endpoint_entry."""
         ifindex, attachment, flags, mac = ENDPOINT.unpack(raw)
         return cls(
             ifindex=int(ifindex),
+            mac=_raw(mac),
             attachment_id=int(attachment),
-            mac=mac_text(_raw(mac)),
             device=bool(int(flags) & HAS_DEVICE),
             enforce=bool(int(flags) & ENFORCE),
         )
@@ -210,18 +213,20 @@ class EndpointEntry:
 
 @dataclass(frozen=True, slots=True)
 class UplinkEntry:
-    """Address keys to masquerade behind, None where the uplink has none of that family."""
+    """Address keys to masquerade behind; zero where the uplink has none of that family."""
 
-    ipv4: bytes | None
-    ipv6: bytes | None
+    ipv4: bytes = NO_ADDRESS
+    ipv6: bytes = NO_ADDRESS
 
     def encode(self) -> bytes:
-        return UPLINK.pack(_key(self.ipv4), _key(self.ipv6))
+        """struct uplink_entry."""
+        return UPLINK.pack(address(self.ipv4), address(self.ipv6))
 
     @classmethod
     def decode(cls, raw: bytes) -> UplinkEntry:
+        """From struct uplink_entry."""
         ipv4, ipv6 = UPLINK.unpack(raw)
-        return cls(_optional(ipv4), _optional(ipv6))
+        return cls(_raw(ipv4), _raw(ipv6))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +243,7 @@ def encode_guard(entry: GuardEntry) -> bytes:
         entry.lease,
         entry.packets,
         entry.bytes,
-        _key(entry.peer_address),
+        address(entry.peer_address),
         entry.peer_qpn,
         _GUARD_STATES[entry.state],
     )
@@ -260,44 +265,28 @@ def decode_guard(raw: bytes) -> GuardEntry:
     )
 
 
-def encode_guard_key(address: bytes, qpn: int) -> bytes:
+def encode_guard_key(key: bytes, qpn: int) -> bytes:
     """The key of a queue pair's guard entry. Raises InputError for a QPN beyond 24 bits."""
     if not 0 <= qpn <= 0xFFFFFF:
         raise InputError(f"{qpn} is no queue pair number: those have 24 bits.")
-    return GUARD_KEY.pack(_key(address), qpn)
+    return GUARD_KEY.pack(address(key), qpn)
 
 
-def mac_bytes(mac: str) -> bytes:
-    """Six bytes of ``02:00:00:00:00:01``. Raises InputError for anything else."""
-    try:
-        raw = bytes.fromhex(mac.replace(":", ""))
-    except ValueError:
-        raw = b""
-    if len(raw) != 6:
-        raise InputError(f"{mac!r} is no MAC address; one looks like 02:00:00:00:00:01.")
+def address(key: bytes) -> bytes:
+    """The key, if it has the length of one. Raises InputError otherwise."""
+    if len(key) != ADDRESS_BYTES:
+        raise InputError(f"An address key has {ADDRESS_BYTES} bytes, not {len(key)}.")
+    return key
+
+
+def _mac(raw: bytes) -> bytes:
+    if len(raw) != MAC_BYTES:
+        raise InputError(f"A MAC address has {MAC_BYTES} bytes, not {len(raw)}.")
     return raw
-
-
-def mac_text(raw: bytes) -> str:
-    """The usual way to write six bytes."""
-    return raw.hex(":")
 
 
 def _flags(device: bool, enforce: bool) -> int:
     return (HAS_DEVICE if device else 0) | (ENFORCE if enforce else 0)
-
-
-def _key(address: bytes | None) -> bytes:
-    if address is None:
-        return NO_ADDRESS
-    if len(address) != ADDRESS_BYTES:
-        raise InputError(f"An address key has {ADDRESS_BYTES} bytes, not {len(address)}.")
-    return address
-
-
-def _optional(value: int | bytes) -> bytes | None:
-    address = _raw(value)
-    return None if address == NO_ADDRESS else address
 
 
 def _raw(value: int | bytes) -> bytes:

@@ -205,7 +205,7 @@ def _fill_slots(artifact: Artifact, maps: dict[str, int]) -> None:
 
 def _slot_name(artifact: Artifact, hook: str) -> str:
     """The program's name in the kernel tells which artifact it came from: 15 bytes, `uplink_` is the longest."""
-    return f"{hook}_{artifact.key[:8]}"
+    return f"{hook}_{artifact.hash[:8]}"
 
 
 def _running(program_array: int, slot: int) -> str | None:
@@ -232,7 +232,7 @@ def _load(artifact: Artifact, program_name: str, name: str, maps: dict[str, int]
 
 
 def running(pinned: Pinned) -> dict[str, str]:
-    """Hook → name of the program in its slot (``HOOK_KEY``: the first 8 digits of its artifact's key).
+    """Hook → name of the program in its slot (``HOOK_HASH``: the first 8 digits of its artifact's hash).
 
     Raises NotFoundError for an empty slot.
     """

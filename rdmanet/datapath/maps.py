@@ -72,7 +72,7 @@ class Datapath:
         loader.swap(self._pinned, artifact)
 
     def running(self) -> dict[str, str]:
-        """Hook → kernel name of the program that runs there: the hook and 8 digits of its artifact's key."""
+        """Hook → kernel name of the program that runs there: the hook and 8 digits of its artifact's hash."""
         return loader.running(self._pinned)
 
     # What the agent writes
@@ -101,11 +101,11 @@ class Datapath:
 
     def set_endpoint(self, address: bytes, entry: EndpointEntry) -> None:
         """Delivers packets to ``address`` there from now on."""
-        self._update("endpoints", _address(address), entry.encode())
+        self._update("endpoints", layout.address(address), entry.encode())
 
     def delete_endpoint(self, address: bytes) -> None:
         """From now on packets to ``address`` are dropped as ``no_endpoint``."""
-        self._delete("endpoints", _address(address))
+        self._delete("endpoints", layout.address(address))
 
     def endpoints(self) -> dict[bytes, EndpointEntry]:
         """By address key."""
@@ -217,12 +217,6 @@ def _check_tables(artifact: Artifact) -> None:
                 "make it anew with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
                 subject=name,
             )
-
-
-def _address(address: bytes) -> bytes:
-    if len(address) != layout.ADDRESS_BYTES:
-        raise InputError(f"An address key has {layout.ADDRESS_BYTES} bytes, not {len(address)}.")
-    return address
 
 
 def _number(raw: bytes) -> int:
