@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rdmanet.errors import RdmanetError, UnavailableError
+from rdmanet.model import RdmaMode
 from testbed.apt import Package, PrivateApt, machine_archive
 from testbed.paths import cache_directory, locked
 from testbed.progress import say
@@ -65,6 +66,26 @@ def capable(minimum: tuple[int, int] = MINIMUM_SHARED) -> str:
     if not rxe and release_number(release) >= minimum and shutil.which("modprobe"):
         rxe = subprocess.run(["modprobe", "-q", "rdma_rxe"], check=False).returncode == 0
     return missing_for(minimum, release, rxe, os.geteuid() == 0)
+
+
+def why_not_here(mode: RdmaMode) -> str:
+    """Why tests in ``mode`` cannot run on the running kernel as it is; empty when they can.
+
+    The mode is the host owner's choice (it can only change while no other network namespace exists), never ours.
+    """
+    missing = capable(minimum_for(mode))
+    if missing:
+        return missing
+    if shutil.which("rdma") is None:
+        return "there is no command rdma (package iproute2) to read the RDMA subsystem's mode"
+    answer = subprocess.run(["rdma", "-j", "system"], capture_output=True, text=True, check=True).stdout
+    current = json.loads(answer)[0]["netns"]
+    return "" if current == mode.value else f"the RDMA subsystem's namespace mode here is {current}, not {mode.value}"
+
+
+def minimum_for(mode: RdmaMode) -> tuple[int, int]:
+    """The first kernel that can do rxe in namespaces in ``mode``."""
+    return MINIMUM_EXCLUSIVE if mode is RdmaMode.EXCLUSIVE else MINIMUM_SHARED
 
 
 def kernel_packages(versions: Callable[[str], list[Package]], image: Package) -> list[Package]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 
 from rdmanet.errors import RdmanetError
 from rdmanet.model import RdmaMode
+from testbed.kernel import why_not_here
 from testbed.progress import say
 from testbed.vm.runner import GuestFailure, run
 
@@ -16,6 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m testbed.vm", description=__doc__)
     runs = parser.add_subparsers(dest="action", required=True).add_parser("run", help="run a command in a new VM")
     runs.add_argument("--rdma-mode", type=RdmaMode, choices=list(RdmaMode), default=RdmaMode.SHARED)
+    runs.add_argument(
+        "--if-needed", action="store_true", help="run it right here where the running kernel can do it in this mode"
+    )
     runs.add_argument("--smp", type=int, default=2, help="virtual CPUs (2)")
     runs.add_argument("--memory-mb", type=int, default=4096, help="MiB of memory (4096)")
     runs.add_argument("--icount", action="store_true", help="virtual time counts instructions; one CPU")
@@ -27,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not command:
         parser.error("name the command after --")
     try:
+        if options.if_needed and not why_not_here(options.rdma_mode):
+            return subprocess.run(command, check=False).returncode
         return run(
             command,
             rdma_mode=options.rdma_mode,

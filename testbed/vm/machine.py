@@ -67,8 +67,11 @@ class Machine:
         self._timeout_s = timeout_s
         self._boot_timeout_s = boot_timeout_s
 
-    def run(self, arguments: Callable[[dict[str, int]], list[str]], title: str) -> int:
-        """Start QEMU with ``arguments(descriptors by port name)``; the command's exit status."""
+    def run(self, arguments: Callable[[dict[str, int]], list[str]], title: str, initrd: int) -> int:
+        """Start QEMU with ``arguments(descriptors by port name)``; the command's exit status.
+
+        ``initrd`` is a descriptor that QEMU inherits.
+        """
         ticker = Ticker(f"booting {title}", every_s=5.0)
         with contextlib.ExitStack() as stack:
             ours: dict[str, socket.socket] = {}
@@ -85,7 +88,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=words,
                 stderr=words,
-                pass_fds=[far.fileno() for far in theirs.values()],
+                pass_fds=[initrd, *(far.fileno() for far in theirs.values())],
                 start_new_session=True,  # Ctrl-C comes to us alone
             )
             try:

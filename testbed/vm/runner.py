@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,10 @@ from testbed.vm.machine import GuestFailure, Machine
 
 __all__ = ["GuestFailure", "Settings", "run"]
 
-#: The largest 9p message; larger ones read big libraries in fewer round trips.
-_MSIZE_BYTES = 1024 * 1024
+#: The largest 9p message; the kernel takes no larger one over virtio.
+_MSIZE_BYTES = 512000
+_CONSOLES_KEPT = 10
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,7 @@ def run(
     """
     settings = Settings(RdmaMode(rdma_mode), smp, memory_mb, icount, timeout_s, hardware=hardware)
     qemu = _qemu()
-    minimum = kernels.MINIMUM_EXCLUSIVE if settings.rdma_mode is RdmaMode.EXCLUSIVE else kernels.MINIMUM_SHARED
-    kernel = kernels.prepare(minimum)
+    kernel = kernels.prepare(kernels.minimum_for(settings.rdma_mode))
     use_hardware = settings.hardware
     if use_hardware is None:
         use_hardware = not settings.icount and hardware_works(kernel, qemu)
@@ -115,14 +116,20 @@ def run(
     command = command_script(argv, REPOSITORY, guest_environment() | dict(environment or {}))
     logs = BUILD / "vm"
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rdmanet-vm-") as name:
-        initrd = Path(name, "initrd")
-        initrd.write_bytes(base_image(kernel, settings.rdma_mode).read_bytes() + run_image(guest, command))
-        console = logs / f"console-{os.getpid()}.log"
+    for old in sorted(logs.glob("console-*.log"), key=lambda path: path.stat().st_mtime)[:-_CONSOLES_KEPT]:
+        old.unlink(missing_ok=True)
+    initrd = os.memfd_create("initrd")  # in memory: whatever ends us, no file stays behind
+    with os.fdopen(initrd, "wb") as handle:
+        handle.write(base_image(kernel, settings.rdma_mode).read_bytes() + run_image(guest, command))
+        handle.flush()
+        console = logs / f"console-{os.getpid()}-{next(_numbers)}.log"
         machine = Machine(console, out, err, timeout_s=settings.timeout_s, boot_timeout_s=settings.boot_timeout_s)
         return machine.run(
-            lambda ports: qemu_arguments(qemu, kernel, initrd, console, settings, bool(use_hardware), ports),
+            lambda ports: qemu_arguments(
+                qemu, kernel, Path(f"/proc/self/fd/{initrd}"), console, settings, bool(use_hardware), ports
+            ),
             f"{kernel.release}, {'KVM' if use_hardware else 'no hardware virtualisation'}",
+            initrd,
         )
 
 

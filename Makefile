@@ -1,0 +1,48 @@
+# The two commands of a newcomer: `make demo` and `make test` (./make.sh demo where make is not installed yet).
+# Both set up what they need first; CONTRIBUTING.md and docs/testing.md tell more.
+PYTHON := .venv/bin/python
+# A command that runs where network namespaces have rxe devices of their own: here, or in the virtual machine.
+WITH_RXE := $(PYTHON) -m testbed.vm run --if-needed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench accept image clean distclean
+
+help:
+	@echo "make setup    install what is missing (Debian packages, .venv, compiled parts)"
+	@echo "make demo     two RDMA pods, end to end"
+	@echo "make test     the whole test suite, with make check"
+	@echo "make check    ruff, mypy, clang-format"
+	@echo "make format   let ruff and clang-format write"
+	@echo "make bench    measurements (benchmarks/)"
+	@echo "make accept   the slow acceptance runs"
+	@echo "make image    the container image of agent and command line"
+	@echo "make clean    remove what was built, keep downloads; make distclean removes those too"
+
+setup:
+	@bash testbed/setup.sh
+
+demo: setup
+	@$(PYTHON) -m testbed.demo
+
+test: setup
+	@$(PYTHON) -m testbed.suite
+
+check: setup
+	@$(PYTHON) -m testbed.suite --only check
+
+format: setup
+	@.venv/bin/ruff format . && .venv/bin/ruff check --fix . && .venv/bin/clang-format -i bpf/*.[ch] cni/*.[ch]
+
+bench accept: setup
+	@if [ -d benchmarks/$@ ] || [ -f benchmarks/$@.py ]; then $(WITH_RXE) -- $(PYTHON) -m benchmarks.$@; \
+	else echo "make $@: benchmarks/$@ does not exist yet"; exit 1; fi
+
+image:
+	podman build --network host -t rdmanet:test .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find build -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf build

@@ -1,0 +1,111 @@
+#!/bin/bash
+# Makes this checkout ready: missing Debian packages, .venv on the distribution's Python (its bcc and pyverbs
+# are visible there), the CNI executable, the datapath artifact. Quick when there is nothing to do.
+# Nothing else of the machine changes: no apt sources, no kernel or header packages.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 APT_LISTCHANGES_FRONTEND=none NEEDRESTART_MODE=a
+python=/usr/bin/python3
+unset PYTHONHOME PYTHONPATH
+
+say() { echo "setup: $*"; }
+
+# step SENTENCE COMMAND...: says what happens while it happens, keeps the output for when it fails.
+step() {
+	local sentence=$1 began=$SECONDS log
+	shift
+	log=$(mktemp)
+	say "$sentence ..."
+	"$@" >"$log" 2>&1 </dev/null &
+	local job=$! status=0
+	while ! timeout 10 tail --pid="$job" -f /dev/null; do say "$sentence ... $((SECONDS - began)) s"; done
+	wait "$job" || status=$?
+	if [ "$status" -ne 0 ]; then
+		tail -n 60 "$log"
+		say "$sentence failed (status $status); the last lines are above"
+		rm -f "$log"
+		exit 1
+	fi
+	rm -f "$log"
+	say "$sentence: $((SECONDS - began)) s"
+}
+
+packages() {
+	# Python with eBPF and verbs; a compiler for the CNI executable
+	echo python3 python3-venv python3-bpfcc python3-pyverbs gcc libc6-dev musl-tools make
+	# user space of network and RDMA, and the unmodified programs that the tests run
+	echo iproute2 iputils-ping kmod procps rdma-core ibverbs-providers ibverbs-utils rdmacm-utils perftest iperf3
+	# the test kernel and its virtual machine
+	if ! kernel_has_rxe; then echo qemu-system-x86 busybox-static cpio zstd; fi
+}
+
+# Only where the running kernel can give a namespace its own rxe is no virtual machine needed (7.1 and later).
+kernel_has_rxe() {
+	local major minor
+	IFS=.- read -r major minor _ < <(uname -r)
+	((major > 7 || (major == 7 && minor >= 1))) || return 1
+	[ -d /sys/module/rdma_rxe ] || { command -v modprobe >/dev/null && modprobe -q rdma_rxe; }
+}
+
+missing_packages() {
+	local package
+	for package in $(packages); do
+		[ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || echo "$package"
+	done
+}
+
+install_packages() {
+	apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o Dpkg::Options::=--force-confold "$@"
+}
+
+virtual_environment() {
+	rm -rf .venv
+	"$python" -m venv --system-site-packages .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -e '.[dev]'
+}
+
+# made STAMP: whether the stamp says that it was made from what is here now.
+made() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
+hash_of() { cat "$@" | sha256sum | cut -d' ' -f1; }
+
+if ! command -v dpkg-query >/dev/null; then
+	say "this is not Debian: install the packages of testbed/setup.sh (packages()) in your distribution's way"
+	exit 1
+fi
+mapfile -t missing < <(missing_packages)
+if [ "${#missing[@]}" -gt 0 ]; then
+	if [ "$(id -u)" -ne 0 ]; then
+		say "missing packages, and only root can install them: ${missing[*]}"
+		exit 1
+	fi
+	step "reading package lists" apt-get update -q
+	step "installing ${missing[*]}" install_packages "${missing[@]}"
+fi
+
+mkdir -p build
+stamp="$("$python" -V) $(pwd) $(hash_of pyproject.toml testbed/setup.sh)"
+if ! made .venv/made-from "$stamp"; then
+	step "making .venv with rdmanet and its tools" virtual_environment
+	echo "$stamp" >.venv/made-from
+fi
+
+step_if_changed() { # SENTENCE STAMP HASH COMMAND...
+	local sentence=$1 file=$2 hash=$3
+	shift 3
+	made "$file" "$hash" && return
+	step "$sentence" "$@"
+	echo "$hash" >"$file"
+}
+
+build_cni() { make -C cni OUT=../build/cni; }
+build_artifact() {
+	local source
+	source=$(.venv/bin/python -m testbed.headers)
+	BCC_KERNEL_SOURCE=$source .venv/bin/python -m rdmanet.datapath.compiler --output build/artifact
+}
+
+[ -x build/cni/rdmanet ] || rm -f build/cni.made-from
+[ -d build/artifact ] || rm -f build/artifact.made-from
+step_if_changed "compiling the CNI executable" build/cni.made-from "$(hash_of cni/*.[ch] cni/Makefile)" build_cni
+step_if_changed "compiling the datapath" build/artifact.made-from \
+	"$(hash_of bpf/*.[ch] rdmanet/datapath/*.py)" build_artifact
