@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import platform
@@ -17,10 +18,11 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -30,7 +32,8 @@ from rdmanet.attach import Attachments, boot_id
 from rdmanet.broker.server import BrokerServer
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
-from rdmanet.datapath.maps import Datapath, NodeEntry, UplinkEntry
+from rdmanet.datapath.layout import NodeEntry, UplinkEntry
+from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import ConflictError, NotFoundError, StateError, UnavailableError
 from rdmanet.metrics import Metrics
 from rdmanet.model import GATEWAY_MAC, address_key
@@ -42,6 +45,8 @@ from rdmanet.rdma.rxe import RxeBackend, wanted_release
 from rdmanet.store import Store
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Threads for what blocks: netlink, bpf(2), SQLite. Two cores are busy with eight ADDs at once.
 WORKERS = 8
@@ -144,13 +149,13 @@ class Agent:
             grace_s=config.rdma.claim_grace_s,
             observe_granted=lambda seconds: self._metrics.lease_granted(seconds),
         )
-        self._metrics = Metrics(store, self._datapath, self._broker.states)
+        self._metrics = Metrics(store, self._datapath, self._broker)
         self._pods.serve_with(self._broker, loop)
         parts = steps.Parts(store, self._network, self._datapath, self._devices, self._pods)
         self._attachments = Attachments(parts, config.rdma.guard)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
-        await self._blocking(lambda: self._attachments.recover(rebooted=rebooted))
+        await self._blocking(functools.partial(self._attachments.recover, rebooted=rebooted))
         await self._broker.adopt()
 
         # From here on the world may ask.
@@ -215,7 +220,7 @@ class Agent:
             stack.push_async_callback(metrics.cleanup)
             await web.TCPSite(metrics, "127.0.0.1", self._config.agent.metrics_port).start()
 
-    async def _blocking(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def _blocking(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
     # Status

@@ -169,7 +169,7 @@ class Api:
         return web.json_response(document, status=status)
 
     async def call(self, variables: dict[str, str], body: bytes) -> tuple[int, dict[str, object] | None]:
-        """One CNI call, environment variables and standard input: (HTTP status, what the executable prints, if anything)."""
+        """One CNI call, from its variables and standard input: (HTTP status, what the executable prints if any)."""
         started = time.perf_counter()
         command, code = "unknown", 0
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rdmanet.broker.values import Counts
 from rdmanet.datapath.maps import Datapath
 from rdmanet.model import AttachmentState
 from rdmanet.store import Store
@@ -15,10 +17,18 @@ from rdmanet.store import Store
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
+class Leases(Protocol):
+    """The broker's numbers (``rdmanet.broker.server.BrokerServer``); safe from any thread."""
+
+    def states(self) -> dict[str, int]: ...
+    @property
+    def counts(self) -> Counts: ...
+
+
 class _State(Collector):
     """Read at each scrape from the datapath, the store and the broker, so that nothing is counted twice."""
 
-    def __init__(self, store: Store, datapath: Datapath, leases: Callable[[], dict[str, int]]):
+    def __init__(self, store: Store, datapath: Datapath, leases: Leases):
         self._store = store
         self._datapath = datapath
         self._leases = leases
@@ -50,15 +60,30 @@ class _State(Collector):
             drops.add_metric([*names.get(number, ["", ""]), reason], dropped)
         yield drops
         leases = GaugeMetricFamily("rdmanet_leases", "Leases by state.", labels=["state"])
-        for state, held in self._leases().items():
-            leases.add_metric([state], held)
+        for name, held in self._leases.states().items():
+            leases.add_metric([name], held)
         yield leases
+        counts = self._leases.counts
+        yield CounterMetricFamily("rdmanet_leases_granted", "Leases granted.", value=counts.granted)
+        yield CounterMetricFamily(
+            "rdmanet_leases_claimed", "Ends of leases claimed after a restart.", value=counts.claimed
+        )
+        refused = CounterMetricFamily("rdmanet_leases_refused", "Leases refused, by reason.", labels=["reason"])
+        for reason, times in counts.refused.items():
+            refused.add_metric([reason], times)
+        yield refused
+        revoked = CounterMetricFamily(
+            "rdmanet_leases_revoked", "Granted leases that ended, by cause.", labels=["cause"]
+        )
+        for cause, times in counts.revoked.items():
+            revoked.add_metric([cause], times)
+        yield revoked
 
 
 class Metrics:
     """The agent's registry."""
 
-    def __init__(self, store: Store, datapath: Datapath, leases: Callable[[], dict[str, int]]):
+    def __init__(self, store: Store, datapath: Datapath, leases: Leases):
         self._registry = CollectorRegistry()
         self._registry.register(_State(store, datapath, leases))
         self._cni = Histogram(

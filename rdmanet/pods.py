@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rdmanet.broker.core import PodView
+from rdmanet.broker.values import PodView
 from rdmanet.errors import KernelError, NotFoundError
 from rdmanet.lease import SOCKET_NAME
 from rdmanet.model import Attachment, Device, NetnsId, PodName, address_key
@@ -30,7 +31,7 @@ LOOP_TIMEOUT_S = 10.0
 class LeaseServer(Protocol):
     """``rdmanet.broker.server.BrokerServer``, as seen from here."""
 
-    async def add_listener(self, sock: object, cookie: int) -> None: ...
+    async def add_listener(self, sock: socket.socket, cookie: int) -> None: ...
     async def remove_listener(self, cookie: int) -> None: ...
     async def pod_gone(self, name: PodName) -> None: ...
 
@@ -59,10 +60,10 @@ class Pods:
         self._server = server
         self._loop = loop
 
-    def _on_loop(self, call: Callable[[LeaseServer], object]) -> None:
+    def _on_loop(self, call: Callable[[LeaseServer], Coroutine[object, object, None]]) -> None:
         assert self._server is not None
         assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(call(self._server), self._loop)  # type: ignore[arg-type]
+        future = asyncio.run_coroutine_threadsafe(call(self._server), self._loop)
         future.result(LOOP_TIMEOUT_S)
 
     # Listeners, from worker threads
@@ -128,8 +129,10 @@ class Pods:
     def by_address(self, address: bytes) -> PodView | None:
         """The pod that has this address key."""
         with self._lock:
-            views = [self._view(pod) for pod in self._pods.values()]
-        return next((view for view in views if address in view.addresses), None)
+            for pod in self._pods.values():
+                if any(address_key(own) == address for a in pod.attachments for own in a.addresses):
+                    return self._view(pod)
+        return None
 
     def _view(self, pod: _Pod) -> PodView:
         device = next((a.device for a in pod.attachments if a.device is not None), None)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rdmanet import ipam
-from rdmanet.datapath.maps import AttachmentEntry, Datapath, EndpointEntry
+from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
+from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import ConflictError, NotFoundError, UnavailableError
 from rdmanet.model import GATEWAY_MAC, Attachment, GuardMode, NetnsId, address_key
 from rdmanet.netlink import namespace

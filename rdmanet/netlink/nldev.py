@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, nlmsg
+from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, nla, nlmsg
 from pyroute2.netlink.exceptions import NetlinkError as PyrouteError
-from pyroute2.netlink.nlsocket import Marshal, NetlinkSocket
+from pyroute2.netlink.nlsocket import AsyncNetlinkSocket, Marshal, NetlinkSocket
 
 from rdmanet.errors import ConflictError, NetlinkError, NotFoundError, UnavailableError
 from rdmanet.model import RdmaMode
@@ -55,13 +55,13 @@ class nldevmsg(nlmsg):  # type: ignore[misc]
         (72, "RDMA_NLDEV_ATTR_CHARDEV", "uint64"),
     )
 
-    class res_qp(nlmsg):  # type: ignore[misc]
+    class res_qp(nla):  # type: ignore[misc]
         """The nested table of queue pairs."""
 
         prefix = "RDMA_NLDEV_"
         nla_map = ((20, "RDMA_NLDEV_ATTR_RES_QP_ENTRY", "entry"),)
 
-        class entry(nlmsg):  # type: ignore[misc]
+        class entry(nla):  # type: ignore[misc]
             """One queue pair."""
 
             prefix = "RDMA_NLDEV_"
@@ -89,6 +89,14 @@ class _NldevMarshal(Marshal):  # type: ignore[misc]
             CMD_GET_CHARDEV,
         )
     }
+
+
+class _AsyncNldevSocket(AsyncNetlinkSocket):  # type: ignore[misc]
+    marshal_class = _NldevMarshal
+
+
+class _NldevSocket(NetlinkSocket):  # type: ignore[misc]
+    async_class = _AsyncNldevSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +129,7 @@ class RdmaSocket:
 
     def __init__(self, sock: socket.socket):
         try:
-            self._netlink = NetlinkSocket(family=NETLINK_RDMA, use_socket=sock)
-            self._netlink.marshal = _NldevMarshal()
-            self._netlink.asyncore.marshal = self._netlink.marshal
+            self._netlink = _NldevSocket(family=NETLINK_RDMA, use_socket=sock)
         except BaseException:
             sock.close()
             raise
@@ -253,7 +259,8 @@ def _rdma_socket() -> socket.socket:
 def _refused(command: int, subject: str, number: int) -> Exception:
     names = {v: k for k, v in globals().items() if k.startswith("CMD_")}
     operation = f"RDMA_NLDEV_{names[command]}"
-    if number in (errno.ENODEV, errno.ENOENT):
+    # DELLINK of an index that is not there answers EINVAL (nldev_dellink), and has no other reason to.
+    if number in (errno.ENODEV, errno.ENOENT) or (command == CMD_DELLINK and number == errno.EINVAL):
         return NotFoundError(
             f"The RDMA device is gone ({subject}).", operation=operation, subject=subject, errno=number
         )
