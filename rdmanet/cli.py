@@ -34,28 +34,35 @@ def _parser() -> argparse.ArgumentParser:
         prog="rdmanet", description="The network of a host that runs containers, kernel path and RDMA path."
     )
     parser.add_argument("--version", action="version", version=f"rdmanet {__version__}")
-    parser.add_argument(
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
         "--config", type=Path, default=None, metavar="FILE", help=f"configuration (default {config.DEFAULT_PATH})"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    agent = commands.add_parser("agent", help="run the agent in the foreground")
+    agent = commands.add_parser("agent", parents=[common], help="run the agent in the foreground")
     agent.set_defaults(run=_agent)
 
-    status = commands.add_parser("status", help="show pods, devices and leases")
+    status = commands.add_parser("status", parents=[common], help="show pods, devices and leases")
     status.add_argument("-o", "--output", choices=("table", "json"), default="table")
     status.set_defaults(run=_status)
 
-    doctor = commands.add_parser("doctor", help="say what this host can and cannot do, and what to do about it")
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="say what this host can and cannot do, and what to do about it"
+    )
     doctor.add_argument("-o", "--output", choices=("table", "json"), default="table")
     doctor.set_defaults(run=_doctor)
 
-    uninstall = commands.add_parser("uninstall", help="take everything back that rdmanet did to this host")
+    uninstall = commands.add_parser(
+        "uninstall", parents=[common], help="take everything back that rdmanet did to this host"
+    )
     uninstall.set_defaults(run=_uninstall)
 
     datapath = commands.add_parser("datapath", help="compile the eBPF artifact, or swap it under traffic")
     actions = datapath.add_subparsers(required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="compile (needs bcc and kernel headers; the agent needs neither)")
+    build = actions.add_parser(
+        "build", parents=[common], help="compile (needs bcc and kernel headers; the agent needs neither)"
+    )
     build.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: datapath.artifact_dir")
     build.set_defaults(run=_build)
     return parser

@@ -233,7 +233,7 @@ class RouteSocket:
         if source is not None:
             request["prefsrc"] = str(source)
         if mtu_bytes is not None:
-            request["metrics"] = {"attrs": [("RTAX_MTU", mtu_bytes)]}
+            request["metrics"] = {"mtu": mtu_bytes}
         with _translated("RTM_NEWROUTE", str(destination)):
             self._route.route("replace", **request)
 
