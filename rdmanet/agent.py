@@ -14,7 +14,6 @@ import functools
 import logging
 import os
 import platform
-import shutil
 import signal
 import socket
 import time
@@ -103,8 +102,9 @@ def find_devices(config: Config) -> tuple[DeviceBackend | None, str | None]:
 class Agent:
     """One agent; ``serve`` runs it."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, fault_point: steps.FaultPoint = steps.no_fault):
         self._config = config
+        self._fault_point = fault_point
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="rdmanet")
         self._ready_at = time.monotonic()
 
@@ -152,7 +152,7 @@ class Agent:
         self._metrics = Metrics(store, self._datapath, self._broker)
         self._pods.serve_with(self._broker, loop)
         parts = steps.Parts(store, self._network, self._datapath, self._devices, self._pods)
-        self._attachments = Attachments(parts, config.rdma.guard)
+        self._attachments = Attachments(parts, config.rdma.guard, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
         await self._blocking(functools.partial(self._attachments.recover, rebooted=rebooted))
@@ -319,8 +319,22 @@ def uninstall(config: Config) -> None:
             node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
         finally:
             store.close()
-        config.agent.socket.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            config.agent.socket.parent.rmdir()  # only where nothing of others is in it
-        shutil.rmtree(state_dir)
+        _remove_files(config)
     print("uninstalled; the host is as it was")
+
+
+def _remove_files(config: Config) -> None:
+    """Removes what agents wrote, by name: the directories are the configuration's and may hold other people's files."""
+    state_dir = config.agent.state_dir
+    files = [config.agent.socket, *(state_dir / f"state.db{suffix}" for suffix in ("", "-wal", "-shm"))]
+    if (state_dir / "pending").is_dir():
+        files += (state_dir / "pending").iterdir()
+    for path in (*files, state_dir / "agent.lock"):
+        path.unlink(missing_ok=True)
+    for directory in (state_dir / "pending", state_dir, config.agent.socket.parent):
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.info("%s stays: %s", directory, error)

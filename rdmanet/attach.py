@@ -37,14 +37,10 @@ from rdmanet.netlink.route import RouteSocket
 log = logging.getLogger(__name__)
 
 
-def _nothing(point: str) -> None:
-    """The fault point of a running agent."""
-
-
 class Attachments:
     """All attachments of this host."""
 
-    def __init__(self, parts: steps.Parts, guard: GuardMode, fault_point: steps.FaultPoint = _nothing):
+    def __init__(self, parts: steps.Parts, guard: GuardMode, fault_point: steps.FaultPoint = steps.no_fault):
         self._parts = parts
         self._guard = guard
         self._fault_point = fault_point

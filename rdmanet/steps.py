@@ -252,6 +252,10 @@ STEPS: tuple[Step, ...] = (
 FaultPoint = Callable[[str], None]
 
 
+def no_fault(point: str) -> None:
+    """The fault point of a running agent."""
+
+
 def apply_all(parts: Parts, attachment: Attachment, descriptor: int, before: FaultPoint) -> Attachment:
     """Makes every effect; on failure takes back what was made, in reverse, and raises the first failure."""
     done: list[Step] = []
