@@ -1,4 +1,4 @@
-"""cni/rdmanet's queue of DELs: what it holds, its bounds, its lock. Needs no root; builds as in test_cni_executable.py."""
+"""cni/rdmanet's queue of DELs: what it holds, its bounds, its lock. Builds as in test_cni_executable.py."""
 
 from __future__ import annotations
 
