@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -17,7 +16,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -33,15 +32,13 @@ from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
-from rdmanet.errors import ConflictError, NotFoundError, StateError, UnavailableError
+from rdmanet.devices import find_devices
+from rdmanet.errors import StateError
 from rdmanet.metrics import Metrics
 from rdmanet.model import GATEWAY_MAC, address_key
-from rdmanet.netlink import namespace, nldev
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.pods import Pods
-from rdmanet.rdma.backend import DeviceBackend
-from rdmanet.rdma.rxe import RxeBackend, wanted_release
-from rdmanet.store import Store
+from rdmanet.store import Store, owned
 
 log = logging.getLogger(__name__)
 
@@ -54,49 +51,9 @@ WORKERS = 8
 def run(config: Config) -> int:
     """Runs the agent until SIGTERM or SIGINT."""
     logging.basicConfig(level=config.agent.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    with _only_agent(config.agent.state_dir):
+    with owned(config.agent.state_dir):
         asyncio.run(Agent(config).serve())
     return 0
-
-
-@contextlib.contextmanager
-def _only_agent(state_dir: Path) -> Iterator[None]:
-    """One agent per state directory; the kernel lets go of the lock however the agent ends."""
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateError(
-            f"The state directory {state_dir} cannot be used: {error}.", operation="open", subject=str(state_dir)
-        ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConflictError(
-                f"An agent is running already with {state_dir}; stop it first.", operation="flock", errno=error.errno
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def find_devices(config: Config) -> tuple[DeviceBackend | None, str | None]:
-    """The back end for pods' RDMA devices, or None and why there is none."""
-    if not config.rdma.enabled:
-        return None, "switched off in the configuration (rdma.enabled)"
-    try:
-        with nldev.RdmaSocket.here() as rdma:
-            mode = rdma.mode()
-    except UnavailableError as error:
-        return None, error.sentence
-    wanted = wanted_release(mode)
-    if node.kernel_release() < wanted:
-        return None, (
-            f"Soft-RoCE works in pods' namespaces from Linux {wanted[0]}.{wanted[1]} in {mode} mode; this is"
-            f" {platform.release()}"
-        )
-    return RxeBackend(nldev.RdmaSocket, mode), None
 
 
 class Agent:
@@ -296,45 +253,3 @@ def _private_socket(path: Path) -> socket.socket:
             f"The agent's socket {path} cannot be made: {error}.", operation="bind", subject=str(path)
         ) from error
     return sock
-
-
-def uninstall(config: Config) -> None:
-    """Takes back everything that agents with this configuration did to the host. Idempotent; refused while one runs."""
-    state_dir = config.agent.state_dir
-    with _only_agent(state_dir):
-        store = Store(state_dir / "state.db")
-        try:
-            devices, _ = find_devices(config)
-            for attachment in store.attachments():
-                with contextlib.ExitStack() as stack:
-                    descriptor = None
-                    with contextlib.suppress(NotFoundError):
-                        descriptor = stack.enter_context(namespace.opened(attachment.netns))
-                    if devices is not None and attachment.wants_rdma:
-                        devices.remove(attachment, descriptor)
-                    with RouteSocket.here() as route:
-                        route.delete_link(attachment.host_ifname)
-                store.forget(attachment.id)
-                print(f"removed {attachment.host_ifname} of {attachment.pod}")
-            node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
-        finally:
-            store.close()
-        _remove_files(config)
-    print("uninstalled; the host is as it was")
-
-
-def _remove_files(config: Config) -> None:
-    """Removes what agents wrote, by name: the directories are the configuration's and may hold other people's files."""
-    state_dir = config.agent.state_dir
-    files = [config.agent.socket, *(state_dir / f"state.db{suffix}" for suffix in ("", "-wal", "-shm"))]
-    if (state_dir / "pending").is_dir():
-        files += (state_dir / "pending").iterdir()
-    for path in (*files, state_dir / "agent.lock"):
-        path.unlink(missing_ok=True)
-    for directory in (state_dir / "pending", state_dir, config.agent.socket.parent):
-        try:
-            directory.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            log.info("%s stays: %s", directory, error)

@@ -96,9 +96,9 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _uninstall(chosen: argparse.Namespace) -> int:
-    from rdmanet import agent
+    from rdmanet.uninstall import uninstall
 
-    agent.uninstall(config.load(chosen.config))
+    uninstall(config.load(chosen.config))
     return 0
 
 

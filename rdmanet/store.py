@@ -9,8 +9,10 @@ synchronous=NORMAL).
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import ipaddress
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -271,3 +273,25 @@ class Store:
         """Commits a fact."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+
+@contextmanager
+def owned(state_dir: Path) -> Iterator[None]:
+    """One agent per state directory; the kernel lets go of the lock however the agent ends."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"The state directory {state_dir} cannot be used: {error}.", operation="open", subject=str(state_dir)
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError(
+                f"An agent is running already with {state_dir}; stop it first.", operation="flock", errno=error.errno
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

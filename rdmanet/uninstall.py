@@ -1,0 +1,59 @@
+"""Taking everything back that agents did to the host; needs no agent, and refuses while one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from rdmanet import node
+from rdmanet.config import Config
+from rdmanet.datapath.maps import Datapath
+from rdmanet.devices import find_devices
+from rdmanet.errors import NotFoundError
+from rdmanet.netlink import namespace
+from rdmanet.netlink.route import RouteSocket
+from rdmanet.store import Store, owned
+
+log = logging.getLogger(__name__)
+
+
+def uninstall(config: Config) -> None:
+    """Takes back everything that agents with this configuration did to the host. Idempotent; refused while one runs."""
+    state_dir = config.agent.state_dir
+    with owned(state_dir):
+        store = Store(state_dir / "state.db")
+        try:
+            devices, _ = find_devices(config)
+            for attachment in store.attachments():
+                with contextlib.ExitStack() as stack:
+                    descriptor = None
+                    with contextlib.suppress(NotFoundError):
+                        descriptor = stack.enter_context(namespace.opened(attachment.netns))
+                    if devices is not None and attachment.wants_rdma:
+                        devices.remove(attachment, descriptor)
+                    with RouteSocket.here() as route:
+                        route.delete_link(attachment.host_ifname)
+                store.forget(attachment.id)
+                print(f"removed {attachment.host_ifname} of {attachment.pod}")
+            node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
+        finally:
+            store.close()
+        _remove_files(config)
+    print("uninstalled; the host is as it was")
+
+
+def _remove_files(config: Config) -> None:
+    """Removes what agents wrote, by name: the directories are the configuration's and may hold other people's files."""
+    state_dir = config.agent.state_dir
+    files = [config.agent.socket, *(state_dir / f"state.db{suffix}" for suffix in ("", "-wal", "-shm"))]
+    if (state_dir / "pending").is_dir():
+        files += (state_dir / "pending").iterdir()
+    for path in (*files, state_dir / "agent.lock"):
+        path.unlink(missing_ok=True)
+    for directory in (state_dir / "pending", state_dir, config.agent.socket.parent):
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.info("%s stays: %s", directory, error)

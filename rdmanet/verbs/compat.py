@@ -1,0 +1,230 @@
+"""All that differs between pyverbs 44 (Debian 12), 56 (13) and 65, and what is wrong in some of them.
+
+The rest of rdmanet.verbs imports pyverbs through here. Importing this module raises UnavailableError where pyverbs is
+not installed.
+
+* ``pyverbs.enums`` is called ``pyverbs.libibverbs_enums`` since 59.
+* Importing ``pyverbs.base`` calls logging.basicConfig, which is the application's business.
+* CompChannel has ``fd`` since 57.
+* Through 64 work requests are never freed, their destructors being misspelt ``__dealloc``; since then they are, and
+  giving a SendWR the list of an SGE, which is how one reuses it, would free that list twice.
+* No call releases the GIL, get_cq_event included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rdmanet.errors import UnavailableError, VerbsError
+
+
+def _import_quietly() -> None:
+    """Import pyverbs.base; its basicConfig does nothing while the root logger has a handler."""
+    root = logging.getLogger()
+    level, handler = root.level, logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        importlib.import_module("pyverbs.base")
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def _import_enums() -> Any:
+    try:
+        return importlib.import_module("pyverbs.libibverbs_enums")
+    except ModuleNotFoundError:
+        return importlib.import_module("pyverbs.enums")
+
+
+try:
+    _import_quietly()
+    from pyverbs.addr import GID, AHAttr, GlobalRoute
+    from pyverbs.cq import CQ, CompChannel
+    from pyverbs.device import Context, get_device_list
+    from pyverbs.mr import MR
+    from pyverbs.pd import PD
+    from pyverbs.pyverbs_error import PyverbsError
+    from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
+    from pyverbs.wr import SGE, RecvWR, SendWR
+
+    enums = _import_enums()
+except ImportError as error:
+    raise UnavailableError(
+        "pyverbs is not installed for this Python; install the distribution's python3-pyverbs and let a virtual "
+        f"environment see it (--system-site-packages): {error}"
+    ) from error
+
+__all__ = [
+    "CQ",
+    "GID",
+    "MR",
+    "PD",
+    "QP",
+    "AHAttr",
+    "CompChannel",
+    "Context",
+    "GlobalRoute",
+    "QPAttr",
+    "QPCap",
+    "QPInitAttr",
+    "RecvRequest",
+    "SendRequest",
+    "call",
+    "completion_channel",
+    "device_names",
+    "enums",
+    "next_event",
+    "verbs_error",
+]
+
+_CHANNEL_LINK = "anon_inode:[infinibandevent]"
+_channel_lock = threading.Lock()
+#: Whether work requests are freed with their objects (since 65) or only by close().
+_FREES_REQUESTS = not hasattr(SGE, "__dealloc")
+
+
+def verbs_error(error: PyverbsError, sentence: str, operation: str, subject: str = "") -> VerbsError:
+    """A PyverbsError as ours, with the kernel's errno where pyverbs has kept it."""
+    code = getattr(error, "error_code", -1)
+    # Some calls return -errno.
+    number = abs(code) if isinstance(code, int) and code not in (-1, 0) else None
+    return VerbsError(
+        sentence if number is not None else f"{sentence}: {error}",
+        operation=operation,
+        subject=subject,
+        errno=number,
+    )
+
+
+@contextlib.contextmanager
+def call(sentence: str, operation: str, subject: str = "") -> Iterator[None]:
+    """Turns a PyverbsError inside the block into a VerbsError with this sentence."""
+    try:
+        yield
+    except PyverbsError as error:
+        raise verbs_error(error, sentence, operation, subject) from error
+
+
+def device_names() -> list[str]:
+    """The RDMA devices that this process can open; libibverbs leaves out those whose node is not in /dev."""
+    try:
+        devices = get_device_list()
+    except PyverbsError:
+        return []  # without any device it raises, and there is nothing more to know
+    return [d.name.decode() if isinstance(d.name, bytes) else str(d.name) for d in devices]
+
+
+def completion_channel(context: Any) -> tuple[Any, int]:
+    """A completion channel and its descriptor, which is non-blocking: watch it, then call ``next_event``.
+
+    The descriptor belongs to the channel and is closed with it.
+    """
+    with call("no completion channel could be made", "ibv_create_comp_channel"):
+        if hasattr(CompChannel, "fd"):
+            channel = CompChannel(context)
+            descriptor = int(channel.fd)
+        else:
+            channel, descriptor = _channel_and_descriptor(context)
+    os.set_blocking(descriptor, False)
+    return channel, descriptor
+
+
+def _channel_and_descriptor(context: Any) -> tuple[Any, int]:
+    """Before 57 the descriptor is whichever event descriptor came into being meanwhile."""
+    with _channel_lock:
+        for _ in range(8):
+            before = _event_descriptors()
+            channel = CompChannel(context)
+            new = _event_descriptors() - before
+            if len(new) == 1:
+                return channel, new.pop()
+            channel.close()  # another thread, not of this library, has made one at the same time
+    raise VerbsError(
+        "the completion channel's descriptor could not be told from others that appeared at the same time; "
+        "pyverbs 57 and newer say which it is",
+        operation="ibv_create_comp_channel",
+    )
+
+
+def _event_descriptors() -> set[int]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists the directory
+            if str(entry.readlink()) == _CHANNEL_LINK:
+                found.add(int(entry.name))
+    return found
+
+
+def next_event(channel: Any, cq: Any) -> bool:
+    """Takes one completion event from a channel and acknowledges it; False when there is none."""
+    try:
+        channel.get_cq_event(cq)
+    except PyverbsError as error:
+        if getattr(error, "error_code", None) in (errno.EAGAIN, errno.EINTR):
+            return False
+        raise verbs_error(error, "completions can no longer be waited for", "ibv_get_cq_event") from error
+    cq.ack_events(1)
+    return True
+
+
+class SendRequest:
+    """One work request with one memory element, posted again and again with other values."""
+
+    def __init__(self) -> None:
+        self._sge: Any = None
+        self._request: Any = None
+        if not _FREES_REQUESTS:
+            self._sge = SGE(0, 0, 0)
+            self._request = SendWR(num_sge=1, sg=[self._sge])
+            self._request.close()  # frees its own copy of the element; from here on it shows ours
+            self._request.sg_list = self._sge
+
+    def post(
+        self, qp: Any, opcode: int, number: int, local: tuple[int, int, int], remote: tuple[int, int] | None
+    ) -> None:
+        """Post to ``qp``: local is (address, length in bytes, lkey), remote (address, rkey) or None for a send."""
+        sge, request = self._sge, self._request
+        if sge is None:
+            sge = SGE(*local)
+            request = SendWR(num_sge=1, sg=[sge])
+        else:
+            sge.addr, sge.length, sge.lkey = local
+        request.wr_id = number
+        request.opcode = opcode
+        if remote is not None:
+            request.set_wr_rdma(remote[1], remote[0])
+        qp.post_send(request)
+
+    def close(self) -> None:
+        """Frees the memory; post no more."""
+        if self._sge is not None:
+            self._sge.close()
+            self._sge = self._request = None
+
+
+class RecvRequest:
+    """A receive into one place, posted each time the place is free."""
+
+    def __init__(self, number: int, address: int, length_bytes: int, lkey: int):
+        sge = SGE(address, length_bytes, lkey)
+        self._request = RecvWR(wr_id=number, num_sge=1, sg=[sge])
+        if not _FREES_REQUESTS:
+            sge.close()
+
+    def post(self, qp: Any) -> None:
+        qp.post_recv(self._request)
+
+    def close(self) -> None:
+        """Frees the memory; post no more."""
+        if not _FREES_REQUESTS:
+            self._request.close()
+        self._request = None

@@ -1,0 +1,139 @@
+"""Memory that a queue pair may read and write, and what the peer must know to reach it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import resource
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rdmanet.errors import InputError, VerbsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_REMOTE = struct.Struct("!QIQ")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRegion:
+    """Memory of the peer: its virtual address there, the key that opens it, and its length in bytes."""
+
+    address: int
+    rkey: int
+    length: int
+
+    def to_bytes(self) -> bytes:
+        """20 bytes, network byte order: address u64, rkey u32, length u64. Send them to the peer."""
+        return _REMOTE.pack(self.address, self.rkey, self.length)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RemoteRegion:
+        """What the peer's ``to_bytes`` made; raises InputError when it is not 20 bytes."""
+        if len(data) != _REMOTE.size:
+            raise InputError(f"a remote region is {_REMOTE.size} bytes, not {len(data)}")
+        return cls(*_REMOTE.unpack(data))
+
+
+class MemoryRegion:
+    """A buffer of this process that the device may use; the buffer is not copied.
+
+    ``buffer`` is it as a memoryview of bytes. While registered, the buffer cannot be resized. Deregister with
+    ``close``, not before transfers that use it are done.
+    """
+
+    def __init__(self, registration: Any, buffer: memoryview, address: int, pin: object, *, remote: bool):
+        self._registration = registration
+        self._pin: object | None = pin
+        self._remote = remote
+        self.buffer = buffer
+        self.address = address
+        self.lkey = int(registration.lkey)
+        self._rkey = int(registration.rkey)
+        self.on_close: Callable[[MemoryRegion], None] | None = None
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.buffer.nbytes
+
+    @property
+    def remote(self) -> RemoteRegion:
+        """What the peer needs; InputError when it was registered for local use only."""
+        if not self._remote:
+            raise InputError("this memory is registered for local use; pass remote_write or remote_read to register")
+        return RemoteRegion(self.address, self._rkey, self.length)
+
+    @property
+    def closed(self) -> bool:
+        return self._pin is None
+
+    def close(self) -> None:
+        """Deregister; the buffer is free again. Idempotent."""
+        if self._pin is None:
+            return
+        self._registration.close()
+        self._pin = None
+        if self.on_close is not None:
+            self.on_close(self)
+
+    def __enter__(self) -> MemoryRegion:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def allocate(length: int) -> memoryview:
+    """``length`` zero bytes, aligned to pages."""
+    if length <= 0:
+        raise InputError("memory to register has at least one byte")
+    return memoryview(mmap.mmap(-1, length))[:length]
+
+
+def register(pd: Any, buffer: Any, *, remote_read: bool, remote_write: bool) -> MemoryRegion:
+    """Register ``buffer`` (writable, contiguous: bytearray, memoryview, mmap, array, NumPy) in a protection domain.
+
+    Raises InputError for other buffers; VerbsError with a sentence about the limit when memory cannot be locked.
+    """
+    from rdmanet.verbs import compat
+
+    try:
+        view = memoryview(buffer).cast("B")
+        pin = ctypes.c_char.from_buffer(view)
+    except (TypeError, ValueError, BufferError) as error:
+        raise InputError(f"only writable, contiguous and non-empty memory can be registered: {error}") from error
+    address = ctypes.addressof(pin)
+    access = compat.enums.IBV_ACCESS_LOCAL_WRITE
+    if remote_read:
+        access |= compat.enums.IBV_ACCESS_REMOTE_READ
+    if remote_write:
+        access |= compat.enums.IBV_ACCESS_REMOTE_WRITE
+    try:
+        with compat.call(f"{view.nbytes} bytes of memory could not be registered", "ibv_reg_mr"):
+            registration = compat.MR(pd, view.nbytes, access, address)
+    except VerbsError as error:
+        if error.errno in (errno.ENOMEM, errno.EAGAIN):
+            raise _locked_memory_error(view.nbytes, error) from error
+        raise
+    return MemoryRegion(registration, view, address, pin, remote=remote_read or remote_write)
+
+
+def _locked_memory_error(length: int, error: VerbsError) -> VerbsError:
+    if error.errno == errno.EAGAIN:
+        return VerbsError(
+            "the pod's limit of RDMA objects is reached (rdma.max of its cgroup); close memory regions or queue pairs",
+            operation=error.operation,
+            errno=error.errno,
+        )
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // 1024} KiB"
+    return VerbsError(
+        f"{length} bytes of memory could not be locked for the device: this process may lock {limit}; "
+        "raise the container's memlock limit (ulimit -l, --ulimit memlock=-1, LimitMEMLOCK=infinity)",
+        operation=error.operation,
+        errno=error.errno,
+    )
