@@ -11,17 +11,25 @@ import ipaddress
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from rdmanet.datapath.artifact import Artifact
+import pytest
+from pyroute2 import IPRoute
+
+from rdmanet.datapath import bpf
+from rdmanet.datapath.artifact import NEWEST, Artifact
+from rdmanet.datapath.compiler import compile_datapath
 from rdmanet.datapath.maps import AttachmentEntry, Datapath, EndpointEntry, NodeEntry, UplinkEntry
+from rdmanet.errors import UnavailableError
 from rdmanet.model import address_key
 from rdmanet.netlink import namespace
 from rdmanet.netlink.route import RouteSocket
+from testbed.paths import BUILD, REPOSITORY
 
 T = TypeVar("T")
 
@@ -36,6 +44,28 @@ FIRST_PORT, LAST_PORT = 61000, 61999
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on x86_64 and aarch64
 _FSCONFIG_CMD_CREATE = 6
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def artifact() -> Artifact:
+    """The artifact of the source as it is: the one in build/ if it is newer than everything it is made from.
+
+    Skips the test when it cannot be compiled here.
+    """
+    made = BUILD / "artifact" / NEWEST
+    parts = [*(REPOSITORY / "bpf").iterdir(), *(REPOSITORY / "rdmanet/datapath").glob("*.py")]
+    if made.exists() and made.stat().st_mtime >= max(part.stat().st_mtime for part in parts):
+        return Artifact.load(made)
+    try:
+        return Artifact.load(compile_datapath(BUILD / "artifact"))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def require_root() -> None:
+    """Skips the test without root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: eBPF and network namespaces")
 
 
 @contextmanager
@@ -122,24 +152,28 @@ class Lab:
     """Host, uplink and outside are there; pods are added."""
 
     datapath: Datapath
+    artifact: Artifact
+    pins: Path
     host: Namespace
     outside: Namespace
+    filters: bool
     host_ifindex: int = 0
     peer_ifindex: int = 0
     uplink_ifindex: int = 0
     pods: list[Pod] = field(default_factory=list)
+    maps: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
-    def build(cls, artifact: Artifact, *, masquerade: bool = True) -> Iterator[Lab]:
-        """The whole lab, gone afterwards."""
+    def build(cls, artifact: Artifact, *, filters: bool = True) -> Iterator[Lab]:
+        """The whole lab, gone afterwards. Without filters the devices' own chatter is not counted anywhere."""
         with ExitStack() as stack:
             pins = stack.enter_context(private_bpffs()) / "rdmanet"
             datapath = stack.enter_context(Datapath.open(artifact, pins))
-            lab = cls(datapath, Namespace(), Namespace())
+            lab = cls(datapath, artifact, pins, Namespace(), Namespace(), filters)
             stack.callback(lab._close)
             lab._build_outside()
-            lab._build_host(masquerade)
+            lab._build_host()
             yield lab
 
     def _close(self) -> None:
@@ -147,6 +181,28 @@ class Lab:
             pod.namespace.close()
         self.host.close()
         self.outside.close()
+        for descriptor in self.maps.values():
+            os.close(descriptor)
+
+    def map(self, name: str) -> int:
+        """The descriptor of a pinned map; stays the lab's."""
+        if name not in self.maps:
+            descriptor = bpf.get(self.pins / name)
+            assert descriptor is not None
+            self.maps[name] = descriptor
+        return self.maps[name]
+
+    def host_routes(self, types: Mapping[str, Mapping[int, str]]) -> None:
+        """Routes of the host that lead nowhere: type (``blackhole`` and so on) → IP version → destination."""
+
+        def add() -> None:
+            with IPRoute(use_socket=namespace.netlink_socket(socket.NETLINK_ROUTE)) as route:
+                for kind, destinations in types.items():
+                    for version, destination in destinations.items():
+                        family = socket.AF_INET if version == 4 else socket.AF_INET6
+                        route.route("add", dst=destination, type=kind, family=family)
+
+        self.host.run(add)
 
     def _build_outside(self) -> None:
         with self.host.route() as route:
@@ -177,7 +233,7 @@ class Lab:
                     gateway=ipaddress.ip_address(OUTSIDE[version]),
                 )
 
-    def _build_host(self, masquerade: bool) -> None:
+    def _build_host(self) -> None:
         mac = GATEWAY_MAC.hex(":")
         # Strict reverse path filtering is the hardest case: everything must come in where its answer goes out.
         self.host.sysctl("ipv4/conf/all/rp_filter", "1")
@@ -190,14 +246,11 @@ class Lab:
                 route.add_address(self.host_ifindex, gateway, network.max_prefixlen)
                 route.add_route(network, self.host_ifindex, source=gateway)
             for index, hook in ((self.peer_ifindex, "host"), (self.uplink_ifindex, "uplink")):
-                route.add_clsact(index)
-                route.set_ingress_filter(index, self.datapath.dispatcher(hook), f"rdmanet/{hook}")
+                self._attach(route, index, hook)
         for family in ("ipv4", "ipv6"):
             self.host.sysctl(f"{family}/conf/rdmanet0/forwarding", "1")
-        self.datapath.configure(NodeEntry(GATEWAY_MAC, self.host_ifindex, masquerade, FIRST_PORT, LAST_PORT))
-        self.datapath.set_uplink(
-            self.uplink_ifindex, UplinkEntry(address_key(UPLINK[4]), address_key(UPLINK[6]))
-        )
+        self.datapath.configure(NodeEntry(GATEWAY_MAC, self.host_ifindex, True, FIRST_PORT, LAST_PORT))
+        self.datapath.set_uplink(self.uplink_ifindex, UplinkEntry(address_key(UPLINK[4]), address_key(UPLINK[6])))
 
     def add_pod(self, *, device: bool = False, enforce: bool = False, mtu_bytes: int = 1500) -> Pod:
         """A pod with both families, its veth pair, filter and map entries."""
@@ -215,8 +268,7 @@ class Lab:
                 peer_namespace=inside.descriptor,
             )
             ifindex = self._up(route, f"rn-{number}")
-            route.add_clsact(ifindex)
-            route.set_ingress_filter(ifindex, self.datapath.dispatcher("pod"), "rdmanet/pod")
+            self._attach(route, ifindex, "pod")
         with inside.route() as route:
             index = self._up(route, "eth0")
             for version, text in addresses.items():
@@ -241,6 +293,11 @@ class Lab:
             self.datapath.set_endpoint(
                 key, EndpointEntry(pod.ifindex, pod.mac, pod.id, device=pod.device, enforce=pod.enforce)
             )
+
+    def _attach(self, route: RouteSocket, ifindex: int, hook: str) -> None:
+        if self.filters:
+            route.add_clsact(ifindex)
+            route.set_ingress_filter(ifindex, self.datapath.dispatcher(hook), f"rdmanet/{hook}")
 
     @staticmethod
     def _up(route: RouteSocket, name: str, *, noarp: bool = False) -> int:

@@ -1,0 +1,144 @@
+"""Runs single programs on single packets in a lab with real devices and routes, and tells what they did."""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rdmanet.datapath import bpf, layout
+from rdmanet.datapath.artifact import HOOKS, Artifact
+from rdmanet.datapath.maps import NodeEntry, UplinkEntry
+from rdmanet.model import address_key
+from tests.bpf import lab as labs
+from tests.bpf import packets
+from tests.bpf.lab import GATEWAY_MAC, Lab, Pod
+
+# include/uapi/linux/pkt_cls.h
+UNSPEC, OK, SHOT, REDIRECT = 0xFFFFFFFF, 0, 2, 7
+
+#: Where the route leads to a device that is no uplink, and where routes end.
+NOT_UPLINK = {4: "192.0.2.9", 6: "2001:db8:300::9"}
+BLACKHOLE = {4: "192.0.2.129", 6: "2001:db8:301::1"}
+UNREACHABLE = {4: "192.0.2.161", 6: "2001:db8:302::1"}
+PROHIBIT = {4: "192.0.2.193", 6: "2001:db8:303::1"}
+_ROUTE_TYPES = {"blackhole": BLACKHOLE, "unreachable": UNREACHABLE, "prohibit": PROHIBIT}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run did: verdict, the frame afterwards, what was counted in it."""
+
+    verdict: int
+    frame: bytes
+    drops: dict[tuple[int, str], int]
+    counters: dict[tuple[int, str, str], int]  # packets
+
+    @property
+    def reason(self) -> str | None:
+        """The drop's name, when exactly one packet was dropped."""
+        return next(iter(self.drops))[1] if len(self.drops) == 1 else None
+
+
+class Bench:
+    """Two pods with devices, one without, one that enforces; a second device in the host that is no uplink."""
+
+    def __init__(self, lab: Lab, plain_ifindex: int):
+        self.lab = lab
+        self.datapath = lab.datapath
+        self.plain_ifindex = plain_ifindex  # of a link that rdmanet knows nothing of
+        self.train_0, self.train_1, self.web, self.strict = lab.pods
+
+    @classmethod
+    @contextmanager
+    def build(cls, artifact: Artifact) -> Iterator[Bench]:
+        with Lab.build(artifact, filters=False) as lab:
+            for device, enforce in ((True, False), (True, False), (False, False), (True, True)):
+                lab.add_pod(device=device, enforce=enforce)
+            with lab.host.route() as route:
+                route.add_veth("plain0", "02:72:6e:00:00:30", 1500, peer_name="plain1", peer_mac="02:72:6e:00:00:31")
+                plain = route.link("plain0")
+                other = route.link("plain1")
+                assert plain is not None
+                assert other is not None
+                route.set_up(plain.index)
+                route.set_up(other.index)
+                for destination in NOT_UPLINK.values():
+                    route.add_route(ipaddress.ip_network(destination), plain.index)
+            lab.host_routes(_ROUTE_TYPES)
+            yield cls(lab, plain.index)
+
+    def reset(self) -> None:
+        """Empty tables, the usual entries."""
+        for name in ("guard", "nat_forward", "nat_reverse", "counters", "drops", "uplinks"):
+            self.clear(name)
+        self.datapath.configure(NodeEntry(GATEWAY_MAC, self.lab.host_ifindex, True, labs.FIRST_PORT, labs.LAST_PORT))
+        self.datapath.set_uplink(
+            self.lab.uplink_ifindex, UplinkEntry(address_key(labs.UPLINK[4]), address_key(labs.UPLINK[6]))
+        )
+        for pod in self.lab.pods:
+            self.lab.write_entries(pod)
+
+    def clear(self, name: str) -> None:
+        for key in self.keys(name):
+            bpf.delete(self.map(name), key)
+
+    def keys(self, name: str) -> list[bytes]:
+        definition = self.lab.artifact.maps[name]
+        return list(bpf.keys(self.map(name), definition.key_size, definition.max_entries))
+
+    def map(self, name: str) -> int:
+        return self.lab.map(name)
+
+    def run(self, hook: str, frame: bytes, ifindex: int, *, gso_bytes: int = 0) -> Outcome:
+        """Runs the hook's program, reached through its dispatcher as tc would."""
+        return self.run_program(self.datapath.dispatcher(hook), frame, ifindex, gso_bytes=gso_bytes)
+
+    def run_program(self, program: int, frame: bytes, ifindex: int, *, gso_bytes: int = 0) -> Outcome:
+        for name in ("counters", "drops"):
+            self.clear(name)
+        context = bytearray(192)  # struct __sk_buff
+        struct.pack_into("=I", context, 40, ifindex)
+        struct.pack_into("=I", context, 176, gso_bytes)
+        done = self.lab.host.run(lambda: bpf.run_program(program, frame, bytes(context)))
+        return Outcome(
+            done.verdict,
+            done.packet,
+            {key: packets for key, packets in self.datapath.drops().items() if packets},
+            {key: count.packets for key, count in self.datapath.counters().items()},
+        )
+
+    def slot(self, hook: str) -> int:
+        """The id of the program in the hook's slot, 0 when it is empty."""
+        raw = bpf.lookup(self.map("programs"), layout.U32.pack(HOOKS[hook]), 4)
+        return 0 if raw is None else int(struct.unpack("=I", raw)[0])
+
+    def from_pod(self, pod: Pod, frame: bytes, *, gso_bytes: int = 0) -> Outcome:
+        return self.run("pod", frame, pod.ifindex, gso_bytes=gso_bytes)
+
+    def from_host(self, frame: bytes) -> Outcome:
+        return self.run("host", frame, self.lab.peer_ifindex)
+
+    def from_outside(self, frame: bytes) -> Outcome:
+        return self.run("uplink", frame, self.lab.uplink_ifindex)
+
+
+def pod_frame(pod: Pod, ip: packets.Ip) -> bytes:
+    """As the pod's stack sends it: to the gateway."""
+    ethertype = packets.ETHERTYPE_IPV4 if ip.version == 4 else packets.ETHERTYPE_IPV6
+    return packets.ethernet(GATEWAY_MAC, pod.mac, ethertype, bytes(ip))
+
+
+def uplink_frame(ip: packets.Ip) -> bytes:
+    """As it comes in from outside."""
+    ethertype = packets.ETHERTYPE_IPV4 if ip.version == 4 else packets.ETHERTYPE_IPV6
+    ours, theirs = bytes.fromhex("02726e000020"), bytes.fromhex("02726e000021")
+    return packets.ethernet(ours, theirs, ethertype, bytes(ip))
+
+
+def host_frame(ip: packets.Ip) -> bytes:
+    """As it comes out of rdmanet1: both ends have the gateway's MAC."""
+    ethertype = packets.ETHERTYPE_IPV4 if ip.version == 4 else packets.ETHERTYPE_IPV6
+    return packets.ethernet(GATEWAY_MAC, GATEWAY_MAC, ethertype, bytes(ip))
