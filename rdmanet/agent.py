@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import platform
@@ -26,7 +25,7 @@ from aiohttp import web
 
 from rdmanet import __version__, node, pending, steps
 from rdmanet.api import Api
-from rdmanet.attach import Attachments, boot_id
+from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
@@ -89,13 +88,12 @@ class Agent:
         store = await self._blocking(Store, config.agent.state_dir / "state.db")
         stack.callback(store.close)
         self._store = store
-        rebooted = store.meta("boot_id") not in (None, boot_id())
+        await self._blocking(store.begin, node.boot_id())
         self._devices, self._devices_missing = await self._blocking(find_devices, config)
 
         # The node: datapath, host link, uplinks.
         self._network, self._datapath = await self._blocking(self._prepare)
         stack.callback(self._datapath.close)
-        store.set_meta("boot_id", boot_id())
 
         # Pods and leases.
         self._pods = Pods(self._devices, self._executor, config.rdma.max_leases_per_pod)
@@ -112,7 +110,7 @@ class Agent:
         self._attachments = Attachments(parts, config.rdma.guard, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
-        await self._blocking(functools.partial(self._attachments.recover, rebooted=rebooted))
+        await self._blocking(self._attachments.recover)
         await self._broker.adopt()
 
         # From here on the world may ask.

@@ -12,7 +12,6 @@ import ipaddress
 import logging
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from rdmanet import ipam, steps
 from rdmanet.cni import Interface, IpConfig, Request, Result, Route
@@ -259,11 +258,11 @@ class Attachments:
 
     # Start
 
-    def recover(self, *, rebooted: bool) -> None:
+    def recover(self) -> None:
         """Finishes what an earlier agent left: undoes half-made and half-removed attachments, adopts the ready ones.
 
-        After a reboot, or where a pod's namespace is gone, nothing of an attachment can be alive: it is taken back
-        and its addresses are freed.
+        Where a pod's namespace is gone nothing of an attachment can be alive: it is taken back and its addresses are
+        freed. After a reboot ``Store.begin`` has marked all of them.
         """
         attachments = self._parts.store.attachments()
         for space in self._ranges:
@@ -272,7 +271,7 @@ class Attachments:
                 if address is not None:
                     space.resume_after(address)
         for attachment in attachments:
-            if rebooted or attachment.state is not AttachmentState.READY or not self._adopt(attachment):
+            if attachment.state is not AttachmentState.READY or not self._adopt(attachment):
                 self._release(attachment)
 
     def _adopt(self, attachment: Attachment) -> bool:
@@ -296,8 +295,3 @@ class Attachments:
                 steps.set_entries(self._parts.datapath, attachment, link.index)
             self._parts.listeners.open(attachment, descriptor)
         return True
-
-
-def boot_id() -> str:
-    """The kernel's random number of this boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

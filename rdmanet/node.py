@@ -68,6 +68,11 @@ def kernel_release() -> tuple[int, int]:
     return int(parts[0]), int(parts[1].split("-")[0])
 
 
+def boot_id() -> str:
+    """The kernel's random number of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
 # bpffs
 
 

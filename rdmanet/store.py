@@ -74,13 +74,16 @@ class Store:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("PRAGMA foreign_keys=ON")
-            path.chmod(0o600)
-            self._migrate()
+            with contextlib.ExitStack() as opening:
+                self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
+                opening.callback(self._db.close)
+                self._db.row_factory = sqlite3.Row
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.execute("PRAGMA foreign_keys=ON")
+                path.chmod(0o600)
+                self._migrate()
+                opening.pop_all()
         except (sqlite3.Error, OSError) as error:
             raise StateError(
                 f"The agent's database {path} is not usable: {error}. If it is damaged, stop the agent, move the"
@@ -212,12 +215,14 @@ class Store:
 
     def find(self, container_id: str, ifname: str) -> Attachment | None:
         """The attachment of that key, or None."""
-        rows = self._rows("SELECT * FROM attachments WHERE container_id = ? AND ifname = ?", (container_id, ifname))
-        return self._attachment(rows[0]) if rows else None
+        with self._lock:
+            rows = self._rows("SELECT * FROM attachments WHERE container_id = ? AND ifname = ?", (container_id, ifname))
+            return self._attachment(rows[0]) if rows else None
 
     def attachments(self) -> list[Attachment]:
         """Every attachment, oldest first."""
-        return [self._attachment(row) for row in self._rows("SELECT * FROM attachments ORDER BY id")]
+        with self._lock:  # rows and their addresses as of one moment
+            return [self._attachment(row) for row in self._rows("SELECT * FROM attachments ORDER BY id")]
 
     def taken(self) -> set[bytes]:
         """The address keys in use."""
@@ -248,7 +253,21 @@ class Store:
             result=json.loads(row["result"]),
         )
 
-    # What was done to the host, and facts about the last start
+    # What was done to the host, and which boot this is
+
+    def begin(self, boot_id: str) -> None:
+        """Says in which boot of the host the agent starts.
+
+        After a reboot nothing that an earlier agent made is there: in one commit every attachment becomes
+        ``releasing``, and effects are forgotten, so that none is ever taken back from somebody who made the same
+        since (a bpffs that systemd mounted, say).
+        """
+        with self._transaction() as db:
+            known = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
+            if known is not None and known["value"] != boot_id:
+                db.execute("UPDATE attachments SET state = ?", (AttachmentState.RELEASING,))
+                db.execute("DELETE FROM host_effects")
+            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('boot_id', ?)", (boot_id,))
 
     def record_effect(self, name: str, detail: str = "") -> None:
         """Commits that an effect on the host is about to be made."""
@@ -263,35 +282,3 @@ class Store:
     def effects(self) -> dict[str, str]:
         """Effects on the host that were recorded and not taken back."""
         return {row["name"]: row["detail"] for row in self._rows("SELECT name, detail FROM host_effects")}
-
-    def meta(self, key: str) -> str | None:
-        """A fact such as ``boot_id``."""
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
-        return rows[0]["value"] if rows else None
-
-    def set_meta(self, key: str, value: str) -> None:
-        """Commits a fact."""
-        with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
-
-
-@contextmanager
-def owned(state_dir: Path) -> Iterator[None]:
-    """One agent per state directory; the kernel lets go of the lock however the agent ends."""
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateError(
-            f"The state directory {state_dir} cannot be used: {error}.", operation="open", subject=str(state_dir)
-        ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConflictError(
-                f"An agent is running already with {state_dir}; stop it first.", operation="flock", errno=error.errno
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

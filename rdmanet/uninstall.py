@@ -9,7 +9,7 @@ from rdmanet import node
 from rdmanet.config import Config
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
-from rdmanet.errors import NotFoundError
+from rdmanet.errors import NotFoundError, RequestError
 from rdmanet.netlink import namespace
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.store import Store, owned
@@ -23,11 +23,13 @@ def uninstall(config: Config) -> None:
     with owned(state_dir):
         store = Store(state_dir / "state.db")
         try:
+            store.begin(node.boot_id())
             devices, _ = find_devices(config)
             for attachment in store.attachments():
                 with contextlib.ExitStack() as stack:
                     descriptor = None
-                    with contextlib.suppress(NotFoundError):
+                    # Nothing is there, or the plain file that was below the mount.
+                    with contextlib.suppress(NotFoundError, RequestError):
                         descriptor = stack.enter_context(namespace.opened(attachment.netns))
                     if devices is not None and attachment.wants_rdma:
                         devices.remove(attachment, descriptor)
