@@ -16,7 +16,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rdmanet.errors import ConflictError, StateError
@@ -74,7 +74,7 @@ class Store:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with contextlib.ExitStack() as opening:
+            with ExitStack() as opening:
                 self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
                 opening.callback(self._db.close)
                 self._db.row_factory = sqlite3.Row
@@ -282,3 +282,25 @@ class Store:
     def effects(self) -> dict[str, str]:
         """Effects on the host that were recorded and not taken back."""
         return {row["name"]: row["detail"] for row in self._rows("SELECT name, detail FROM host_effects")}
+
+
+@contextmanager
+def owned(state_dir: Path) -> Iterator[None]:
+    """One agent per state directory; the kernel lets go of the lock however the agent ends."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"The state directory {state_dir} cannot be used: {error}.", operation="open", subject=str(state_dir)
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError(
+                f"An agent is running already with {state_dir}; stop it first.", operation="flock", errno=error.errno
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
