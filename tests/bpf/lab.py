@@ -1,6 +1,6 @@
 """A host, pods and a world outside in network namespaces that exist only as descriptors of this process.
 
-Built by hand as docs/design/first-way.md says ("What is on the host"), so that the datapath is tested without the agent.
+Built by hand as docs/design/first-way.md says ("What is on the host"): the datapath is tested without the agent.
 Nothing has a name in the file system: when the process ends, however it ends, everything is gone.
 """
 

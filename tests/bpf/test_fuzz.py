@@ -1,0 +1,117 @@
+"""Packets cut short or changed at random: nothing gets past anti-spoofing, nothing breaks the programs."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.bpf import packets
+from tests.bpf.bench import OK, REDIRECT, SHOT, UNSPEC, Bench, host_frame, pod_frame, uplink_frame
+from tests.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, UPLINK
+from tests.bpf.packets import FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, TCP, UDP, Ip
+
+
+def shortest(frame: bytes) -> int:
+    """BPF_PROG_TEST_RUN takes no frame without its whole network header (kernel 6.18); tests/kernel/
+    test_datapath_live.py sends shorter ones."""
+    return {packets.ETHERTYPE_IPV4: 34, packets.ETHERTYPE_IPV6: 54}.get(int.from_bytes(frame[12:14], "big"), 15)
+
+
+def frames(bench: Bench) -> dict[str, bytes]:
+    """One good packet of each kind, from train_0."""
+    pod, peer = bench.train_0, bench.train_1
+    four, six = pod.addresses[4], pod.addresses[6]
+    extensions = packets.extension(FRAGMENT, HOP_BY_HOP) + packets.extension(UDP, FRAGMENT, more=True)
+    body = packets.arp(1, pod.mac, four, GATEWAYS[4])
+    return {
+        "tcp4": pod_frame(pod, Ip(four, peer.addresses[4], TCP, packets.tcp(1, 2))),
+        "tcp6": pod_frame(pod, Ip(six, peer.addresses[6], TCP, packets.tcp(1, 2))),
+        "udp4-outside": pod_frame(pod, Ip(four, FAR[4], UDP, packets.udp(1, 2))),
+        "udp6-outside": pod_frame(pod, Ip(six, FAR[6], UDP, packets.udp(1, 2))),
+        "echo4-host": pod_frame(pod, Ip(four, GATEWAYS[4], ICMP, packets.icmp(8, 1))),
+        "echo6-host": pod_frame(pod, Ip(six, GATEWAYS[6], ICMPV6, packets.icmp(128, 1))),
+        "roce4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17))),
+        "roce6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.roce(17))),
+        "options4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17), options=b"\x01" * 40)),
+        "extensions6": pod_frame(
+            pod, Ip(six, peer.addresses[6], UDP, packets.roce(17), options=extensions, first=HOP_BY_HOP)
+        ),
+        "arp": packets.ethernet(b"\xff" * 6, pod.mac, packets.ETHERTYPE_ARP, body),
+    }
+
+
+KINDS = (
+    "tcp4",
+    "tcp6",
+    "udp4-outside",
+    "udp6-outside",
+    "echo4-host",
+    "echo6-host",
+    "roce4",
+    "roce6",
+    "options4",
+    "extensions6",
+    "arp",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_short_at_each_length(bench: Bench, kind: str) -> None:
+    whole = frames(bench)[kind]
+    assert bench.from_pod(bench.train_0, whole).verdict in (OK, REDIRECT)
+    for length in range(shortest(whole), len(whole)):
+        outcome = bench.from_pod(bench.train_0, whole[:length])
+        assert (length, outcome.verdict, outcome.drops) == (length, SHOT, {(bench.train_0.id, "malformed"): 1})
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_cut_short_from_host_and_outside(bench: Bench, version: int) -> None:
+    address = bench.train_0.addresses[version]
+    inward = host_frame(Ip(GATEWAYS[version], address, TCP, packets.tcp(1, 2)))
+    for length in range(shortest(inward), len(inward)):
+        outcome = bench.from_host(inward[:length])
+        assert (length, outcome.verdict, outcome.drops) == (length, SHOT, {(0, "malformed"): 1})
+    # A flow exists, so only its whole answers may be taken.
+    flow = pod_frame(bench.train_0, Ip(address, FAR[version], TCP, packets.tcp(1, 2)))
+    port = packets.look(bench.from_pod(bench.train_0, flow).frame).source_port
+    back = uplink_frame(Ip(FAR[version], UPLINK[version], TCP, packets.tcp(2, port)))
+    assert bench.from_outside(back).verdict == REDIRECT
+    for length in range(shortest(back), len(back)):
+        outcome = bench.from_outside(back[:length])
+        assert (length, outcome.verdict, outcome.frame) == (length, UNSPEC, back[:length])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_at_random(bench: Bench, kind: str) -> None:
+    whole = frames(bench)[kind]
+    own = {ipaddress.ip_address(address).packed for address in bench.train_0.addresses.values()}
+
+    changes = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=6)
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(changes)
+    def check(changed: list[tuple[int, int]]) -> None:
+        frame = bytearray(whole)
+        for place, value in changed:
+            frame[place] = value
+        outcome = bench.from_pod(bench.train_0, bytes(frame))
+        assert outcome.verdict in (OK, SHOT, REDIRECT)
+        assert (outcome.verdict == SHOT) == bool(outcome.drops)
+        if outcome.verdict == SHOT:
+            assert outcome.frame == bytes(frame)
+            return
+        assert bytes(frame[6:12]) == bench.train_0.mac
+        ethertype = int.from_bytes(frame[12:14], "big")
+        if ethertype == packets.ETHERTYPE_ARP:
+            assert outcome.verdict == OK
+            assert bytes(frame[22:32]) == bench.train_0.mac + ipaddress.ip_address(bench.train_0.addresses[4]).packed
+            return
+        source = frame[26:30] if ethertype == packets.ETHERTYPE_IPV4 else frame[22:38]
+        assert outcome.verdict == REDIRECT
+        assert bytes(source) in own
+        assert GATEWAY_MAC in (outcome.frame[:6], outcome.frame[6:12]) or outcome.frame[:12] == bytes(frame[:12])
+
+    check()
