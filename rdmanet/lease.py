@@ -68,6 +68,14 @@ def pod_text(name: PodName) -> str:
     return name.name if name.namespace == DEFAULT_NAMESPACE else str(name)
 
 
+def no_device(name: PodName) -> str:
+    """What to say about a pod without an RDMA device; the library and the broker say the same."""
+    return (
+        f'{pod_text(name)} has no RDMA device; ask for one with "rdma": true in its network configuration '
+        "(or RDMA=true in CNI_ARGS) and create the pod again"
+    )
+
+
 class _Codec(NamedTuple):
     """How one value is read from JSON (raising RequestError that begins with ``what``) and written."""
 

@@ -311,7 +311,7 @@ class BrokerCore:
         place = (view.name, request.service)
         name = pod_text(view.name)
         if view.device is None:
-            return [error(connection, request.id, Reason.NO_DEVICE, rules.no_device(view.name))]
+            return [error(connection, request.id, Reason.NO_DEVICE, wire.no_device(view.name))]
         if place in self._listening:
             sentence = f"a process of {name} listens on {request.service} already"
             return [error(connection, request.id, Reason.CONFLICT, sentence)]

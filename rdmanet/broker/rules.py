@@ -6,20 +6,13 @@ from collections.abc import Callable, Mapping
 
 from rdmanet.broker.table import LeaseTable
 from rdmanet.broker.values import Key, Limits, PodView, Reason
-from rdmanet.lease import lease_text, pod_text
+from rdmanet.lease import lease_text, no_device, pod_text
 from rdmanet.model import PodName, address_of
 
 
 def permits_all(connector: PodView, listener: PodView) -> str | None:
     """The policy until there is one: None permits, a sentence refuses. Asked from connector to listener only."""
     return None
-
-
-def no_device(name: PodName) -> str:
-    return (
-        f'{pod_text(name)} has no RDMA device; ask for one with "rdma": true in its network configuration '
-        "(or RDMA=true in CNI_ARGS) and create the pod again"
-    )
 
 
 def unknown_lease(number: int) -> str:

@@ -13,7 +13,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from rdmanet.errors import InputError, LeaseRevokedError, RdmanetError, UnavailableError, VerbsError
@@ -22,6 +21,7 @@ from rdmanet.model import PodName, address_of
 from rdmanet.verbs import compat, memory
 from rdmanet.verbs.device import PORT, OpenDevice
 from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
+from rdmanet.verbs.options import Options
 
 _log = logging.getLogger(__name__)
 
@@ -52,21 +52,6 @@ _STATUS = {
     12: "the peer does not answer: its process or its pod is gone, or packets are dropped on the way",
     13: "the peer never had a receive posted",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Sizes of a queue pair's queues. Both ends of a lease should agree on ``message_bytes``."""
-
-    window: int = 32  # requests in flight
-    chunk_bytes: int = 1 << 20  # WRITE and READ are split into requests of this size
-    messages: int = 32  # receives posted; a sender waits while all are taken
-    message_bytes: int = 4096  # longest message of send()
-
-    def __post_init__(self) -> None:
-        for name in ("window", "chunk_bytes", "messages", "message_bytes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Options.{name} must be at least 1")
 
 
 class _Transfer:
@@ -129,22 +114,9 @@ class QueuePair:
         self._slots = device.register(memory.allocate(entries * size), remote_read=False, remote_write=False)
         self._free_slots = deque(range(options.window))
         try:
-            self._channel, self._descriptor = compat.completion_channel(device.context)
-            with compat.call("no queue pair could be made", "ibv_create_qp", device.name):
-                self._cq = compat.CQ(device.context, entries, None, self._channel, 0)
-                capacity = compat.QPCap(max_send_wr=options.window, max_recv_wr=options.messages)
-                enums = compat.enums
-                request = compat.QPInitAttr(
-                    qp_type=enums.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=capacity, sq_sig_all=1
-                )
-                # QP() moves it to INIT with the rights in this attribute: without them a WRITE is refused.
-                attributes = compat.QPAttr(port_num=PORT)
-                attributes.qp_access_flags = (
-                    enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE | enums.IBV_ACCESS_REMOTE_READ
-                )
-                self._qp = compat.QP(device.pd, request, attributes)
+            self._create_on_device(gid)
         except VerbsError as error:
-            self._destroy()
+            self.destroy()
             if error.errno == errno.EAGAIN:
                 raise VerbsError(
                     "the pod's limit of RDMA objects is reached (rdma.max of its cgroup); close queue pairs",
@@ -153,16 +125,33 @@ class QueuePair:
                     errno=error.errno,
                 ) from error
             raise
+        self._loop.add_reader(self._descriptor, self._on_event)
+
+    def _create_on_device(self, gid: bytes) -> None:
+        options, device, enums = self._options, self._device, compat.enums
+        self._channel, self._descriptor = compat.completion_channel(device.context)
+        entries = options.window + options.messages
+        with compat.call("no queue pair could be made", "ibv_create_qp", device.name):
+            self._cq = compat.CQ(device.context, entries, None, self._channel, 0)
+            capacity = compat.QPCap(max_send_wr=options.window, max_recv_wr=options.messages)
+            request = compat.QPInitAttr(
+                qp_type=enums.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=capacity, sq_sig_all=1
+            )
+            # QP() moves it to INIT with the rights in this attribute: without them a WRITE is refused.
+            attributes = compat.QPAttr(port_num=PORT)
+            attributes.qp_access_flags = (
+                enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE | enums.IBV_ACCESS_REMOTE_READ
+            )
+            self._qp = compat.QP(device.pd, request, attributes)
         self.end = End(gid, int(self._qp.qp_num), secrets.randbits(24), device.mtu_bytes())
         self.mtu_bytes = self.end.mtu_bytes
         with compat.call("no receive could be posted", "ibv_post_recv", device.name):
             for slot in range(options.messages):
-                address = self._slots.address + (options.window + slot) * size
-                receive = compat.RecvRequest(_RECEIVE | slot, address, size, self._slots.lkey)
+                address = self._slots.address + (options.window + slot) * options.message_bytes
+                receive = compat.RecvRequest(_RECEIVE | slot, address, options.message_bytes, self._slots.lkey)
                 self._receives.append(receive)
                 receive.post(self._qp)
             self._cq.req_notify()
-        self._loop.add_reader(self._descriptor, self._on_event)
 
     # The session's side
 
@@ -307,7 +296,7 @@ class QueuePair:
         self._fail(lambda: UnavailableError("the queue pair has been closed", operation="close"))
         self._arrived.clear()
         try:
-            self._destroy()
+            self.destroy()
         finally:
             if self._on_close is not None:
                 await self._on_close(self)
@@ -442,8 +431,8 @@ class QueuePair:
         with compat.call("the queue pair could not be stopped", "ibv_modify_qp", self._device.name):
             self._qp.modify(attributes, compat.enums.IBV_QP_STATE)
 
-    def _destroy(self) -> None:
-        """In order: pyverbs closes children with their parents, but not everything knows its children."""
+    def destroy(self) -> None:
+        """Free everything, in order: pyverbs closes children with parents, but not every parent knows its children."""
         self._closed = True
         if hasattr(self, "_descriptor"):
             self._loop.remove_reader(self._descriptor)

@@ -1,0 +1,39 @@
+"""RDMA between pods for programs in containers: lease a queue pair, move data past the kernel.
+
+::
+
+    # in pod train-1                                       # in pod train-0
+    listener = await verbs.listen("params")                qp = await verbs.connect("train-1:params")
+    qp = await listener.accept()                           ...
+    region = qp.register(weights, remote_write=True)       remote = RemoteRegion.from_bytes(await qp.recv())
+    await qp.send(region.remote.to_bytes())                await qp.write(qp.register(gradients), remote)
+    await qp.recv()                                        await qp.send(b"written")
+    await qp.close()                                       await qp.close()
+
+Everything is a coroutine of the running event loop. Errors are rdmanet.errors: LeaseRefusedError and LeaseRevokedError
+from the broker, VerbsError from the device, UnavailableError when agent, device or pyverbs are not there. docs/verbs.md
+tells the whole story.
+
+Importing this needs aiohttp; pyverbs (the distribution's python3-pyverbs) is imported with the first queue pair.
+"""
+
+from __future__ import annotations
+
+from rdmanet.errors import LeaseRefusedError, LeaseRevokedError, UnavailableError, VerbsError
+from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
+from rdmanet.verbs.options import Options
+from rdmanet.verbs.session import Listener, Session, connect, listen
+
+__all__ = [
+    "LeaseRefusedError",
+    "LeaseRevokedError",
+    "Listener",
+    "MemoryRegion",
+    "Options",
+    "RemoteRegion",
+    "Session",
+    "UnavailableError",
+    "VerbsError",
+    "connect",
+    "listen",
+]

@@ -1,0 +1,176 @@
+"""The library's connection to the broker: requests and answers, and coming back after the agent was away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+
+from rdmanet import lease as wire
+from rdmanet.errors import LeaseRefusedError, RdmanetError, RequestError, UnavailableError
+
+#: Between attempts to reach an agent that is away.
+_FIRST_RETRY_S = 0.05
+_LONGEST_RETRY_S = 1.0
+
+
+class LinkLostError(UnavailableError):
+    """The agent went away before it answered; the request can be made again when it is back."""
+
+
+def refused(refusal: wire.Refusal, subject: str = "") -> LeaseRefusedError:
+    """The broker's refusal as an exception."""
+    return LeaseRefusedError(refusal.sentence, operation=refusal.kind, subject=subject)
+
+
+class Link:
+    """One WebSocket to the broker at a time. After each (re)connection ``greeted`` is called before anybody else's
+    requests go out; ``pushed`` gets what the broker sends unasked. Both belong to the session."""
+
+    def __init__(
+        self,
+        greeted: Callable[[wire.HelloReply], Awaitable[None]],
+        pushed: Callable[[wire.Incoming | wire.Revoked], None],
+    ):
+        self._greeted = greeted
+        self._pushed = pushed
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, tuple[asyncio.Future[wire.Json], Callable[[wire.Json], None] | None]] = {}
+        self._abandoned: dict[int, Callable[[wire.Json], None]] = {}
+        self._http: aiohttp.ClientSession | None = None
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._up = asyncio.Event()
+        self._was_up = False
+        self._why_down = "not connected yet"
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        connector = aiohttp.UnixConnector(path=wire.SOCKET_NAME)
+        self._http = aiohttp.ClientSession(connector=connector)
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="rdmanet broker link")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._http is not None:
+            await self._http.close()
+
+    async def up(self, timeout_s: float | None) -> None:
+        """Wait until the broker is reachable and has been greeted; UnavailableError after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"no rdmanet agent serves this pod ({self._why_down}); is the agent running, and did rdmanet give this "
+                "pod its network?",
+                operation="connect",
+                subject=wire.SOCKET_NAME.replace("\0", "@"),
+            ) from error
+
+    async def request(
+        self,
+        make: Callable[[int], wire.Request],
+        *,
+        answered: Callable[[wire.Json], None] | None = None,
+        too_late: Callable[[wire.Json], None] | None = None,
+    ) -> wire.Json:
+        """Ask the broker and wait for its answer.
+
+        ``answered`` is called with the answer before any later message is handled. When the caller is cancelled
+        first, ``too_late`` is called with the answer once it comes. Raises LeaseRefusedError and LinkLostError.
+        """
+        socket = self._socket
+        if socket is None:
+            raise LinkLostError("the agent is away")
+        number = next(self._numbers)
+        future: asyncio.Future[wire.Json] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (future, answered)
+        try:
+            try:
+                await socket.send_str(wire.dump(make(number)))
+            except (ConnectionError, aiohttp.ClientError) as error:
+                raise LinkLostError(f"the agent went away: {error}") from error
+            return await future
+        except asyncio.CancelledError:
+            if too_late is not None:
+                self._abandoned[number] = too_late
+            raise
+        finally:
+            del self._waiting[number]
+
+    async def _run(self) -> None:
+        retry_s = _FIRST_RETRY_S
+        while True:
+            try:
+                await self._serve_once()
+            except (OSError, aiohttp.ClientError, RdmanetError) as error:
+                self._why_down = error.sentence if isinstance(error, RdmanetError) else str(error)
+            retry_s = _FIRST_RETRY_S if self._was_up else min(2 * retry_s, _LONGEST_RETRY_S)
+            self._was_up = False
+            await asyncio.sleep(retry_s)
+
+    async def _serve_once(self) -> None:
+        """One connection, from its handshake to its end."""
+        assert self._http is not None
+        loop = asyncio.get_running_loop()
+        async with self._http.ws_connect(
+            f"http://rdmanet{wire.HTTP_PATH}", max_msg_size=2 * wire.MAX_MESSAGE_BYTES, compress=0
+        ) as socket:
+            self._socket = socket
+            reading = loop.create_task(self._read(socket))
+            greeting = loop.create_task(self._greet())
+            try:
+                await asyncio.wait({reading, greeting}, return_when=asyncio.FIRST_COMPLETED)
+                if greeting.done():
+                    greeting.result()
+                    self._was_up = True
+                    self._up.set()
+                await reading
+            finally:
+                self._down()
+                reading.cancel()
+                greeting.cancel()
+                await asyncio.gather(reading, greeting, return_exceptions=True)
+
+    async def _greet(self) -> None:
+        values = await self.request(lambda number: wire.Hello(number))
+        await self._greeted(wire.HelloReply.from_json(values))
+
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        async for message in socket:
+            if message.type is aiohttp.WSMsgType.TEXT:
+                self._received(wire.parse_answer(message.data))
+        raise LinkLostError("the agent closed the connection")
+
+    def _received(self, answer: wire.Answer) -> None:
+        match answer:
+            case wire.Reply(number, values):
+                future, answered = self._waiting.get(number, (None, None))
+                if future is not None and not future.done():
+                    if answered is not None:
+                        answered(values)
+                    future.set_result(values)
+                elif number in self._abandoned:
+                    self._abandoned.pop(number)(values)
+            case wire.Refusal(None, _, sentence):
+                raise RequestError(sentence)
+            case wire.Refusal(int(number)):
+                future, _ = self._waiting.get(number, (None, None))
+                self._abandoned.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_exception(refused(answer))
+            case wire.Incoming() | wire.Revoked():
+                self._pushed(answer)
+
+    def _down(self) -> None:
+        self._up.clear()
+        self._socket = None
+        self._abandoned.clear()
+        for future, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(LinkLostError("the agent went away"))
+                future.exception()

@@ -1,0 +1,22 @@
+"""What an application may choose about a queue pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rdmanet.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Sizes of a queue pair's queues. Both ends of a lease should agree on ``message_bytes``."""
+
+    window: int = 32  # requests in flight
+    chunk_bytes: int = 1 << 20  # WRITE and READ are split into requests of this size
+    messages: int = 32  # receives posted; a sender waits while all are taken
+    message_bytes: int = 4096  # longest message of send()
+
+    def __post_init__(self) -> None:
+        for name in ("window", "chunk_bytes", "messages", "message_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"Options.{name} must be at least 1")
