@@ -114,19 +114,21 @@ class Agent:
         await self._broker.adopt()
 
         # From here on the world may ask.
+        pending_dir = config.agent.state_dir / "pending"
         api = Api(
             self._attachments,
             self._executor,
             status=self.status,
             metrics=self._metrics.text,
             observer=self._metrics,
+            pending_dir=pending_dir,
         )
         await self._listen(stack, api)
 
         async def call(variables: dict[str, str], body: bytes) -> int:
             return (await api.call(variables, body))[0]
 
-        drained = await pending.drain(config.agent.state_dir / "pending", call)
+        drained = await pending.drain(pending_dir, call)
         if drained:
             log.info("carried out %d queued DEL(s)", drained)
 

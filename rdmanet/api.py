@@ -18,10 +18,12 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from aiohttp import web
 
+from rdmanet import pending
 from rdmanet.attach import Attachments
 from rdmanet.cni import (
     BODY_MAX_BYTES,
@@ -114,12 +116,14 @@ class Api:
         status: Callable[[], Awaitable[dict[str, object]]],
         metrics: Callable[[], bytes],
         observer: Observer,
+        pending_dir: Path,
     ):
         self._attachments = attachments
         self._executor = executor
         self._status = status
         self._metrics = metrics
         self._observer = observer
+        self._pending = pending_dir
         self._locks = KeyedLocks()
         # GC must not meet an ADD in the middle, and ADDs need not wait for each other: readers and a writer.
         self._collecting = asyncio.Condition()
@@ -193,6 +197,8 @@ class Api:
             return None
         async with self._together(), self._locks.hold(call.container_id):
             if call.command is Command.ADD:
+                if await self._blocking(pending.superseded, self._pending, call.container_id, call.ifname):
+                    await self._blocking(self._attachments.delete, call.container_id, call.ifname)
                 result = await self._blocking(self._attachments.add, call)
                 return call.answer(result)
             if call.command is Command.CHECK:

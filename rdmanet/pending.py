@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import logging
@@ -9,7 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from rdmanet.cni import parse_pending
+from rdmanet.cni import parse_pending, pending_name
 from rdmanet.errors import RdmanetError, StateError
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,19 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def superseded(directory: Path, container_id: str, ifname: str) -> bool:
+    """Removes the queued DEL of an attachment that is about to be added again; False when none was queued.
+
+    A DEL whose answer was lost stays queued while the agent lives on. Carried out after the ADD it would take the new
+    pod's network.
+    """
+    try:
+        (directory / pending_name(container_id, ifname)).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def entries(directory: Path) -> list[tuple[Path, dict[str, str], bytes]]:
     """(file, environment variables, standard input) of every whole entry, oldest first.
 
@@ -41,13 +55,13 @@ def entries(directory: Path) -> list[tuple[Path, dict[str, str], bytes]]:
     logged.
     """
     found = []
-    files = [path for path in directory.iterdir() if "@" in path.name and not path.name.endswith(".malformed")]
+    files = [path for path in directory.iterdir() if "@" in path.name]
     for path in sorted(files, key=lambda file: file.stat().st_mtime_ns):
         try:
             variables, body = parse_pending(path.read_bytes())
         except RdmanetError as error:
             log.error("The queued DEL %s is malformed and set aside: %s", path, error)
-            path.rename(path.with_name(path.name + ".malformed"))
+            path.rename(path.with_name("malformed-" + path.name.replace("@", "-")))
             continue
         found.append((path, variables, body))
     return found
@@ -58,7 +72,8 @@ async def drain(directory: Path, call: Call) -> int:
 
     The caller listens already: an executable that waits for the lock finds the agent there when it has it.
     """
-    with locked(directory):
+    with contextlib.ExitStack() as stack:
+        await asyncio.to_thread(stack.enter_context, locked(directory))
         done = 0
         for path, variables, body in entries(directory):
             status = await call(variables, body)
