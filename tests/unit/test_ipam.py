@@ -23,7 +23,7 @@ def address(text: str) -> IPAddress:
 
 def fill(space: Range, taken: set[bytes]) -> list[str]:
     """Everything that can still be handed out, in order."""
-    found = []
+    found: list[str] = []
     while True:
         try:
             chosen = space.choose(taken)
@@ -55,9 +55,9 @@ def test_a_range_hands_out_all_but_network_gateway_and_broadcast(text: str, firs
 
 def test_a_full_range_says_what_to_do() -> None:
     space = Range(network("10.0.0.0/30"))
+    taken = {address_key(space.choose(set()))}
     with pytest.raises(ExhaustedError) as caught:
-        fill_one_more = {address_key(space.choose(set()))}
-        space.choose(fill_one_more)
+        space.choose(taken)
     assert caught.value.sentence == (
         "No address is free in 10.0.0.0/30 (1 pods): delete pods, let the runtime call GC, or configure a larger"
         " network.ipv4_range."

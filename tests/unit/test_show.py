@@ -1,0 +1,118 @@
+"""What `rdmanet status` prints, as whole texts."""
+
+from __future__ import annotations
+
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from rdmanet import show
+
+AGENT: dict[str, Any] = {
+    "version": "0.1.0",
+    "ready_s": 61.7,
+    "kernel": "7.3.4-amd64",
+    "rdma_mode": "shared",
+    "rdma_missing": None,
+}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return {"agent": AGENT, "attachments": [], "leases": [], "drops": [], **changes}
+
+
+def attachment(pod: str, **changes: Any) -> dict[str, Any]:
+    row = {
+        "pod": pod,
+        "ifname": "eth0",
+        "ipv4": "10.213.0.2",
+        "ipv6": "fd72:646d:616e::2",
+        "device": None,
+        "state": "ready",
+        "degraded": None,
+    }
+    return {**row, **changes}
+
+
+def text(golden: str) -> str:
+    return dedent(golden).strip("\n")
+
+
+def test_nothing_yet() -> None:
+    assert show.status(document()) == text("""
+        agent 0.1.0 ready for 62 s, Linux 7.3.4-amd64, RDMA shared
+
+        no pods
+
+        no leases
+        """)
+
+
+def test_a_host_without_rdma_says_why() -> None:
+    agent = {**AGENT, "rdma_mode": None, "rdma_missing": "This kernel has no RDMA subsystem."}
+    first = show.status(document(agent=agent)).splitlines()[0]
+    assert first == "agent 0.1.0 ready for 62 s, Linux 7.3.4-amd64, RDMA none: This kernel has no RDMA subsystem."
+
+
+def test_everything() -> None:
+    shown = show.status(
+        document(
+            attachments=[
+                attachment("default/train-0", device={"name": "rxe_rn1"}),
+                attachment("jobs/web-0", ipv4=None, ifname="net1", degraded="its leases cannot work"),
+                attachment("default/old", ipv6=None, state="releasing"),
+            ],
+            leases=[
+                {
+                    "lease": "3f2a",
+                    "state": "granted",
+                    "service": "params",
+                    "connector": {"pod": "default/train-0", "qpn": 17},
+                    "listener": {"pod": "default/train-1", "qpn": 18},
+                    "packets": 1200,
+                },
+                {
+                    "lease": "77",
+                    "state": "unclaimed",
+                    "service": None,
+                    "connector": {"pod": "default/a", "qpn": 1},
+                    "listener": {"pod": "default/b", "qpn": 2},
+                    "packets": 0,
+                },
+            ],
+            drops=[
+                {"pod": "default/train-0", "reason": "spoofed_mac", "packets": 3},
+                {"pod": None, "reason": "no_node", "packets": 1},
+            ],
+        )
+    )
+    assert shown == text("""
+        agent 0.1.0 ready for 62 s, Linux 7.3.4-amd64, RDMA shared
+
+        POD              INTERFACE  IPV4        IPV6               DEVICE   STATE
+        default/train-0  eth0       10.213.0.2  fd72:646d:616e::2  rxe_rn1  ready
+        jobs/web-0       net1       -           fd72:646d:616e::2  -        ready (its leases cannot work)
+        default/old      eth0       10.213.0.2  -                  -        releasing
+
+        LEASE  FROM             TO               SERVICE  QPN      STATE      PACKETS
+        3f2a   default/train-0  default/train-1  params   17 - 18  granted    1200
+        77     default/a        default/b        -        1 - 2    unclaimed  0
+
+        POD              DROP REASON  PACKETS
+        default/train-0  spoofed_mac  3
+        -                no_node      1
+        """)
+
+
+def test_no_line_ends_in_blanks() -> None:
+    shown = show.table(("a", "long heading"), [("much longer than its heading", ""), ("x", "y")])
+    assert (
+        shown
+        == "A                             LONG HEADING\nmuch longer than its heading\nx                             y"
+    )
+
+
+def test_a_row_of_another_length_is_a_mistake() -> None:
+    with pytest.raises((ValueError, IndexError)):
+        show.table(("a", "b"), [("only one",)])

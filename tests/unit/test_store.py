@@ -1,0 +1,282 @@
+"""The store: what is written is read again, what is unique stays so, and no crash leaves half a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rdmanet import store as module
+from rdmanet.errors import ConflictError, StateError
+from rdmanet.model import (
+    Attachment,
+    AttachmentState,
+    Device,
+    GuardMode,
+    NetnsId,
+    PodName,
+    RdmaMode,
+    address_key,
+)
+from rdmanet.store import SCHEMA_VERSION, Store, owned
+from testbed.paths import REPOSITORY
+
+DEVICE = Device(name="rxe_rn1", backend="rxe", mode=RdmaMode.SHARED, index=7, uverbs="uverbs3", major=231, minor=195)
+
+
+def wanted(number: int = 1, **changes: object) -> Attachment:
+    """An attachment as ADD asks for it: without an id."""
+    attachment = Attachment(
+        id=0,
+        container_id=f"c{number}",
+        ifname="eth0",
+        network="net",
+        netns=f"/run/netns/c{number}",
+        netns_id=NetnsId(dev=4, ino=4026531840 + number),
+        pod=PodName("default", f"pod-{number}"),
+        state=AttachmentState.ADDING,
+        mac="",
+        mtu_bytes=1500,
+        ipv4=ipaddress.IPv4Address("10.213.0.1") + number,
+        ipv6=ipaddress.IPv6Address("fd00::1") + number,
+        wants_rdma=False,
+    )
+    return dataclasses.replace(attachment, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "state.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    store = Store(path)
+    yield store
+    store.close()
+
+
+def test_files_are_roots_alone(store: Store, path: Path) -> None:
+    store.reserve(wanted())
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    assert modes == {"state.db": 0o600, "state.db-wal": 0o600, "state.db-shm": 0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "attachment",
+    [
+        wanted(),
+        wanted(ipv6=None),
+        wanted(ipv4=None),
+        wanted(wants_rdma=True, guard=GuardMode.ENFORCE, mac="0a:58:0a:00:00:05", mtu_bytes=9000),
+        wanted(pod=PodName("ünder", "a'b\"; --"), netns="/run/netns/ä b", netns_id=NetnsId(2**40, 2**40)),
+    ],
+)
+def test_round_trip_through_another_process_life(store: Store, path: Path, attachment: Attachment) -> None:
+    made = store.reserve(attachment)
+    assert made.id == 1
+    assert made.mac == (attachment.mac or "02:72:00:00:00:01")
+    assert made == dataclasses.replace(attachment, id=1, mac=made.mac)
+    store.set_device(made.id, DEVICE)
+    store.set_ready(made.id, {"cniVersion": "1.1.0", "ips": [{"address": "10.213.0.2/32"}]})
+    ready = dataclasses.replace(
+        made,
+        state=AttachmentState.READY,
+        device=DEVICE,
+        result={"cniVersion": "1.1.0", "ips": [{"address": "10.213.0.2/32"}]},
+    )
+    assert store.find(made.container_id, made.ifname) == ready
+    store.close()
+    again = Store(path)
+    assert again.attachments() == [ready]
+    assert isinstance(again.attachments()[0].state, AttachmentState)
+    again.set_device(made.id, None)
+    again.set_state(made.id, AttachmentState.RELEASING)
+    assert again.attachments() == [dataclasses.replace(ready, device=None, state=AttachmentState.RELEASING)]
+    again.close()
+
+
+def test_ids_are_never_used_twice(store: Store, path: Path) -> None:
+    """Names of kernel objects are made of them: a late packet or a forgotten link must not meet a new pod."""
+    first = store.reserve(wanted(1))
+    store.forget(first.id)
+    second = store.reserve(wanted(2))
+    assert second.id == first.id + 1
+    store.forget(second.id)
+    store.close()
+    again = Store(path)
+    assert again.reserve(wanted(3)).id == second.id + 1
+    again.close()
+
+
+def test_forgetting_frees_the_addresses(store: Store) -> None:
+    made = store.reserve(wanted())
+    assert store.taken() == {address_key("10.213.0.2"), address_key("fd00::2")}
+    store.forget(made.id)
+    assert store.taken() == set()
+    assert store.find("c1", "eth0") is None
+    store.forget(made.id)  # idempotent
+    store.reserve(wanted())
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        wanted(2, container_id="c1"),
+        wanted(2, ipv4=wanted(1).ipv4),
+        wanted(2, ipv6=wanted(1).ipv6),
+    ],
+    ids=["container and interface", "ipv4", "ipv6"],
+)
+def test_unique(store: Store, second: Attachment) -> None:
+    first = store.reserve(wanted(1))
+    with pytest.raises(ConflictError) as caught:
+        store.reserve(second)
+    assert caught.value.sentence == (
+        f"Container {second.container_id} has an interface eth0 already, or its address is taken."
+    )
+    assert store.attachments() == [first], "the refused one left a row"
+    assert store.taken() == {address_key(a) for a in first.addresses}, "the refused one left an address"
+    store.reserve(wanted(3, container_id="c1", ifname="eth1"))
+
+
+def test_threads_do_not_get_the_same_address(store: Store) -> None:
+    def reserve(number: int) -> bool:
+        try:
+            store.reserve(wanted(number, ipv4=wanted(1).ipv4))
+        except ConflictError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(reserve, range(1, 33))) == 1
+    assert len(store.attachments()) == 1
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rdmanet import store as module
+from tests.unit.test_store import wanted
+store = module.Store(Path(sys.argv[1]))
+store.reserve(wanted(1))
+def die(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "inside":
+    module.pod_mac = die  # called between the two INSERTs of one transaction
+store.reserve(wanted(2))
+die(0)
+"""
+
+
+@pytest.mark.parametrize(("moment", "left"), [("inside", 1), ("after", 2)])
+def test_a_kill_leaves_whole_rows(path: Path, moment: str, left: int) -> None:
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(path), moment], cwd=REPOSITORY, check=False)
+    assert done.returncode == -signal.SIGKILL
+    store = Store(path)
+    assert [attachment.container_id for attachment in store.attachments()] == ["c1", "c2"][:left]
+    assert store.taken() == {address_key(a) for n in range(1, left + 1) for a in wanted(n).addresses}
+    store.reserve(wanted(9))
+    store.close()
+
+
+def test_a_failure_inside_a_transaction_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "pod_mac", fail)
+    with pytest.raises(KeyboardInterrupt):
+        store.reserve(wanted())
+    monkeypatch.undo()
+    assert store.attachments() == []
+    store.reserve(wanted())
+
+
+def test_effects(store: Store) -> None:
+    store.record_effect("bpffs", "/sys/fs/bpf")
+    store.record_effect("host-link")
+    store.record_effect("bpffs", "/mnt")
+    assert store.effects() == {"bpffs": "/mnt", "host-link": ""}
+    store.forget_effect("bpffs")
+    store.forget_effect("bpffs")
+    assert store.effects() == {"host-link": ""}
+
+
+def test_the_same_boot_changes_nothing_and_another_ends_everything(store: Store) -> None:
+    store.begin("boot-1")
+    made = store.reserve(wanted())
+    store.set_ready(made.id, {})
+    store.record_effect("bpffs", "/sys/fs/bpf")
+    store.begin("boot-1")
+    assert [a.state for a in store.attachments()] == [AttachmentState.READY]
+    assert store.effects() == {"bpffs": "/sys/fs/bpf"}
+    store.begin("boot-2")
+    assert [a.state for a in store.attachments()] == [AttachmentState.RELEASING]
+    assert store.effects() == {}
+    assert store.taken(), "addresses are free only once the attachment is undone"
+
+
+def test_a_newer_schema_is_refused_and_left_as_it_is(store: Store, path: Path) -> None:
+    store.close()
+    with sqlite3.connect(path) as database:
+        database.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    with pytest.raises(StateError) as caught:
+        Store(path)
+    assert caught.value.sentence == (
+        f"The agent's database {path} was written by a newer rdmanet (schema {SCHEMA_VERSION + 1}, this one knows"
+        f" {SCHEMA_VERSION}); install that version again."
+    )
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION + 1,)
+
+
+@pytest.mark.parametrize("content", [b"garbage " * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_garbage_file_is_refused_with_what_to_do(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(StateError) as caught:
+        Store(path)
+    assert caught.value.sentence.startswith(f"The agent's database {path} is not usable: ")
+    assert caught.value.sentence.endswith("move the file away, and let the runtime re-create the pods.")
+    assert path.read_bytes() == content
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="is not usable"):
+        Store(tmp_path / "file" / "state.db")
+
+
+def test_a_database_that_became_unreadable_is_a_state_error(store: Store) -> None:
+    store.reserve(wanted())
+    store.close()
+    with pytest.raises(StateError, match="cannot be read"):
+        store.attachments()
+    with pytest.raises(StateError, match="cannot be written"):
+        store.forget(1)
+
+
+def test_one_owner_per_state_directory(tmp_path: Path) -> None:
+    with owned(tmp_path / "state"):
+        with (
+            pytest.raises(ConflictError, match=r"An agent is running already with .*; stop it first"),
+            owned(tmp_path / "state"),
+        ):
+            pytest.fail("two owners")
+        with owned(tmp_path / "other"):
+            pass
+    with owned(tmp_path / "state"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="cannot be used"), owned(tmp_path / "file"):
+        pytest.fail("a file is no directory")
