@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -35,7 +36,7 @@ class _State(Collector):
 
     def collect(self) -> Iterable[Metric]:
         attachments = self._store.attachments()
-        names = {attachment.id: [str(attachment.pod), attachment.ifname] for attachment in attachments}
+        names = {attachment.id: (str(attachment.pod), attachment.ifname) for attachment in attachments}
         states = GaugeMetricFamily("rdmanet_attachments", "Attachments by state.", labels=["state"])
         for state in AttachmentState:
             states.add_metric([state], sum(1 for attachment in attachments if attachment.state is state))
@@ -45,10 +46,17 @@ class _State(Collector):
             "rdmanet_pod_packets", "Packets by pod, direction and path (ip or roce).", labels=labels
         )
         size = CounterMetricFamily("rdmanet_pod_bytes", "Bytes by pod, direction and path (ip or roce).", labels=labels)
+        # Summed by labels: a pod re-created before its old attachment is gone has two of one name, and drops outlive
+        # their attachment by what was in flight. A sample may appear only once.
+        counted: dict[tuple[str, str, str, str], tuple[int, int]] = {}
         for (number, direction, path), count in self._datapath.counters().items():
             if number in names:
-                packets.add_metric([*names[number], direction, path], count.packets)
-                size.add_metric([*names[number], direction, path], count.bytes)
+                key = (*names[number], direction, path)
+                before = counted.get(key, (0, 0))
+                counted[key] = (before[0] + count.packets, before[1] + count.bytes)
+        for key, (packets_counted, bytes_counted) in counted.items():
+            packets.add_metric(key, packets_counted)
+            size.add_metric(key, bytes_counted)
         yield packets
         yield size
         drops = CounterMetricFamily(
@@ -56,8 +64,11 @@ class _State(Collector):
             "Packets dropped, by pod (empty: none known) and drop reason.",
             labels=["pod", "interface", "reason"],
         )
-        for (number, reason), dropped in self._datapath.drops().items():
-            drops.add_metric([*names.get(number, ["", ""]), reason], dropped)
+        dropped: Counter[tuple[str, str, str]] = Counter()
+        for (number, reason), times in self._datapath.drops().items():
+            dropped[*names.get(number, ("", "")), reason] += times
+        for words, times in dropped.items():
+            drops.add_metric(words, times)
         yield drops
         leases = GaugeMetricFamily("rdmanet_leases", "Leases by state.", labels=["state"])
         for name, held in self._leases.states().items():

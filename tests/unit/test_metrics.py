@@ -1,0 +1,159 @@
+"""The metrics text: valid, complete, bounded; read with Prometheus' own parser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rdmanet.broker.values import Counts
+from rdmanet.datapath.layout import Count
+from rdmanet.metrics import Metrics
+from rdmanet.model import PodName
+from rdmanet.store import Store
+from tests.unit.test_store import wanted
+
+Labels = frozenset[tuple[str, str]]
+
+
+class Numbers:
+    """What the datapath and the broker count, as plain values."""
+
+    def __init__(self) -> None:
+        self.counted: dict[tuple[int, str, str], Count] = {}
+        self.dropped: dict[tuple[int, str], int] = {}
+        self.counts = Counts()
+
+    def counters(self) -> dict[tuple[int, str, str], Count]:
+        return self.counted
+
+    def drops(self) -> dict[tuple[int, str], int]:
+        return self.dropped
+
+    def states(self) -> dict[str, int]:
+        return {"pending": 0, "granted": 2, "unclaimed": 1}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "state.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def numbers() -> Numbers:
+    return Numbers()
+
+
+@pytest.fixture
+def metrics(store: Store, numbers: Numbers) -> Metrics:
+    return Metrics(store, numbers, numbers)  # type: ignore[arg-type]
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, Labels], float]:
+    """(name, labels) → value; a sample that appears twice fails."""
+    found: dict[tuple[str, Labels], float] = {}
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        assert family.documentation
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in found, f"{key} appears twice"
+            found[key] = sample.value
+    return found
+
+
+def labels(**pairs: str) -> Labels:
+    return frozenset(pairs.items())
+
+
+def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
+    names = {family.name for family in text_string_to_metric_families(metrics.text().decode())}
+    assert {name for name in names if not name.endswith("_created")} == {
+        "rdmanet_attachments",
+        "rdmanet_pod_packets",
+        "rdmanet_pod_bytes",
+        "rdmanet_drops",
+        "rdmanet_leases",
+        "rdmanet_leases_granted",
+        "rdmanet_leases_claimed",
+        "rdmanet_leases_refused",
+        "rdmanet_leases_revoked",
+        "rdmanet_cni_seconds",
+        "rdmanet_lease_seconds",
+    }
+
+
+def test_pods_by_name_direction_and_path(store: Store, numbers: Numbers, metrics: Metrics) -> None:
+    made = store.reserve(wanted(pod=PodName("jobs", "train-0")))
+    store.set_ready(made.id, {})
+    store.reserve(wanted(2))
+    numbers.counted = {
+        (made.id, "from_pod", "ip"): Count(packets=5, bytes=500),
+        (made.id, "to_pod", "roce"): Count(packets=7, bytes=7000),
+        (99, "to_pod", "ip"): Count(packets=1, bytes=1),  # an attachment that is gone
+    }
+    found = samples(metrics)
+    sent = labels(pod="jobs/train-0", interface="eth0", direction="from_pod", path="ip")
+    got = labels(pod="jobs/train-0", interface="eth0", direction="to_pod", path="roce")
+    assert {key: value for key, value in found.items() if key[0].startswith("rdmanet_pod_")} == {
+        ("rdmanet_pod_packets_total", sent): 5,
+        ("rdmanet_pod_bytes_total", sent): 500,
+        ("rdmanet_pod_packets_total", got): 7,
+        ("rdmanet_pod_bytes_total", got): 7000,
+    }
+    states = {name: found["rdmanet_attachments", labels(state=name)] for name in ("adding", "ready", "releasing")}
+    assert states == {"adding": 1, "ready": 1, "releasing": 0}
+
+
+def test_two_attachments_of_one_name_are_summed(store: Store, numbers: Numbers, metrics: Metrics) -> None:
+    """A runtime adds a pod's successor before it deletes the old one: two container ids, one name."""
+    old, new = (store.reserve(wanted(n, pod=PodName("default", "web"))) for n in (1, 2))
+    numbers.counted = {(a.id, "from_pod", "ip"): Count(packets=a.id, bytes=10) for a in (old, new)}
+    numbers.dropped = {(a.id, "multicast"): 3 for a in (old, new)}
+    found = samples(metrics)
+    sent = labels(pod="default/web", interface="eth0", direction="from_pod", path="ip")
+    assert found["rdmanet_pod_packets_total", sent] == 3
+    assert found["rdmanet_pod_bytes_total", sent] == 20
+    assert found["rdmanet_drops_total", labels(pod="default/web", interface="eth0", reason="multicast")] == 6
+
+
+def test_drops_without_a_pod_are_summed_under_no_name(store: Store, numbers: Numbers, metrics: Metrics) -> None:
+    numbers.dropped = {(0, "no_node"): 2, (98, "no_node"): 3, (99, "multicast"): 1}
+    found = samples(metrics)
+    assert found["rdmanet_drops_total", labels(pod="", interface="", reason="no_node")] == 5
+    assert found["rdmanet_drops_total", labels(pod="", interface="", reason="multicast")] == 1
+
+
+def test_leases(numbers: Numbers, metrics: Metrics) -> None:
+    numbers.counts = Counts(granted=4, claimed=2, refused=Counter(no_device=3), revoked=Counter(released=1, pod_gone=2))
+    metrics.lease_granted(0.004)
+    found = samples(metrics)
+    assert found["rdmanet_leases", labels(state="granted")] == 2
+    assert found["rdmanet_leases_granted_total", labels()] == 4
+    assert found["rdmanet_leases_claimed_total", labels()] == 2
+    assert found["rdmanet_leases_refused_total", labels(reason="no_device")] == 3
+    assert found["rdmanet_leases_revoked_total", labels(cause="pod_gone")] == 2
+    assert found["rdmanet_lease_seconds_count", labels()] == 1
+    assert found["rdmanet_lease_seconds_bucket", labels(le="0.0025")] == 0
+    assert found["rdmanet_lease_seconds_bucket", labels(le="0.005")] == 1
+
+
+def test_cni_calls_by_command_and_code(metrics: Metrics) -> None:
+    for _ in range(3):
+        metrics.cni_call("ADD", 0, 0.02)
+    metrics.cni_call("ADD", 101, 0.001)
+    found = samples(metrics)
+    assert found["rdmanet_cni_seconds_count", labels(command="ADD", code="0")] == 3
+    assert found["rdmanet_cni_seconds_count", labels(command="ADD", code="101")] == 1
+    assert found["rdmanet_cni_seconds_sum", labels(command="ADD", code="0")] == pytest.approx(0.06)
+
+
+def test_names_are_escaped(store: Store, numbers: Numbers, metrics: Metrics) -> None:
+    made = store.reserve(dataclasses.replace(wanted(), pod=PodName('a"b', "c\\d\ne")))
+    numbers.dropped = {(made.id, "multicast"): 1}
+    assert samples(metrics)["rdmanet_drops_total", labels(pod='a"b/c\\d\ne', interface="eth0", reason="multicast")] == 1
