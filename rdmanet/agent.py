@@ -125,8 +125,8 @@ class Agent:
         )
         await self._listen(stack, api)
 
-        async def call(variables: dict[str, str], body: bytes) -> int:
-            return (await api.call(variables, body))[0]
+        async def call(variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool]) -> int:
+            return (await api.call(variables, body, still_wanted))[0]
 
         drained = await pending.drain(pending_dir, call)
         if drained:

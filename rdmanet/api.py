@@ -161,7 +161,8 @@ class Api:
         try:
             body = await request.read()
         except web.HTTPRequestEntityTooLarge:
-            body = b"{}"  # parsed below into the error that a missing version is
+            status, document = _refusal(b"", CniError("The network configuration has more than 1 MiB", CniCode.DECODE))
+            return web.json_response(document, status=status)
         try:
             variables = variables_of_headers(request.headers)
         except CniError as error:
@@ -172,14 +173,19 @@ class Api:
             return web.Response(status=status)
         return web.json_response(document, status=status)
 
-    async def call(self, variables: dict[str, str], body: bytes) -> tuple[int, dict[str, object] | None]:
-        """One CNI call, from its variables and standard input: (HTTP status, what the executable prints if any)."""
+    async def call(
+        self, variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool] = lambda: True
+    ) -> tuple[int, dict[str, object] | None]:
+        """One CNI call, from its variables and standard input: (HTTP status, what the executable prints if any).
+
+        A DEL asks ``still_wanted`` when its turn has come: a queued one may have been superseded by an ADD.
+        """
         started = time.perf_counter()
         command, code = "unknown", 0
         try:
             call = Request.parse(variables, body)
             command = str(call.command)
-            return 200, await self._run(call)
+            return 200, await self._run(call, still_wanted)
         except RdmanetError as error:
             code, _ = codes(error)
             log.warning("%s refused with code %d: %s", command, code, error)
@@ -187,7 +193,7 @@ class Api:
         finally:
             self._observer.cni_call(command, code, time.perf_counter() - started)
 
-    async def _run(self, call: Request) -> dict[str, object] | None:
+    async def _run(self, call: Request, still_wanted: Callable[[], bool]) -> dict[str, object] | None:
         if call.command is Command.STATUS:
             return None  # an agent that answers is ready: it listens only then
         if call.command is Command.GC:
@@ -203,7 +209,7 @@ class Api:
                 return call.answer(result)
             if call.command is Command.CHECK:
                 await self._blocking(self._attachments.check, call)
-            else:
+            elif still_wanted():
                 await self._blocking(self._attachments.delete, call.container_id, call.ifname)
             return None
 
@@ -224,8 +230,9 @@ class Api:
         async with self._collecting:
             await self._collecting.wait_for(lambda: not self._collector)
             self._collector = True
-            await self._collecting.wait_for(lambda: self._calls == 0)
         try:
+            async with self._collecting:
+                await self._collecting.wait_for(lambda: self._calls == 0)
             yield None
         finally:
             async with self._collecting:

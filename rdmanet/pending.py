@@ -15,7 +15,8 @@ from rdmanet.errors import RdmanetError, StateError
 
 log = logging.getLogger(__name__)
 
-Call = Callable[[dict[str, str], bytes], Awaitable[int]]
+#: A CNI call from variables and standard input, with a question to ask when its turn has come; the HTTP status.
+Call = Callable[[dict[str, str], bytes, Callable[[], bool]], Awaitable[int]]
 
 
 @contextlib.contextmanager
@@ -51,8 +52,8 @@ def superseded(directory: Path, container_id: str, ifname: str) -> bool:
 def entries(directory: Path) -> list[tuple[Path, dict[str, str], bytes]]:
     """(file, environment variables, standard input) of every whole entry, oldest first.
 
-    An entry that cannot be read can never be carried out: it is set aside under a name ending in ``.malformed``, and
-    logged.
+    An entry that cannot be read can never be carried out: it is set aside under a name that begins with
+    ``malformed-``, and logged.
     """
     found = []
     files = [path for path in directory.iterdir() if "@" in path.name]
@@ -76,9 +77,9 @@ async def drain(directory: Path, call: Call) -> int:
         await asyncio.to_thread(stack.enter_context, locked(directory))
         done = 0
         for path, variables, body in entries(directory):
-            status = await call(variables, body)
+            status = await call(variables, body, path.exists)
             if status == 200:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 done += 1
             else:
                 log.error("The queued DEL %s failed (HTTP %d) and stays queued", path, status)
