@@ -181,11 +181,13 @@ class Api:
         A DEL asks ``still_wanted`` when its turn has come: a queued one may have been superseded by an ADD.
         """
         started = time.perf_counter()
-        command, code = "unknown", 0
+        command, code = "unknown", CODE_OTHER  # until it is known to be anything else
         try:
             call = Request.parse(variables, body)
             command = str(call.command)
-            return 200, await self._run(call, still_wanted)
+            document = await self._run(call, still_wanted)
+            code = 0
+            return 200, document
         except RdmanetError as error:
             code, _ = codes(error)
             log.warning("%s refused with code %d: %s", command, code, error)
