@@ -120,6 +120,7 @@ class Agent:
             self._executor,
             status=self.status,
             metrics=self._metrics.text,
+            swap=self._swap,
             observer=self._metrics,
             pending_dir=pending_dir,
         )
@@ -180,6 +181,11 @@ class Agent:
     async def _blocking(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
+    def _swap(self) -> dict[str, str]:
+        """Puts the artifact on disk under the running traffic; answers hook → program."""
+        self._datapath.swap(Artifact.load(self._config.datapath.artifact_dir))
+        return self._datapath.running()
+
     # Status
 
     async def status(self) -> dict[str, object]:
@@ -202,6 +208,7 @@ class Agent:
                 "rdma_mode": self._devices.mode if self._devices else None,
                 "rdma_missing": self._devices_missing,
                 "mtu_bytes": self._network.mtu_bytes,
+                "programs": self._datapath.running(),
             },
             "attachments": [
                 {

@@ -4,6 +4,7 @@
 ``POST /v1/cni``        a CNI call as ``cni/rdmanet`` sends it; 200 with the result, else the specification's error
 ``GET /v1/status``      everything that ``rdmanet status`` shows, as JSON
 ``GET /metrics``        Prometheus' text format
+``POST /v1/swap``       puts the artifact that now lies in datapath.artifact_dir under the running traffic
 ======================  =====================================================================================
 """
 
@@ -115,6 +116,7 @@ class Api:
         *,
         status: Callable[[], Awaitable[dict[str, object]]],
         metrics: Callable[[], bytes],
+        swap: Callable[[], dict[str, str]],
         observer: Observer,
         pending_dir: Path,
     ):
@@ -122,6 +124,7 @@ class Api:
         self._executor = executor
         self._status = status
         self._metrics = metrics
+        self._swap = swap
         self._observer = observer
         self._pending = pending_dir
         self._locks = KeyedLocks()
@@ -135,6 +138,7 @@ class Api:
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_post("/v1/cni", self._cni)
         app.router.add_get("/v1/status", self._get_status)
+        app.router.add_post("/v1/swap", self._post_swap)
         app.router.add_get("/metrics", self._get_metrics)
         return app
 
@@ -150,6 +154,13 @@ class Api:
     async def _get_metrics(self, request: web.Request) -> web.Response:
         body = await self._blocking(self._metrics)
         return web.Response(body=body, content_type="text/plain", charset="utf-8")
+
+    async def _post_swap(self, request: web.Request) -> web.Response:
+        try:
+            return web.json_response(await self._blocking(self._swap))
+        except RdmanetError as error:
+            _, status = codes(error)
+            return web.json_response({"error": str(error)}, status=status)
 
     async def _blocking(self, function: Callable[..., T], *arguments: object) -> T:
         loop = asyncio.get_running_loop()

@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: datapath.artifact_dir")
     build.set_defaults(run=_build)
+    swap = actions.add_parser("swap", parents=[common], help="put the artifact on disk under the running traffic")
+    swap.set_defaults(run=_swap)
     return parser
 
 
@@ -108,6 +110,12 @@ def _build(chosen: argparse.Namespace) -> int:
     return int(compiler.main(["--output", str(chosen.output or config.load(chosen.config).datapath.artifact_dir)]))
 
 
+def _swap(chosen: argparse.Namespace) -> int:
+    for hook, program in ask(config.load(chosen.config).agent.socket, "/v1/swap", method="POST").items():
+        print(f"{hook}: {program}")
+    return 0
+
+
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over the agent's socket (urllib and http.client know TCP only; aiohttp would cost half a second)."""
 
@@ -121,11 +129,11 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def ask(path: Path, url: str) -> dict[str, Any]:
-    """GETs a JSON document from the agent. Raises UnavailableError when nobody answers."""
+def ask(path: Path, url: str, method: str = "GET") -> dict[str, Any]:
+    """One request to the agent; its JSON document. Raises UnavailableError when nobody answers, or it refuses."""
     connection = _UnixConnection(path)
     try:
-        connection.request("GET", url)
+        connection.request(method, url)
         answer = connection.getresponse()
         document: dict[str, Any] = json.loads(answer.read())
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -133,9 +141,11 @@ def ask(path: Path, url: str) -> dict[str, Any]:
             f"The agent does not answer on {path}: {error}. Start it with `rdmanet agent` (as root), or name its"
             f" configuration"
             " with --config.",
-            operation="GET",
+            operation=method,
             subject=url,
         ) from error
     finally:
         connection.close()
+    if answer.status != 200:
+        raise UnavailableError(str(document.get("error", document)), operation=method, subject=url)
     return document

@@ -40,6 +40,18 @@ class MapDefinition:
     flags: int
 
 
+#: Field name → (offset, size) in bytes, padding left out; a bare number is a field named ``value``.
+Places = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the C compiler laid out a map's key and value."""
+
+    key: Places
+    value: Places
+
+
 @dataclass(frozen=True, slots=True)
 class Relocation:
     """The instruction (by index) that loads a map's descriptor."""
@@ -66,6 +78,7 @@ class Artifact:
     license: str
     drop_reasons: tuple[str, ...]  # the reason with number 1 first
     maps: Mapping[str, MapDefinition]
+    layouts: Mapping[str, Layout]
     programs: Mapping[str, Program]
 
     @classmethod
@@ -106,6 +119,10 @@ def encode(artifact: Artifact) -> str:
             }
             for name, definition in artifact.maps.items()
         },
+        "layouts": {
+            name: {"key": _places(layout.key), "value": _places(layout.value)}
+            for name, layout in artifact.layouts.items()
+        },
         "programs": {
             name: {
                 "instructions": base64.b64encode(program.instructions).decode("ascii"),
@@ -132,6 +149,13 @@ def decode(text: str, origin: str = "artifact") -> Artifact:
         raise _unusable(origin, "its integrity hash does not match, the file is damaged")
     try:
         maps = {name: MapDefinition(name=name, **definition) for name, definition in body["maps"].items()}
+        layouts = {
+            name: Layout(
+                key={field: (offset, size) for field, (offset, size) in layout["key"].items()},
+                value={field: (offset, size) for field, (offset, size) in layout["value"].items()},
+            )
+            for name, layout in body["layouts"].items()
+        }
         programs = {
             name: Program(
                 name=name,
@@ -146,6 +170,7 @@ def decode(text: str, origin: str = "artifact") -> Artifact:
             license=body["license"],
             drop_reasons=tuple(body["drop_reasons"]),
             maps=maps,
+            layouts=layouts,
             programs=programs,
         )
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
@@ -168,6 +193,10 @@ def save(artifact: Artifact, path: Path) -> None:
         raise
 
 
+def _places(places: Places) -> dict[str, list[int]]:
+    return {name: [offset, size] for name, (offset, size) in places.items()}
+
+
 def _integrity(body: Mapping[str, Any]) -> str:
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -179,6 +208,8 @@ def _check(artifact: Artifact, origin: str) -> None:
     missing = [name for name in wanted if name not in artifact.programs]
     if missing or "programs" not in artifact.maps:
         raise _unusable(origin, f"it lacks {', '.join(missing) or 'the map programs'}")
+    if artifact.layouts.keys() != artifact.maps.keys():
+        raise _unusable(origin, "its layouts are not those of its maps")
     for program in artifact.programs.values():
         count, rest = divmod(len(program.instructions), INSTRUCTION_BYTES)
         if rest or not count:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import json
+import math
 import os
 import struct
 import sys
@@ -19,13 +21,25 @@ from typing import Any
 
 from rdmanet.datapath import artifact as artifacts
 from rdmanet.datapath import source
-from rdmanet.datapath.artifact import HOOKS, INSTRUCTION_BYTES, Artifact, MapDefinition, Program, Relocation
+from rdmanet.datapath.artifact import HOOKS, INSTRUCTION_BYTES, Artifact, Layout, MapDefinition, Program, Relocation
 from rdmanet.errors import NotFoundError, RdmanetError, StateError, UnavailableError
 
 #: bcc's own helpers leave unused variables and shadowed macros behind; our parts are checked by their tests.
 FLAGS = ("-Wno-unused-variable", "-Wno-macro-redefined", "-Wno-unused-function")
 
 HEADERS_VARIABLE = "BCC_KERNEL_SOURCE"
+
+#: bcc's names of C types, with their sizes in bytes.
+_BASE_TYPES = {
+    "char": 1,
+    "unsigned char": 1,
+    "short": 2,
+    "unsigned short": 2,
+    "int": 4,
+    "unsigned int": 4,
+    "long long": 8,
+    "unsigned long long": 8,
+}
 
 _LOAD_64_BIT_IMMEDIATE = 0x18
 _PSEUDO_MAP_FD = 1
@@ -108,6 +122,7 @@ def _compile(lib: Any, text: str, key: str, compiler: str) -> Artifact:
     module = ctypes.c_void_p(created)
     try:
         maps, names = _maps(lib, module)
+        layouts = {name: _layout(lib, module, name) for name in maps}
         programs = {}
         for hook in HOOKS:
             for name in (hook, f"dispatch_{hook}"):
@@ -118,6 +133,7 @@ def _compile(lib: Any, text: str, key: str, compiler: str) -> Artifact:
             license=lib.bpf_module_license(module).decode(),
             drop_reasons=reasons,
             maps=maps,
+            layouts=layouts,
             programs=programs,
         )
     finally:
@@ -140,6 +156,32 @@ def _maps(lib: Any, module: ctypes.c_void_p) -> tuple[dict[str, MapDefinition], 
         )
         names[lib.bpf_table_fd_id(module, table)] = name
     return maps, names
+
+
+def _layout(lib: Any, module: ctypes.c_void_p, name: str) -> Layout:
+    key = json.loads(lib.bpf_table_key_desc(module, name.encode()))
+    value = json.loads(lib.bpf_table_leaf_desc(module, name.encode()))
+    return Layout(key=_places(key), value=_places(value))
+
+
+def _places(described: Any) -> dict[str, tuple[int, int]]:
+    """bcc describes a struct as [name, fields, "struct_packed"], padding written out as fields; a field as
+    [name, type] or [name, type, [elements]]."""
+    if isinstance(described, str):
+        return {"value": (0, _size(described))}
+    places, offset = {}, 0
+    for field in described[1]:
+        size = _size(field[1]) * math.prod(field[2] if len(field) > 2 else [1])
+        if not field[0].lstrip("_").startswith("pad"):
+            places[field[0]] = (offset, size)
+        offset += size
+    return places
+
+
+def _size(described: Any) -> int:
+    if isinstance(described, str):
+        return _BASE_TYPES[described]
+    return sum(_size(field[1]) * math.prod(field[2] if len(field) > 2 else [1]) for field in described[1])
 
 
 def _instructions(lib: Any, module: ctypes.c_void_p, name: str) -> bytes:

@@ -1,6 +1,6 @@
 """Wire formats of the maps: Python tables beside the C structs of bpf/, and the values they hold.
 
-A test compares every table with the offsets and sizes that the C compiler gives. Numbers are in the host's byte order
+Opening an artifact compares every table with the offsets and sizes that the C compiler gave. Numbers are in the host's byte order
 unless a field's comment says otherwise; addresses are address keys (16 bytes, ``rdmanet.model.address_key``).
 """
 
@@ -39,13 +39,14 @@ class StructTable:
         """Bytes."""
         return self._struct.size
 
-    def offsets(self) -> dict[str, int]:
-        """Where each field begins, in bytes; padding (code ``x``) left out."""
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Field → (offset, size) in bytes; padding (code ``x``) left out."""
         found, offset = {}, 0
         for name, code in self.fields:
+            size = struct.calcsize("=" + code)
             if not code.endswith("x"):
-                found[name] = offset
-            offset += struct.calcsize("=" + code)
+                found[name] = (offset, size)
+            offset += size
         return found
 
     def pack(self, *values: int | bytes) -> bytes:

@@ -98,9 +98,10 @@ def _make_directory(directory: Path) -> None:
                 subject=str(directory),
             )
         directory.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
+    except (OSError, BpfError) as error:
         raise UnavailableError(
-            f"The directory for pins, {directory}, cannot be made.",
+            f"The directory for pins, {directory}, cannot be made; "
+            "is a bpffs mounted there (`mount -t bpf bpf /sys/fs/bpf`)?",
             operation="mkdir",
             subject=str(directory),
             errno=error.errno,

@@ -22,7 +22,7 @@ from rdmanet.datapath.layout import (
     NodeEntry,
     UplinkEntry,
 )
-from rdmanet.errors import BpfError, ExhaustedError, InputError
+from rdmanet.errors import BpfError, ExhaustedError, StateError
 from rdmanet.model import GuardEntry
 
 __all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry", "UplinkEntry"]
@@ -208,11 +208,16 @@ class Datapath:
 
 
 def _check_tables(artifact: Artifact) -> None:
-    """Sizes of this module's tables against the artifact's; a test compares every offset."""
+    """This version's tables against the compiler's layout: never read one struct as another."""
     for name, (key, value) in layout.MAPS.items():
-        definition = artifact.maps.get(name)
-        if definition is None or (definition.key_size, definition.value_size) != (key.size, value.size):
-            raise InputError(
+        definition, compiled = artifact.maps.get(name), artifact.layouts.get(name)
+        if (
+            definition is None
+            or compiled is None
+            or (definition.key_size, definition.value_size) != (key.size, value.size)
+            or (compiled.key, compiled.value) != (key.places(), value.places())
+        ):
+            raise StateError(
                 f"The compiled datapath's map {name} does not fit this version of rdmanet; "
                 "make it anew with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
                 subject=name,

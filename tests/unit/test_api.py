@@ -113,6 +113,7 @@ def api(attached: Attached, observed: Observed, pending_dir: Path) -> Iterator[A
             executor,
             status=status,
             metrics=lambda: b"rdmanet_up 1\n",
+            swap=dict,
             observer=observed,
             pending_dir=pending_dir,
         )
