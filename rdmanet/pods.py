@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rdmanet.broker.values import PodView
-from rdmanet.errors import KernelError, NotFoundError
+from rdmanet.errors import KernelError, NotFoundError, UnavailableError
 from rdmanet.lease import SOCKET_NAME
 from rdmanet.model import Attachment, Device, NetnsId, PodName, address_key
 from rdmanet.netlink import namespace
@@ -64,7 +64,14 @@ class Pods:
         assert self._server is not None
         assert self._loop is not None
         future = asyncio.run_coroutine_threadsafe(call(self._server), self._loop)
-        future.result(LOOP_TIMEOUT_S)
+        try:
+            future.result(LOOP_TIMEOUT_S)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"The agent's lease server did not answer within {LOOP_TIMEOUT_S:g} s; ask again, and look into the"
+                " agent's log.",
+                operation="lease listener",
+            ) from error
 
     # Listeners, from worker threads
 
