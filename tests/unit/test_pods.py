@@ -1,0 +1,215 @@
+"""Pods as the broker knows them: one listener per namespace, names and addresses that lead to the right one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from rdmanet import pods as module
+from rdmanet.errors import KernelError, UnavailableError
+from rdmanet.model import Attachment, NetnsId, PodName, address_key
+from rdmanet.netlink import namespace
+from rdmanet.pods import Pods
+from tests.unit.test_store import DEVICE, wanted
+
+OTHER = NetnsId(dev=4, ino=99)
+
+
+class Server:
+    """The lease server as ``Pods`` sees it; says what it was told, on the loop."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, object]] = []
+        self.silent = False
+
+    async def _told(self, what: str, about: object) -> None:
+        if self.silent:
+            await asyncio.get_running_loop().create_future()
+        self.events.append((what, about))
+
+    async def add_listener(self, sock: socket.socket, cookie: int) -> None:
+        sock.close()
+        await self._told("add", cookie)
+
+    async def remove_listener(self, cookie: int) -> None:
+        await self._told("remove", cookie)
+
+    async def pod_gone(self, name: PodName) -> None:
+        await self._told("gone", str(name))
+
+
+class Namespaces:
+    """Stands for entering namespaces, which needs root: what ``open`` gets from the kernel."""
+
+    def __init__(self) -> None:
+        self.error: int | None = None
+        self._cookies = itertools.count(100)
+
+    def run_inside(self, descriptor: int, function: Callable[[], Any]) -> socket.socket:
+        if self.error is not None:
+            raise OSError(self.error, "refused")
+        return socket.socket(socket.AF_UNIX)
+
+    def cookie(self, sock: socket.socket) -> int:
+        return next(self._cookies)
+
+
+@pytest.fixture
+def namespaces(monkeypatch: pytest.MonkeyPatch) -> Namespaces:
+    found = Namespaces()
+    monkeypatch.setattr(namespace, "run_inside", found.run_inside)
+    monkeypatch.setattr(namespace, "cookie", found.cookie)
+    return found
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def pods(server: Server, namespaces: Namespaces) -> Iterator[Pods]:
+    """Pods with an event loop in a thread of its own: the test is the worker thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    with ThreadPoolExecutor(1) as executor:
+        pods = Pods(None, executor, max_leases=7)
+        pods.serve_with(server, loop)
+        yield pods
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def attachment(number: int, **changes: object) -> Attachment:
+    return wanted(number, id=number, **changes)
+
+
+def test_one_listener_per_pod_from_first_to_last_attachment(pods: Pods, server: Server) -> None:
+    first = attachment(1)
+    second = attachment(2, ifname="net1", netns_id=first.netns_id, pod=first.pod)
+    pods.open(first, 0)
+    pods.open(second, 0)
+    pods.open(first, 0)  # again, as after a restart
+    assert server.events == [("add", 100)]
+    pods.close(first)
+    assert server.events == [("add", 100)]
+    pods.close(first)
+    pods.close(second)
+    assert server.events[1:] == [("remove", 100), ("gone", "default/pod-1")]
+    pods.close(second)
+    assert len(server.events) == 3
+
+
+def test_a_taken_name_degrades_that_pod_alone(pods: Pods, server: Server, namespaces: Namespaces) -> None:
+    bad, good = attachment(1), attachment(2)
+    namespaces.error = errno.EADDRINUSE
+    pods.open(bad, 0)
+    namespaces.error = None
+    pods.open(good, 0)
+    assert server.events == [("add", 100)]
+    assert pods.degraded() == {
+        bad.netns_id: "a process in the pod holds the lease socket's name @rdmanet; its leases cannot work"
+    }
+    pods.open(bad, 0)
+    assert pods.degraded() == {}, "the name is free again"
+    assert server.events == [("add", 100), ("add", 101)]
+    pods.close(bad)
+    pods.close(good)
+
+
+def test_a_degraded_pod_ends_without_a_listener(pods: Pods, server: Server, namespaces: Namespaces) -> None:
+    namespaces.error = errno.EADDRINUSE
+    pods.open(attachment(1), 0)
+    pods.close(attachment(1))
+    assert server.events == [("gone", "default/pod-1")]
+    assert pods.degraded() == {}
+
+
+def test_another_failure_is_an_error_and_leaves_nothing(pods: Pods, namespaces: Namespaces) -> None:
+    namespaces.error = errno.EMFILE
+    with pytest.raises(KernelError, match="The lease socket cannot be made inside the pod") as caught:
+        pods.open(attachment(1), 0)
+    assert caught.value.errno == errno.EMFILE
+    pods.close(attachment(1))  # the step's undo
+    assert pods.by_name(attachment(1).pod) is None
+
+
+def test_a_silent_server_is_an_error(pods: Pods, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOP_TIMEOUT_S", 0.01)
+    server.silent = True
+    with pytest.raises(UnavailableError, match=r"did not answer within 0\.01 s"):
+        pods.open(attachment(1), 0)
+
+
+def test_lookups(pods: Pods) -> None:
+    one, two = attachment(1, wants_rdma=True, device=DEVICE), attachment(2)
+    pods.open(one, 0)
+    pods.open(two, 0)
+    view = pods.by_name(PodName("default", "pod-1"))
+    assert view is not None
+    assert (view.name, view.device, view.max_leases) == (one.pod, DEVICE, 7)
+    assert view.addresses == (address_key("10.213.0.2"), address_key("fd00::2"))
+    assert pods.by_cookie(100) == view
+    assert pods.by_address(address_key("fd00::2")) == view
+    assert pods.by_cookie(101) == pods.by_name(two.pod)
+    assert pods.by_cookie(102) is None
+    assert pods.by_name(PodName("other", "pod-1")) is None
+    assert pods.by_address(address_key("10.213.0.9")) is None
+    pods.close(one)
+    assert pods.by_cookie(100) is None
+    assert pods.by_name(one.pod) is None
+    assert pods.by_address(address_key("fd00::2")) is None
+
+
+def test_of_two_pods_with_one_name_the_newer_answers(pods: Pods) -> None:
+    old, new = attachment(1), attachment(2, pod=attachment(1).pod)
+    pods.open(new, 0)
+    pods.open(old, 0)  # a restart may adopt in any order
+    view = pods.by_name(old.pod)
+    assert view is not None
+    assert view.addresses == tuple(address_key(address) for address in new.addresses)
+    pods.close(new)
+    view = pods.by_name(old.pod)
+    assert view is not None
+    assert view.addresses == tuple(address_key(address) for address in old.addresses)
+
+
+def test_a_pods_addresses_for_leases_are_those_with_the_device(pods: Pods) -> None:
+    plain = attachment(1)
+    fast = attachment(
+        2,
+        ifname="net1",
+        netns_id=plain.netns_id,
+        pod=plain.pod,
+        ipv4=ipaddress.IPv4Address("10.9.9.9"),
+        ipv6=None,
+        device=DEVICE,
+    )
+    pods.open(plain, 0)
+    before = pods.by_name(plain.pod)
+    assert before is not None
+    assert before.device is None
+    assert len(before.addresses) == 2
+    pods.open(fast, 0)
+    view = pods.by_name(plain.pod)
+    assert view is not None
+    assert view.device == DEVICE
+    assert view.addresses == (address_key("10.9.9.9"),)
+
+
+async def test_holder_of_an_unknown_device(pods: Pods) -> None:
+    assert await pods.holder(DEVICE, 17) is None
