@@ -1,6 +1,6 @@
 """Everything on a host that must be as it was before, as JSON that compares byte for byte. Standard library only.
 
-Run inside the host's namespaces as ``python -I -S -E dump.py [CGROUP_NAME_TO_LEAVE_OUT...]``. What changes by itself is
+Run inside the host's namespaces as ``python -I -S -E dump.py [SECTION...]``. What changes by itself is
 left out, by name, in `VOLATILE` and `VOLATILE_SYSCTLS`; everything else is compared.
 """
 
@@ -15,6 +15,7 @@ import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,33 +194,42 @@ def tree(root: Path) -> dict[str, str]:
     return entries
 
 
-def cgroups(leave_out: list[str]) -> list[str]:
+def cgroups() -> list[str]:
     """Directories of the cgroup2 hierarchy, except the testbed's own."""
     found = []
     for mount in mounts("cgroup2")[-1:]:
         for directory, children, _ in os.walk(mount):
-            children[:] = [c for c in children if c not in leave_out]
+            children[:] = [c for c in children if c != "rdmanet-testbed"]
             found.append(directory)
     return sorted(found)
 
 
-def dump(leave_out: list[str]) -> dict[str, Any]:
-    """Everything; the keys are the sections that `testbed.host.diff` names."""
-    net = network()
-    return {
-        **net,
-        **traffic_control([link["ifname"] for link in net["links"]]),
-        "rdma": rdma(),
-        "nftables": nftables(),
-        "iptables": legacy_iptables(),
-        "sysctls": sysctls(),
-        "bpffs_mounts": mounts("bpf"),
-        "bpffs": {k: v for mount in mounts("bpf") for k, v in tree(Path(mount)).items()},
-        "cgroups": cgroups(leave_out),
-        "run": tree(Path("/run/rdmanet")),
-        "state": tree(Path("/var/lib/rdmanet")),
-    }
+def bpffs() -> dict[str, str]:
+    """Everything in mounted bpf file systems."""
+    return {path: kind for mount in mounts("bpf") for path, kind in tree(Path(mount)).items()}
+
+
+#: What is compared besides `network` and `traffic_control`, by section.
+SECTIONS: dict[str, Callable[[], Any]] = {
+    "rdma": rdma,
+    "nftables": nftables,
+    "iptables": legacy_iptables,
+    "sysctls": sysctls,
+    "bpffs_mounts": lambda: mounts("bpf"),
+    "bpffs": bpffs,
+    "cgroups": cgroups,
+    "run": lambda: tree(Path("/run/rdmanet")),
+    "state": lambda: tree(Path("/var/lib/rdmanet")),
+}
+
+
+def dump(only: list[str]) -> dict[str, Any]:
+    """Everything, or `only` some sections and the network; the keys are what `testbed.host.diff` names."""
+    found = network()
+    if not only:
+        found |= traffic_control([link["ifname"] for link in found["links"]])
+    return found | {name: read() for name, read in SECTIONS.items() if not only or name in only}
 
 
 if __name__ == "__main__":
-    json.dump(dump(["rdmanet-testbed", *sys.argv[1:]]), sys.stdout, sort_keys=True)
+    json.dump(dump(sys.argv[1:]), sys.stdout, sort_keys=True)

@@ -78,7 +78,7 @@ class Agent:
         for line in self.process.stdout:
             self._log.write(line)
             self._log.flush()
-            if b"ready" in line:
+            if line == b"ready\n":  # rdmanet.agent prints it when the world may ask
                 self._ready.set()
         self._ready.set()  # the agent ended: `wait_ready` finds out how
 
@@ -203,7 +203,7 @@ class Host:
             raise UnavailableError(f"an agent runs on {self.name} already")
         sections = {**{k: dict(v) for k, v in (config or {}).items()}}
         sections.setdefault("datapath", {}).setdefault("artifact_dir", str(ARTIFACT))
-        file = f"/run/rdmanet-testbed/{session().id}/{self.name}.toml"
+        file = self._config_file()
         self.container.act(("write", file, toml(sections)))
         started = time.monotonic()
         log = tempfile.NamedTemporaryFile(prefix=f"rdmanet-{self.name}-", suffix=".log", dir=session().path)  # noqa: SIM115
@@ -288,6 +288,17 @@ class Host:
                 f"the agent answered {response.status}: {text.strip()}", operation=method, subject=path
             )
         return json.loads(text) if "json" in (response.getheader("Content-Type") or "") else text
+
+    def uninstall(self, *, timeout_s: float = READY_TIMEOUT_S) -> Completed:
+        """``rdmanet uninstall`` with the last agent's configuration; no agent may run."""
+        return self.exec(
+            [sys.executable, "-m", "rdmanet", "uninstall", "--config", self._config_file()],
+            cwd=str(REPOSITORY),
+            timeout_s=timeout_s,
+        )
+
+    def _config_file(self) -> str:
+        return f"/run/rdmanet-testbed/{session().id}/{self.name}.toml"
 
     def dump(self) -> Dump:
         """Everything that must be as before once rdmanet is gone (testbed.dump says what)."""

@@ -1,0 +1,1 @@
+"""The demonstration: two RDMA pods and one without, end to end (``python -m testbed.demo``)."""

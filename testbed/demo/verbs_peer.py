@@ -1,0 +1,214 @@
+"""RDMA inside a pod, through the library `rdmanet.verbs` and nothing else: a program for `testbed.peer`.
+
+Requests: ``serve`` {service}; ``connect`` {target} → {ready_ms}; ``write`` {target, bytes} → {ready_ms, write_s,
+equal}; ``stream_begin`` {target, pause_s}, ``stream_reach`` {rounds, timeout_s} → {rounds}, ``stream_end`` → {rounds,
+bytes, equal}.
+
+On a connection the listener sends its memory region, the connector writes into it by RDMA and says so in a message: a
+JSON object with ``bytes`` (where the bytes are in the region, and how many) or ``end``. The listener answers the latter
+with the SHA-256 of everything that arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from rdmanet import verbs
+from rdmanet.errors import RdmanetError
+from rdmanet.verbs.queue_pair import QueuePair
+
+ROUND_BYTES = 1 << 16
+TIMEOUT_S = 60.0
+#: Emulated machines take seconds to import pyverbs and open the device, which the first connection includes.
+CONNECT_TIMEOUT_S = 60.0
+
+
+async def offer(qp: QueuePair) -> None:
+    """The listener's side of one connection."""
+    async with qp:
+        size = int(json.loads(await qp.recv())["region_bytes"])
+        region = qp.allocate(size, remote_write=True)
+        await qp.send(region.remote.to_bytes())
+        digest = hashlib.sha256()
+        received = 0
+        while "end" not in (said := json.loads(await qp.recv())):
+            data = region.buffer[: said["bytes"]]
+            digest.update(data)
+            received += len(data)
+            await qp.send(b"ok")
+        await qp.send(json.dumps({"bytes": received, "sha256": digest.hexdigest()}).encode())
+        await qp.recv()  # the connector has read it: now the queue pair may go
+
+
+class Writer:
+    """The connector's side of one connection: memory to write from, and what was written."""
+
+    def __init__(self, qp: QueuePair, local: verbs.MemoryRegion, remote: verbs.RemoteRegion):
+        self.qp = qp
+        self.local = local
+        self._remote = remote
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    @classmethod
+    async def begin(cls, target: str, size: int) -> tuple[Writer, float]:
+        """Connect and learn the peer's region; also returns the milliseconds from asking to ready to send."""
+        started = time.monotonic()
+        qp = await verbs.connect(target, timeout_s=CONNECT_TIMEOUT_S)
+        ready_ms = (time.monotonic() - started) * 1000
+        await qp.send(json.dumps({"region_bytes": size}).encode())
+        remote = verbs.RemoteRegion.from_bytes(await qp.recv())
+        return cls(qp, qp.allocate(size), remote), ready_ms
+
+    async def write(self) -> float:
+        """RDMA WRITE of the whole region; returns the seconds until the peer's device had acknowledged all."""
+        started = time.monotonic()
+        await self.qp.write(self.local, self._remote)
+        elapsed_s = time.monotonic() - started
+        self._digest.update(self.local.buffer)
+        self._bytes += self.local.length
+        await self.qp.send(json.dumps({"bytes": self.local.length}).encode())
+        await self.qp.recv()
+        return elapsed_s
+
+    async def end(self) -> dict[str, Any]:
+        """Finish; how much was written, and whether the peer's memory had the same bytes each time."""
+        await self.qp.send(b'{"end": true}')
+        answer = json.loads(await self.qp.recv())
+        await self.qp.send(b"done")
+        await self.qp.close()
+        return {"bytes": self._bytes, "equal": answer == {"bytes": self._bytes, "sha256": self._digest.hexdigest()}}
+
+
+class Stream:
+    """A paced stream of RDMA WRITEs, each with other bytes and confirmed by the peer, until told to end."""
+
+    def __init__(self, writer: Writer, pause_s: float):
+        self.rounds = 0
+        self._writer = writer
+        self._pause_s = pause_s
+        self._ending = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        self._writer.local.buffer[:] = os.urandom(ROUND_BYTES)
+        try:
+            while not self._ending.is_set():
+                self._writer.local.buffer[:8] = self.rounds.to_bytes(8, "big")
+                await self._writer.write()
+                async with self._changed:
+                    self.rounds += 1
+                    self._changed.notify_all()
+                await asyncio.sleep(self._pause_s)  # the pace of the load, nothing waits on it
+        finally:
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def reach(self, rounds: int, timeout_s: float) -> int:
+        """Wait until so many rounds are done; returns how many are."""
+        async with asyncio.timeout(timeout_s), self._changed:
+            await self._changed.wait_for(lambda: self.rounds >= rounds or self._task.done())
+        if self._task.done():
+            self._task.result()
+        return self.rounds
+
+    async def end(self) -> dict[str, Any]:
+        """Finish; what was written, and whether the peer has the same."""
+        self._ending.set()
+        await self._task
+        return {"rounds": self.rounds, **await self._writer.end()}
+
+
+class Peer:
+    """Carries out requests, one at a time."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: list[verbs.Listener] = []
+        self._stream: Stream | None = None
+
+    async def serve(self, service: str) -> dict[str, Any]:
+        listener = await verbs.listen(service, timeout_s=CONNECT_TIMEOUT_S)
+        self._listeners.append(listener)
+        self._spawn(self._accept(listener))
+        return {}
+
+    async def _accept(self, listener: verbs.Listener) -> None:
+        async for qp in listener:
+            self._spawn(offer(qp))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            print(f"{type(task.exception()).__name__}: {task.exception()}", file=sys.stderr, flush=True)
+
+    async def connect(self, target: str) -> dict[str, Any]:
+        writer, ready_ms = await Writer.begin(target, 4096)
+        await writer.end()
+        return {"ready_ms": ready_ms}
+
+    async def write(self, target: str, bytes: int) -> dict[str, Any]:
+        writer, ready_ms = await Writer.begin(target, bytes)
+        step = 1 << 20
+        for offset in range(0, bytes, step):
+            writer.local.buffer[offset : offset + step] = os.urandom(min(step, bytes - offset))
+        write_s = await writer.write()
+        return {"ready_ms": ready_ms, "write_s": write_s, **await writer.end()}
+
+    async def stream_begin(self, target: str, pause_s: float) -> dict[str, Any]:
+        writer, ready_ms = await Writer.begin(target, ROUND_BYTES)
+        self._stream = Stream(writer, pause_s)
+        return {"ready_ms": ready_ms}
+
+    async def stream_reach(self, rounds: int, timeout_s: float) -> dict[str, Any]:
+        assert self._stream is not None, "no stream has begun"
+        return {"rounds": await self._stream.reach(rounds, timeout_s)}
+
+    async def stream_end(self) -> dict[str, Any]:
+        assert self._stream is not None, "no stream has begun"
+        stream, self._stream = self._stream, None
+        return await stream.end()
+
+    async def answer(self, line: bytes) -> dict[str, Any]:
+        """Carry out one request."""
+        request = json.loads(line)
+        requests: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+            "serve": self.serve,
+            "connect": self.connect,
+            "write": self.write,
+            "stream_begin": self.stream_begin,
+            "stream_reach": self.stream_reach,
+            "stream_end": self.stream_end,
+        }
+        do = requests[request.pop("do")]
+        try:
+            return {**await do(**request), "ok": True}
+        except RdmanetError as error:
+            return {"ok": False, "kind": type(error).__name__, "sentence": str(error)}
+        except TimeoutError:
+            return {"ok": False, "kind": "TimeoutError", "sentence": f"{line.decode().strip()} is not done in time"}
+
+
+async def main() -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    peer = Peer()
+    while line := await reader.readline():
+        print(json.dumps(await peer.answer(line)), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
