@@ -15,6 +15,7 @@ from rdmanet import cli, doctor
 from rdmanet.config import Config, parse
 from rdmanet.doctor import Finding, Verdict, examine
 from rdmanet.model import RdmaMode
+from rdmanet.netlink import nldev
 from rdmanet.node import Uplink
 
 V4, V6 = ipaddress.ip_address("198.51.100.2"), ipaddress.ip_address("2001:db8::2")
@@ -43,7 +44,7 @@ def test_a_missing_artifact_is_a_finding(tmp_path: Path) -> None:
     ((verdict, sentence),) = lines(parse(f"[datapath]\nartifact_dir = '{tmp_path}/none'\n"), "artifact")
     assert verdict is Verdict.MISSING
     assert f"{tmp_path}/none" in sentence
-    assert "rdmanet datapath build" in sentence
+    assert "; make one with `" in sentence
 
 
 @pytest.mark.parametrize(("uid", "verdict"), [(0, Verdict.OK), (1000, Verdict.MISSING)])
@@ -144,7 +145,7 @@ def test_rdma(
     verdicts: list[Verdict],
     word: str,
 ) -> None:
-    monkeypatch.setattr(doctor.nldev, "available", rdma_host(mode))
+    monkeypatch.setattr(nldev, "available", rdma_host(mode))
     monkeypatch.setattr(doctor, "kernel_release", lambda: release)
     monkeypatch.setattr(doctor, "_module", lambda name: module)
     found = lines(Config(), "rdma")
@@ -179,10 +180,6 @@ def test_command(
     (tmp_path / "c.toml").write_text("")
     monkeypatch.setattr(doctor, "examine", lambda config: [Finding("kernel", verdict, "a sentence")])
     assert cli.main(["doctor", "--config", str(tmp_path / "c.toml")]) == status
-    assert (
-        capsys.readouterr().out
-        == f"CHECK   VERDICT{' ' * max(0, len(verdict) - 7)}\n".replace("VERDICT\n", "VERDICT\n")
-        + f"kernel  {verdict.ljust(7)}  a sentence\n"
-    )
+    assert capsys.readouterr().out == f"CHECK   VERDICT\nkernel  {verdict.ljust(7)}  a sentence\n"
     assert cli.main(["doctor", "--config", str(tmp_path / "c.toml"), "-o", "json"]) == status
     assert f'"verdict": "{verdict}"' in capsys.readouterr().out
