@@ -1,15 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* The address key: one key type for both IP families in every map. */
 
-/* IPv6 as it is, IPv4 mapped (RFC 4291 2.5.5.2), exactly as a RoCE GID is written; network byte order. */
+/*
+ * IPv6 as it is, IPv4 mapped (RFC 4291 2.5.5.2), exactly as a RoCE GID is written; network byte
+ * order.
+ */
 struct address_key {
 	__be32 word[4];
 };
 
 static __always_inline bool address_equal(const struct address_key *a, const struct address_key *b)
 {
-	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) |
-		 (a->word[2] ^ b->word[2]) | (a->word[3] ^ b->word[3]));
+	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) | (a->word[2] ^ b->word[2]) |
+		 (a->word[3] ^ b->word[3]));
 }
 
 static __always_inline bool address_is_zero(const struct address_key *a)
@@ -42,8 +45,9 @@ static __always_inline bool address_is_group(const struct address_key *a)
 }
 
 /*
- * Addresses that mean something on one host or link only and are never routed (RFC 6890): unspecified, loopback and
- * link-local ones. For IPv6 mapped addresses as well: on the wire they would meet the map key of an IPv4 endpoint.
+ * Addresses that mean something on one host or link only and are never routed (RFC 6890):
+ * unspecified, loopback and link-local ones. For IPv6 mapped addresses as well: on the wire they
+ * would meet the map key of an IPv4 endpoint.
  */
 static __always_inline bool address_is_local_scope(const struct address_key *a, __u8 family)
 {

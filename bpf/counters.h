@@ -15,14 +15,15 @@ struct counter_key {
 
 struct counter_entry {
 	__u64 packets;
-	__u64 bytes; /* frames as they pass the hook, Ethernet header included; a large GSO frame has one header */
+	__u64 bytes; /* Ethernet header included */
 };
 
 /* Four for each of 4096 attachments. */
 BPF_F_TABLE("percpu_hash", struct counter_key, struct counter_entry, counters, 16384,
 	    BPF_F_NO_PREALLOC);
 
-static __always_inline void count(struct __sk_buff *skb, __u32 attachment, __u8 direction, bool roce)
+static __always_inline void count(struct __sk_buff *skb, __u32 attachment, __u8 direction,
+				  bool roce)
 {
 	struct counter_key key = {.attachment = attachment, .direction = direction, .roce = roce};
 	struct counter_entry first = {};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What the tc filters hold: nothing but a jump through the pinned array, so that one map update swaps a whole program
- * on all devices at once. They stay when the agent goes or comes back newer.
+ * What the tc filters hold: nothing but a jump through the pinned array, so that one map update
+ * swaps a whole program on all devices at once. They stay when the agent goes or comes back newer.
  */
 #include <uapi/linux/pkt_cls.h>
 

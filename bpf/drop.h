@@ -3,29 +3,29 @@
 #include <uapi/linux/pkt_cls.h>
 
 /*
- * Each name without DROP_, in lower case, is the metric's label and what the command line prints; Python reads them
- * from here. New reasons go to the end: pinned counters outlive a program.
+ * Each name without DROP_, in lower case, is the metric's label and what the command line prints;
+ * Python reads them from here. New reasons go to the end: pinned counters outlive a program.
  */
 enum drop_reason {
-	DROP_MALFORMED = 1,	     /* headers cut short or contradicting themselves */
-	DROP_SPOOFED_MAC,	     /* source MAC (or ARP sender) is not the attachment's */
-	DROP_SPOOFED_ADDRESS,	     /* source address (or ARP sender) is not the attachment's */
-	DROP_NOT_IP,		     /* neither IPv4, IPv6 nor ARP */
-	DROP_MULTICAST,		     /* to a group or broadcast address */
-	DROP_NO_ENDPOINT,	     /* inside a pod range, but nobody has that address */
-	DROP_NO_ROUTE,		     /* no route leads there */
-	DROP_NOT_UPLINK,	     /* the route leads to a device that is not an uplink */
-	DROP_NO_MASQUERADE_ADDRESS,  /* the uplink has no address of that family */
-	DROP_FRAGMENT,		     /* fragments have no ports to translate */
-	DROP_NAT_PROTOCOL,	     /* only TCP, UDP and ICMP echo are translated */
-	DROP_NAT_NO_PORT,	     /* no free outside port found */
-	DROP_ROCE_NO_DEVICE,	     /* RoCE from or to a pod without an RDMA device */
-	DROP_ROCE_NOT_PEER,	     /* the queue pair is leased to another peer */
-	DROP_ROCE_REVOKED,	     /* the lease was taken back */
-	DROP_ROCE_UNLEASED,	     /* a pod in enforce mode, a queue pair without a lease */
-	DROP_ROCE_NAT,		     /* RoCE cannot pass NAT: the ICRC covers addresses and ports */
-	DROP_NO_ATTACHMENT,	     /* the device is no attachment of ours */
-	DROP_NO_NODE,		     /* the agent has not written the node's configuration yet */
+	DROP_MALFORMED = 1,	    /* headers cut short or contradicting themselves */
+	DROP_SPOOFED_MAC,	    /* source MAC (or ARP sender) is not the attachment's */
+	DROP_SPOOFED_ADDRESS,	    /* source address (or ARP sender) is not the attachment's */
+	DROP_NOT_IP,		    /* neither IPv4, IPv6 nor ARP */
+	DROP_MULTICAST,		    /* to a group or broadcast address */
+	DROP_NO_ENDPOINT,	    /* inside a pod range, but nobody has that address */
+	DROP_NO_ROUTE,		    /* no route leads there */
+	DROP_NOT_UPLINK,	    /* the route leads to a device that is not an uplink */
+	DROP_NO_MASQUERADE_ADDRESS, /* the uplink has no address of that family */
+	DROP_FRAGMENT,		    /* fragments have no ports to translate */
+	DROP_NAT_PROTOCOL,	    /* only TCP, UDP and ICMP echo are translated */
+	DROP_NAT_NO_PORT,	    /* no free outside port found */
+	DROP_ROCE_NO_DEVICE,	    /* RoCE from or to a pod without an RDMA device */
+	DROP_ROCE_NOT_PEER,	    /* the queue pair is leased to another peer */
+	DROP_ROCE_REVOKED,	    /* the lease was taken back */
+	DROP_ROCE_UNLEASED,	    /* a pod in enforce mode, a queue pair without a lease */
+	DROP_ROCE_NAT,		    /* RoCE cannot pass NAT: the ICRC covers addresses and ports */
+	DROP_NO_ATTACHMENT,	    /* the device is no attachment of ours */
+	DROP_NO_NODE,		    /* the agent has not written the node's configuration yet */
 };
 
 struct drop_key {

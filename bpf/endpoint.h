@@ -7,7 +7,7 @@
 
 /* Flags of attachments and endpoints. */
 #define HAS_DEVICE 1 /* the pod has an RDMA device */
-#define ENFORCE    2 /* no RoCE without a lease */
+#define ENFORCE	   2 /* no RoCE without a lease */
 
 struct attachment_entry {
 	__u32 id;
@@ -46,7 +46,10 @@ static __always_inline int set_ethernet(struct __sk_buff *skb, const __u8 *desti
 	return bpf_skb_store_bytes(skb, 0, &addresses, sizeof(addresses), 0);
 }
 
-/* Straight into the pod's namespace: no queue in between, and no program on the peer's side, so decide before. */
+/*
+ * Straight into the pod's namespace: no queue in between, and no program on the peer's side, so
+ * decide before.
+ */
 static __always_inline int deliver(struct __sk_buff *skb, const struct node_entry *config,
 				   const struct endpoint_entry *endpoint)
 {
@@ -60,7 +63,10 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct node_entr
 	return bpf_redirect_peer(ifindex, 0);
 }
 
-/* To the host's own stack, as if it had come in through rdmanet0, where the routes to the pods point as well. */
+/*
+ * To the host's own stack, as if it had come in through rdmanet0, where the routes to the pods
+ * point as well.
+ */
 static __always_inline int deliver_to_host(struct __sk_buff *skb, const struct node_entry *config,
 					   __u32 attachment, const __u8 *source)
 {

@@ -21,16 +21,16 @@ struct guard_entry {
 	__u64 packets;
 	__u64 bytes;
 	struct address_key peer_address; /* the only source that may send to this queue pair */
-	__u32 peer_qpn;			 /* told by the lease; no RoCE packet carries its source's QPN */
+	__u32 peer_qpn; /* told by the lease; no RoCE packet carries its source's QPN */
 	__u32 state;
 };
 
 BPF_F_TABLE("hash", struct guard_key, struct guard_entry, guard, 65536, 0);
 
 /*
- * Judges a RoCE packet; 0 or a drop reason. Flags are those of the source's attachment and the destination's endpoint;
- * the host itself counts as having a device. Connection management (QPN 1) and multicast (0xffffff) have no entry and
- * go the way of all unleased queue pairs.
+ * Judges a RoCE packet; 0 or a drop reason. Flags are those of the source's attachment and the
+ * destination's endpoint; the host itself counts as having a device. Connection management (QPN 1)
+ * and multicast (0xffffff) have no entry and go the way of all unleased queue pairs.
  */
 static __always_inline int guard_judge(struct __sk_buff *skb, const struct packet *packet,
 				       __u32 source_flags, __u32 destination_flags)

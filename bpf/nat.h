@@ -23,7 +23,10 @@ struct nat_tuple {
 	__u8 pad[3];
 };
 
-/* nat_forward: to which outside address and port. nat_reverse: to which pod, and how the flow stands. */
+/*
+ * nat_forward: to which outside address and port. nat_reverse: to which pod, and how the flow
+ * stands.
+ */
 struct nat_entry {
 	struct address_key address;
 	__u64 last_seen_ns;
@@ -38,24 +41,25 @@ struct nat_entry {
 #define CLOSING_BOTH	  3
 
 /*
- * Least recently used entries make room. A lost forward entry finds its reverse entry again, as the search for a port
- * starts at a hash of the same tuple; a lost reverse entry is made again from the forward one.
+ * Least recently used entries make room. A lost forward entry finds its reverse entry again, as the
+ * search for a port starts at a hash of the same tuple; a lost reverse entry is made again from the
+ * forward one.
  */
 BPF_F_TABLE("lru_hash", struct nat_tuple, struct nat_entry, nat_forward, 65536, 0);
 BPF_F_TABLE("lru_hash", struct nat_tuple, struct nat_entry, nat_reverse, 65536, 0);
 
 #define SECOND_NS 1000000000ULL
 
-/* When the port of another flow may be taken over: RFC 5382 REQ-5, RFC 4787 REQ-5, RFC 5508 REQ-1, Linux' TIME_WAIT. */
+/*
+ * When the port of another flow may be taken over: RFC 5382 REQ-5, RFC 4787 REQ-5, RFC 5508 REQ-1,
+ * Linux' TIME_WAIT.
+ */
 #define TCP_IDLE_NS    (7440 * SECOND_NS)
 #define TCP_CLOSING_NS (60 * SECOND_NS)
 #define UDP_IDLE_NS    (300 * SECOND_NS)
 #define ICMP_IDLE_NS   (60 * SECOND_NS)
 
 #define PORT_TRIES 16
-
-/* Kernel commit ead7f9b8de65 (6.16 and stable kernels): IPv6 has no header checksum that would make up for the change. */
-#define CSUM_IPV6 (1ULL << 7)
 
 static __always_inline bool nat_is_stale(const struct nat_entry *entry, __u8 protocol, __u64 now_ns)
 {
@@ -110,13 +114,13 @@ static __always_inline bool nat_port_in_use(struct __sk_buff *skb, const struct 
 		bytes = sizeof(tuple.ipv6);
 	}
 	if (packet->protocol == IPPROTO_TCP)
-		socket = packet->family == 4 ?
-				 bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0) :
-				 bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
+		socket = packet->family == 4
+				 ? bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0)
+				 : bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
 	else if (packet->protocol == IPPROTO_UDP)
-		socket = packet->family == 4 ?
-				 bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), -1, 0) :
-				 bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
+		socket = packet->family == 4
+				 ? bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), -1, 0)
+				 : bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
 	else
 		return false;
 	if (!socket)
@@ -141,8 +145,8 @@ static __always_inline __u32 nat_hash(const struct nat_tuple *tuple)
 }
 
 /*
- * Finds an outside port for the flow and enters it into nat_reverse, where BPF_NOEXIST decides between CPUs. Fills
- * outside->local_port.
+ * Finds an outside port for the flow and enters it into nat_reverse, where BPF_NOEXIST decides
+ * between CPUs. Fills outside->local_port.
  */
 static __always_inline int nat_find_port(struct __sk_buff *skb, const struct packet *packet,
 					 const struct node_entry *config,
@@ -180,13 +184,16 @@ static __always_inline int nat_find_port(struct __sk_buff *skb, const struct pac
 	return DROP_NAT_NO_PORT;
 }
 
-/* Changes one end of the packet and its checksums; partial checksums and UDP's 0 are the helpers' care. */
+/*
+ * Changes one end of the packet and its checksums; partial checksums and UDP's 0 are the helpers'
+ * care.
+ */
 static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packet *packet,
 				       bool source, const struct address_key *address, __be16 port)
 {
 	const struct address_key *old = source ? &packet->source : &packet->destination;
-	__be16 old_port = source || nat_is_echo(packet) ? packet->source_port :
-							  packet->destination_port;
+	__be16 old_port =
+		source || nat_is_echo(packet) ? packet->source_port : packet->destination_port;
 	__u32 checksum, place = packet->transport;
 	__u64 flags = 0;
 	int error = 0;
@@ -213,23 +220,28 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packe
 						     flags | BPF_F_PSEUDO_HDR | 4);
 		error |= bpf_l3_csum_replace(skb, NETWORK_OFFSET + offsetof(struct iphdr, check),
 					     before, after, 4);
-		error |= bpf_skb_store_bytes(
-			skb,
-			NETWORK_OFFSET + (source ? offsetof(struct iphdr, saddr) :
-						   offsetof(struct iphdr, daddr)),
-			&after, 4, 0);
+		error |= bpf_skb_store_bytes(skb,
+					     NETWORK_OFFSET +
+						     (source ? offsetof(struct iphdr, saddr)
+							     : offsetof(struct iphdr, daddr)),
+					     &after, 4, 0);
 	} else {
 		struct address_key before = *old, after = *address;
 		__u32 difference = bpf_csum_diff(&before, 16, &after, 16, 0);
 
 		flags |= BPF_F_PSEUDO_HDR;
-		if (bpf_l4_csum_replace(skb, checksum, 0, difference, flags | CSUM_IPV6))
-			error |= bpf_l4_csum_replace(skb, checksum, 0, difference, flags);
-		error |= bpf_skb_store_bytes(
-			skb,
-			NETWORK_OFFSET + (source ? offsetof(struct ipv6hdr, saddr) :
-						   offsetof(struct ipv6hdr, daddr)),
-			&after, 16, 0);
+		/*
+		 * The helper takes the address's change out of a device's sum over the whole packet
+		 * (CHECKSUM_COMPLETE), as if a header checksum had made up for it like IPv4's.
+		 * Storing with BPF_F_RECOMPUTE_CSUM puts it back; kernel commit ead7f9b8de65 adds a
+		 * flag to the same end from 6.16 on.
+		 */
+		error |= bpf_l4_csum_replace(skb, checksum, 0, difference, flags);
+		error |= bpf_skb_store_bytes(skb,
+					     NETWORK_OFFSET +
+						     (source ? offsetof(struct ipv6hdr, saddr)
+							     : offsetof(struct ipv6hdr, daddr)),
+					     &after, 16, BPF_F_RECOMPUTE_CSUM);
 	}
 	error |= bpf_skb_store_bytes(skb, place, &port, 2, 0);
 	return error ? DROP_MALFORMED : 0;

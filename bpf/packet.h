@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The one place that reads packets. bpf_skb_load_bytes checks each access against the packet's end and also reaches
- * what the driver left in pages, which a pointer between data and data_end does not.
+ * The one place that reads packets. bpf_skb_load_bytes checks each access against the packet's end
+ * and also reaches what the driver left in pages, which a pointer between data and data_end does
+ * not.
  */
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
@@ -17,7 +18,9 @@
 #define ROCE_PORT     4791 /* RoCEv2, InfiniBand architecture annex A17 */
 #define ETHERTYPE_ARP ETH_P_ARP
 
-#define MAXIMUM_EXTENSIONS 4 /* IPv6 extension headers walked; RFC 8200 4.1 recommends far fewer kinds */
+/* IPv6 extension headers walked; longer chains are malformed to us, as to many routers (RFC 9098).
+ */
+#define MAXIMUM_EXTENSIONS 4
 
 /* struct packet.flags */
 #define IS_FRAGMENT	  1 /* any part of a fragmented packet */
@@ -176,7 +179,10 @@ static __always_inline bool has_transport(const struct packet *packet, __u32 byt
 	return !packet->end || packet->transport + bytes <= packet->end;
 }
 
-/* Base transport header, InfiniBand 9.2: opcode, flags, partition key, then the destination QPN in the low 24 bits. */
+/*
+ * Base transport header, InfiniBand 9.2: opcode, flags, partition key, then the destination QPN in
+ * the low 24 bits.
+ */
 static __always_inline int parse_roce(struct __sk_buff *skb, struct packet *packet)
 {
 	__be32 bth[3];
@@ -190,8 +196,9 @@ static __always_inline int parse_roce(struct __sk_buff *skb, struct packet *pack
 }
 
 /*
- * Ports, flags and RoCE of whole packets and first fragments. A first fragment too short for its header is malformed:
- * the rest of a RoCE packet must not slip through behind one that could not be judged.
+ * Ports, flags and RoCE of whole packets and first fragments. A first fragment too short for its
+ * header is malformed: the rest of a RoCE packet must not slip through behind one that could not be
+ * judged.
  */
 static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet)
 {

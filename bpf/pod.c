@@ -190,7 +190,10 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 		/* The host's own address; or no route at all, and the stack tells the pod so. */
 		return pod_to_host(skb, packet, config, attachment);
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		/* The stack tells the pod the path's MTU; without DF it would send fragments with the pod's address. */
+		/*
+		 * The stack tells the pod the path's MTU; without DF it would send fragments with
+		 * the pod's address.
+		 */
 		if (packet->flags & DONT_FRAGMENT)
 			return pod_to_host(skb, packet, config, attachment);
 		return drop(attachment->id, DROP_FRAGMENT);
@@ -223,7 +226,10 @@ int pod(struct __sk_buff *skb)
 		return pod_arp(skb, attachment);
 	if (packet.ethertype != ETH_P_IP && packet.ethertype != ETH_P_IPV6)
 		return drop(attachment->id, DROP_NOT_IP);
-	/* Router solicitations and multicast listener reports come from addresses that are not the attachment's. */
+	/*
+	 * Router solicitations and multicast listener reports come from addresses that are not the
+	 * attachment's.
+	 */
 	if (packet.destination_mac[0] & 1)
 		return drop(attachment->id, DROP_MULTICAST);
 

@@ -1,7 +1,8 @@
 """Wire formats of the maps: Python tables beside the C structs of bpf/, and the values they hold.
 
-Opening an artifact compares every table with the offsets and sizes that the C compiler gave. Numbers are in the host's byte order
-unless a field's comment says otherwise; addresses are address keys (16 bytes, ``rdmanet.model.address_key``).
+Opening an artifact compares every table with the offsets and sizes that the C compiler gave. Numbers are in the host's
+byte order unless a field's comment says otherwise; addresses are address keys (16 bytes,
+``rdmanet.model.address_key``).
 """
 
 from __future__ import annotations

@@ -23,12 +23,13 @@ from pyroute2 import IPRoute
 
 from rdmanet.datapath import bpf
 from rdmanet.datapath.artifact import NEWEST, Artifact
-from rdmanet.datapath.compiler import compile_datapath
+from rdmanet.datapath.compiler import HEADERS_VARIABLE, compile_datapath
 from rdmanet.datapath.maps import AttachmentEntry, Datapath, EndpointEntry, NodeEntry, UplinkEntry
 from rdmanet.errors import UnavailableError
 from rdmanet.model import address_key
 from rdmanet.netlink import namespace
 from rdmanet.netlink.route import RouteSocket
+from testbed import headers
 from testbed.paths import BUILD, REPOSITORY
 
 T = TypeVar("T")
@@ -57,7 +58,9 @@ def artifact() -> Artifact:
     if made.exists() and made.stat().st_mtime >= max(part.stat().st_mtime for part in parts):
         return Artifact.load(made)
     try:
-        return Artifact.load(compile_datapath(BUILD / "artifact"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(HEADERS_VARIABLE, str(headers.prepare()))
+            return Artifact.load(compile_datapath(BUILD / "artifact"))
     except UnavailableError as error:
         pytest.skip(str(error))
 

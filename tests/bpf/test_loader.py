@@ -1,0 +1,424 @@
+"""Loading, adopting, swapping and removing, on real pins; a crash is tried between all effects."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rdmanet.datapath import bpf, layout, loader
+from rdmanet.datapath.artifact import HOOKS, Artifact, MapDefinition, Program
+from rdmanet.datapath.maps import AttachmentEntry, Count, Datapath, EndpointEntry, NodeEntry, UplinkEntry
+from rdmanet.errors import BpfError, ExhaustedError, InputError, NotFoundError, StateError, UnavailableError
+from rdmanet.model import GuardEntry, GuardState, address_key
+from tests.bpf import lab, packets
+from tests.bpf.bench import SHOT, UNSPEC
+
+MAC = bytes.fromhex("02726e000107")
+FRAME = packets.ethernet(b"\2" * 6, MAC, 0x88CC, bytes(46))
+
+
+@pytest.fixture
+def pins() -> Iterator[Path]:
+    """A directory in a private bpffs that is not there yet."""
+    lab.require_root()
+    with lab.private_bpffs() as directory:
+        yield directory / "rdmanet"
+
+
+@pytest.fixture
+def artifact() -> Artifact:
+    return lab.artifact()
+
+
+def another(artifact: Artifact, number: int = 0) -> Artifact:
+    """The same programs under another name, as a newer version would come."""
+    return replace(artifact, hash=f"{number:064x}")
+
+
+def with_map(artifact: Artifact, name: str, **changes: int) -> Artifact:
+    definition = replace(artifact.maps[name], **changes)  # type: ignore[arg-type]
+    return replace(artifact, maps={**artifact.maps, name: definition})
+
+
+def names(artifact: Artifact) -> dict[str, str]:
+    return {hook: f"{hook}_{artifact.hash[:8]}" for hook in HOOKS}
+
+
+def test_first_start_pins_everything(artifact: Artifact, pins: Path) -> None:
+    with Datapath.open(artifact, pins) as datapath:
+        assert datapath.running() == names(artifact)
+    assert {path.name for path in pins.iterdir()} == {*artifact.maps, *(f"dispatch_{hook}" for hook in HOOKS)}
+
+
+def test_opening_again_adopts_contents_and_programs(artifact: Artifact, pins: Path) -> None:
+    key, entry = address_key("10.90.0.7"), EndpointEntry(5, MAC, 7, device=True, enforce=True)
+    with Datapath.open(artifact, pins) as first:
+        first.set_endpoint(key, entry)
+        before = _slots(pins)
+        with Datapath.open(artifact, pins) as second:
+            assert second.endpoints() == {key: entry}
+            assert _slots(pins) == before
+            for hook in HOOKS:
+                ids = [bpf.program_info(one.dispatcher(hook)).id for one in (first, second)]
+                assert ids[0] == ids[1]
+
+
+def test_a_newer_artifact_is_swapped_in_when_opened(artifact: Artifact, pins: Path) -> None:
+    newer = another(artifact)
+    Datapath.open(artifact, pins).close()
+    with Datapath.open(newer, pins) as datapath:
+        assert datapath.running() == names(newer)
+
+
+def test_swap_replaces_all_programs_and_keeps_contents(artifact: Artifact, pins: Path) -> None:
+    newer = another(artifact)
+    entry = AttachmentEntry(7, MAC, address_key("10.90.0.7"))
+    with Datapath.open(artifact, pins) as datapath:
+        datapath.set_attachment(5, entry)
+        before = _slots(pins)
+        datapath.swap(newer)
+        assert datapath.running() == names(newer)
+        assert not set(before.values()) & set(_slots(pins).values())
+        assert datapath.attachments() == {5: entry}
+
+
+def test_a_swap_that_the_verifier_refuses_changes_nothing(artifact: Artifact, pins: Path) -> None:
+    exit_without_result = struct.pack("=BBhi", 0x95, 0, 0, 0)
+    bad = replace(
+        another(artifact), programs={**artifact.programs, "uplink": Program("uplink", exit_without_result, ())}
+    )
+    with Datapath.open(artifact, pins) as datapath:
+        before = _slots(pins)
+        with pytest.raises(BpfError, match="R0 !read_ok") as caught:
+            datapath.swap(bad)
+        assert caught.value.operation == "BPF_PROG_LOAD"
+        assert _slots(pins) == before
+
+
+def test_a_swap_makes_maps_that_only_the_new_one_has(artifact: Artifact, pins: Path) -> None:
+    added = MapDefinition("newcomer", bpf.MAP_TYPE_HASH, 4, 8, 16, 0)
+    newer = replace(another(artifact), maps={**artifact.maps, "newcomer": added})
+    with Datapath.open(artifact, pins) as datapath:
+        datapath.swap(newer)
+        assert (pins / "newcomer").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_entries": 17}, "max_entries 16384 instead of 17"),
+        ({"flags": 1}, "flags 0 instead of 1"),
+        ({"type": bpf.MAP_TYPE_LRU_HASH}, "type 1 instead of 9"),
+    ],
+)
+def test_another_layout_is_refused_and_nothing_changes(
+    artifact: Artifact, pins: Path, changes: dict[str, int], words: str
+) -> None:
+    changed = with_map(another(artifact), "endpoints", **changes)
+    with Datapath.open(artifact, pins) as datapath:
+        before = _slots(pins)
+        with pytest.raises(StateError, match=words):
+            datapath.swap(changed)
+        with pytest.raises(StateError, match=words):
+            Datapath.open(changed, pins)
+        assert _slots(pins) == before
+        assert datapath.running() == names(artifact)
+
+
+def test_another_value_size_is_refused(artifact: Artifact, pins: Path) -> None:
+    """bcc's own pinned tables silently accept it."""
+    Datapath.open(artifact, pins).close()
+    changed = with_map(artifact, "endpoints", value_size=24)
+    with pytest.raises(StateError, match="value_size 20 instead of 24"):
+        loader.open_pins(changed, pins)
+    with pytest.raises(StateError, match="endpoints does not fit"):
+        Datapath.open(changed, pins)
+
+
+def test_another_map_under_the_name_is_refused(artifact: Artifact, pins: Path) -> None:
+    Datapath.open(artifact, pins).close()
+    definition = artifact.maps["drops"]
+    (pins / "drops").unlink()
+    descriptor = bpf.create_map("foreign", *_layout(definition))
+    bpf.pin(descriptor, pins / "drops")
+    os.close(descriptor)
+    with pytest.raises(StateError, match="name foreign instead of drops"):
+        Datapath.open(artifact, pins)
+
+
+def _layout(definition: MapDefinition) -> tuple[int, int, int, int, int]:
+    return (
+        definition.type,
+        definition.key_size,
+        definition.value_size,
+        definition.max_entries,
+        definition.flags,
+    )
+
+
+class Crash(BaseException):
+    """The agent is killed here."""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_crash_between_any_two_effects_is_finished_by_the_next_start(
+    artifact: Artifact, pins: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effects = {name: getattr(bpf, name) for name in ("create_map", "load_program", "pin", "update")}
+    left = 0
+
+    def wrap(name: str) -> None:
+        def effect(*arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == 0 and moment == "before":
+                raise Crash
+            result = effects[name](*arguments)
+            if left == 0:
+                if name in ("create_map", "load_program"):
+                    os.close(result)  # as the end of the process does
+                raise Crash
+            return result
+
+        monkeypatch.setattr(bpf, name, effect)
+
+    for name in effects:
+        wrap(name)
+    crashes = 0
+    while True:
+        crashes += 1
+        left = crashes
+        try:
+            Datapath.open(artifact, pins).close()
+        except Crash:
+            left = 0  # negative from here on: no crash
+            with Datapath.open(artifact, pins) as datapath:
+                assert datapath.running() == names(artifact)
+                datapath.configure(NodeEntry(MAC, 1))
+            Datapath.remove(pins)
+            continue
+        break
+    # Every map is created and pinned, every program loaded, dispatchers pinned, slots filled.
+    assert crashes - 1 == 2 * len(artifact.maps) + len(artifact.programs) + 2 * len(HOOKS)
+
+
+def test_a_crash_in_the_middle_of_a_swap_is_finished_by_the_next_start(
+    artifact: Artifact, pins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = another(artifact)
+    with Datapath.open(artifact, pins) as datapath:
+        real, done = bpf.update, 0
+
+        def update(*arguments: object) -> None:
+            nonlocal done
+            if done == 1:
+                raise Crash
+            done += 1
+            real(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(bpf, "update", update)
+        with pytest.raises(Crash):
+            datapath.swap(newer)
+        monkeypatch.undo()
+        assert datapath.running() == {**names(artifact), "pod": f"pod_{newer.hash[:8]}"}
+    with Datapath.open(newer, pins) as datapath:
+        assert datapath.running() == names(newer)
+
+
+def test_two_starts_at_once_agree(artifact: Artifact, pins: Path) -> None:
+    opened: list[Datapath] = []
+    barrier = threading.Barrier(2)
+
+    def start() -> None:
+        barrier.wait()
+        opened.append(Datapath.open(artifact, pins))
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = opened
+    first.set_endpoint(address_key("fd90::7"), EndpointEntry(5, MAC, 7))
+    assert second.endpoints() == first.endpoints() != {}
+    first.close()
+    second.close()
+
+
+def test_descriptors_are_given_back(artifact: Artifact, pins: Path) -> None:
+    before = _descriptors()
+    datapath = Datapath.open(artifact, pins)
+    datapath.swap(another(artifact))
+    with pytest.raises(StateError):
+        datapath.swap(with_map(artifact, "endpoints", max_entries=17))
+    datapath.close()
+    datapath.close()
+    assert _descriptors() == before
+
+
+def _descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_remove_leaves_nothing_and_can_be_repeated(artifact: Artifact, pins: Path) -> None:
+    Datapath.remove(pins)
+    Datapath.open(artifact, pins).close()
+    Datapath.remove(pins)
+    assert not pins.exists()
+    Datapath.remove(pins)
+
+
+def test_remove_refuses_an_ordinary_directory(tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    with pytest.raises(UnavailableError, match="not in a bpffs"):
+        Datapath.remove(tmp_path)
+    assert (tmp_path / "precious").exists()
+
+
+def test_a_directory_outside_a_bpffs_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="mount -t bpf"):
+        Datapath.open(artifact, tmp_path / "rdmanet")
+    assert not (tmp_path / "rdmanet").exists()
+    with pytest.raises(UnavailableError):
+        Datapath.open(artifact, tmp_path / "missing" / "rdmanet")
+
+
+def test_dispatchers_with_empty_slots(artifact: Artifact, pins: Path) -> None:
+    """Pods and host get nothing through; the host's own traffic goes on."""
+    with Datapath.open(artifact, pins) as datapath:
+        programs = bpf.get(pins / "programs")
+        assert programs is not None
+        for slot in HOOKS.values():
+            bpf.delete(programs, layout.U32.pack(slot))
+        os.close(programs)
+        verdicts = {hook: bpf.run_program(datapath.dispatcher(hook), FRAME).verdict for hook in HOOKS}
+        with pytest.raises(NotFoundError, match="slot for the pod program is empty"):
+            datapath.running()
+    assert verdicts == {"pod": SHOT, "host": SHOT, "uplink": UNSPEC}
+    with Datapath.open(artifact, pins) as datapath:
+        assert datapath.running() == names(artifact)
+
+
+def _slots(pins: Path) -> dict[str, int]:
+    programs = bpf.get(pins / "programs")
+    assert programs is not None
+    found = {}
+    for hook, slot in HOOKS.items():
+        raw = bpf.lookup(programs, layout.U32.pack(slot), 4)
+        assert raw is not None
+        found[hook] = int(struct.unpack("=I", raw)[0])
+    os.close(programs)
+    return found
+
+
+# The entries
+
+
+def test_entries_come_back_as_they_were_written(artifact: Artifact, pins: Path) -> None:
+    ipv4, ipv6 = address_key("10.90.0.7"), address_key("fd90::7")
+    node = NodeEntry(MAC, 3, masquerade=False, first_port=50000, last_port=50999)
+    attachment = AttachmentEntry(7, MAC, ipv4, ipv6, device=True, enforce=True)
+    endpoint = EndpointEntry(5, MAC, 7, device=True)
+    uplink = UplinkEntry(ipv6=address_key("2001:db8::1"))
+    guard = GuardEntry(2**63 - 1, ipv6, 0xFFFFFF, GuardState.REVOKED, packets=3, bytes=4000)
+    with Datapath.open(artifact, pins) as datapath:
+        assert datapath.node() is None
+        for _ in range(2):
+            datapath.configure(node)
+            datapath.set_attachment(5, attachment)
+            datapath.set_endpoint(ipv4, endpoint)
+            datapath.set_endpoint(ipv6, endpoint)
+            datapath.set_uplink(2, uplink)
+            datapath.set_guard(ipv4, 17, guard)
+        assert datapath.node() == node
+        assert datapath.attachments() == {5: attachment}
+        assert datapath.endpoints() == {ipv4: endpoint, ipv6: endpoint}
+        assert datapath.uplinks() == {2: uplink}
+        assert datapath.guards() == {(ipv4, 17): guard}
+        for _ in range(2):
+            datapath.delete_attachment(5)
+            datapath.delete_endpoint(ipv4)
+            datapath.delete_endpoint(ipv6)
+            datapath.delete_uplink(2)
+            datapath.delete_guard(ipv4, 17)
+        assert not datapath.attachments()
+        assert not datapath.endpoints()
+        assert not datapath.uplinks()
+        assert not datapath.guards()
+
+
+def test_counts_are_summed_over_cpus_and_forgotten(artifact: Artifact, pins: Path) -> None:
+    cpus = bpf.possible_cpus()
+    with Datapath.open(artifact, pins) as datapath:
+        for name, key, value in (
+            ("counters", layout.COUNTER_KEY.pack(7, 1, 1), layout.COUNTER.pack(2, 300)),
+            ("counters", layout.COUNTER_KEY.pack(8, 0, 0), layout.COUNTER.pack(1, 60)),
+            ("drops", layout.DROP_KEY.pack(7, 1), layout.U64.pack(5)),
+            ("drops", layout.DROP_KEY.pack(0, 4711), layout.U64.pack(1)),
+        ):
+            descriptor = bpf.get(pins / name)
+            assert descriptor is not None
+            bpf.update(descriptor, key, value * cpus)
+            os.close(descriptor)
+        assert datapath.counters() == {
+            (7, "to_pod", "roce"): Count(2 * cpus, 300 * cpus),
+            (8, "from_pod", "ip"): Count(cpus, 60 * cpus),
+        }
+        assert datapath.drops() == {(7, "malformed"): 5 * cpus, (0, "reason_4711"): cpus}
+        datapath.forget(7)
+        assert set(datapath.counters()) == {(8, "from_pod", "ip")}
+        assert set(datapath.drops()) == {(0, "reason_4711")}
+
+
+def test_a_full_map_says_which_and_how_many(artifact: Artifact, pins: Path) -> None:
+    with Datapath.open(artifact, pins) as datapath:
+        entry = UplinkEntry(ipv4=address_key("198.51.100.2"))
+        for index in range(1, artifact.maps["uplinks"].max_entries + 1):
+            datapath.set_uplink(index, entry)
+        with pytest.raises(ExhaustedError, match="uplinks is full: it holds at most 64 entries"):
+            datapath.set_uplink(1000, entry)
+        assert len(datapath.uplinks()) == 64
+
+
+def test_reading_while_entries_come_and_go(artifact: Artifact, pins: Path) -> None:
+    stays = {address_key(f"10.90.1.{n}"): EndpointEntry(n, MAC, n) for n in range(1, 100)}
+    passing = [address_key(f"10.90.2.{n}") for n in range(1, 100)]
+    with Datapath.open(artifact, pins) as datapath:
+        for key, entry in stays.items():
+            datapath.set_endpoint(key, entry)
+        done = threading.Event()
+
+        def churn() -> None:
+            while not done.is_set():
+                for key in passing:
+                    datapath.set_endpoint(key, EndpointEntry(1, MAC, 1))
+                for key in passing:
+                    datapath.delete_endpoint(key)
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            for _ in range(50):
+                assert set(datapath.endpoints()) <= {*stays, *passing}
+        finally:
+            done.set()
+            thread.join()
+        assert datapath.endpoints() == stays
+
+
+def test_wrong_values_are_refused_before_they_reach_the_kernel(artifact: Artifact, pins: Path) -> None:
+    with Datapath.open(artifact, pins) as datapath:
+        with pytest.raises(InputError, match="16 bytes"):
+            datapath.set_endpoint(b"\x0a\x5a\0\7", EndpointEntry(5, MAC, 7))
+        with pytest.raises(InputError, match="MAC address"):
+            datapath.set_attachment(5, AttachmentEntry(7, b"\2"))
+        with pytest.raises(InputError, match="24 bits"):
+            datapath.set_guard(bytes(16), 1 << 24, GuardEntry(1, bytes(16), 1, GuardState.GRANTED))
+        with pytest.raises(InputError, match="no range of ports"):
+            datapath.configure(NodeEntry(MAC, 1, first_port=2, last_port=1))
