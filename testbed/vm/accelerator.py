@@ -13,11 +13,12 @@ from testbed.kernel import Kernel
 from testbed.paths import cache_directory, locked
 from testbed.progress import Ticker
 from testbed.vm.image import base_image, run_image
+from testbed.vm.qemu import Qemu
 
 _PROBE_TIMEOUT_S = 20.0
 
 
-def hardware_works(kernel: Kernel, qemu: str) -> bool:
+def hardware_works(kernel: Kernel, qemu: Qemu) -> bool:
     """Whether a guest under KVM reaches its first process; the answer is kept for this boot of the machine."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
@@ -33,12 +34,12 @@ def hardware_works(kernel: Kernel, qemu: str) -> bool:
         return works
 
 
-def _probe(kernel: Kernel, qemu: str) -> bool:
+def _probe(kernel: Kernel, qemu: Qemu) -> bool:
     ticker = Ticker("trying hardware virtualisation")
     with tempfile.TemporaryDirectory() as name:
         initrd, answer = Path(name, "initrd"), Path(name, "answer")
         initrd.write_bytes(base_image(kernel, RdmaMode.SHARED).read_bytes() + run_image({"ACTION": "probe"}, ""))
-        argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        argv = [*qemu.words, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         argv += [
             "-M",
             "q35",

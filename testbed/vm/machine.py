@@ -25,7 +25,7 @@ _PANIC_SIGNS = ("Kernel panic", "BUG:", "Oops:", "general protection fault")
 class GuestFailure(RdmanetError):
     """The guest ended without the command's exit status: panic, time-out, or QEMU itself.
 
-    ``operation`` is ``time-out`` or ``guest``.
+    ``operation`` is ``boot`` (the command never started), ``time-out`` or ``guest``.
     """
 
 
@@ -91,29 +91,30 @@ class Machine:
                 pass_fds=[initrd, *(far.fileno() for far in theirs.values())],
                 start_new_session=True,  # Ctrl-C comes to us alone
             )
+            reader = StatusReader()
             try:
                 for far in theirs.values():
                     far.close()
-                status = self._pass_through(ours, ticker)
+                status = self._pass_through(ours, reader, ticker)
             finally:
                 qemu.kill()
                 qemu.wait()
             if status is None:
                 words.seek(0)
-                raise self._failure(ticker, words.read().decode(errors="replace"), qemu.returncode)
+                operation = "guest" if reader.booted else "boot"
+                raise self._failure(ticker, words.read().decode(errors="replace"), qemu.returncode, operation)
             return status
 
-    def _failure(self, ticker: Ticker, words: str, returncode: int) -> GuestFailure:
+    def _failure(self, ticker: Ticker, words: str, returncode: int, operation: str) -> GuestFailure:
         tail = console_tail(self._console.read_text(errors="replace")) if self._console.is_file() else ""
         ended = "" if returncode == -signal.SIGKILL else f" (QEMU ended with {returncode})"
         return GuestFailure(
             f"The virtual machine ended after {ticker.elapsed_s:.0f} s without the command's status{ended}. "
             f"{words.strip()}\nThe end of its console ({self._console}):\n{tail}",
-            operation="guest",
+            operation=operation,
         )
 
-    def _pass_through(self, ports: dict[str, socket.socket], ticker: Ticker) -> int | None:
-        reader = StatusReader()
+    def _pass_through(self, ports: dict[str, socket.socket], reader: StatusReader, ticker: Ticker) -> int | None:
         sinks = {"stdout": self._out, "stderr": self._err}
         announced = False
         deadline = time.monotonic() + self._boot_timeout_s
@@ -159,5 +160,5 @@ class Machine:
         what = "command did not end" if booted else "virtual machine did not boot"
         raise GuestFailure(
             f"The {what} within {limit_s:.0f} s: ended it. The end of its console ({self._console}):\n{tail}",
-            operation="time-out",
+            operation="time-out" if booted else "boot",
         )

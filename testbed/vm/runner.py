@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from rdmanet.errors import UnavailableError
 from rdmanet.model import RdmaMode
 from testbed import kernel as kernels
 from testbed.kernel import Kernel
 from testbed.paths import BUILD, REPOSITORY
+from testbed.progress import say
 from testbed.vm.accelerator import hardware_works
 from testbed.vm.image import base_image, command_script, guest_environment, run_image
 from testbed.vm.machine import GuestFailure, Machine
+from testbed.vm.qemu import Qemu
+from testbed.vm.qemu import find as find_qemu
 
 __all__ = ["GuestFailure", "Settings", "run"]
 
@@ -41,17 +43,8 @@ class Settings:
     hardware: bool | None = None  # None: where a probe shows that it works
 
 
-def _qemu() -> str:
-    path = shutil.which("qemu-system-x86_64")
-    if path is None:
-        raise UnavailableError(
-            "There is no qemu-system-x86_64: apt-get install --no-install-recommends qemu-system-x86"
-        )
-    return path
-
-
 def qemu_arguments(
-    qemu: str, kernel: Kernel, initrd: Path, console: Path, settings: Settings, hardware: bool, ports: dict[str, int]
+    qemu: Qemu, kernel: Kernel, initrd: Path, console: Path, settings: Settings, hardware: bool, ports: dict[str, int]
 ) -> list[str]:
     """QEMU's command line; ``ports`` are connected sockets by port name. No network card."""
     if hardware:
@@ -59,10 +52,10 @@ def qemu_arguments(
     elif settings.icount:
         accelerator = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-cpu", "max"]
     else:
-        accelerator = ["-accel", "tcg,thread=multi", "-cpu", "max"]
+        accelerator = ["-accel", f"tcg,thread={'multi' if qemu.threads else 'single'}", "-cpu", "max"]
     words = ["console=ttyS0", "panic=-1", "oops=panic", "quiet", "loglevel=5", "no_timer_check", "audit=0"]
     words += ["mitigations=off", "random.trust_cpu=on", "cryptomgr.notests", "init_on_alloc=0"]
-    argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", *accelerator]
+    argv = [*qemu.words, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", *accelerator]
     argv += ["-smp", str(1 if settings.icount else settings.smp), "-m", str(settings.memory_mb)]
     argv += ["-kernel", str(kernel.image), "-initrd", str(initrd), "-append", " ".join(words)]
     argv += ["-serial", f"file:{console}", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
@@ -97,7 +90,7 @@ def run(
     when it ends without the command's status.
     """
     settings = Settings(RdmaMode(rdma_mode), smp, memory_mb, icount, timeout_s, hardware=hardware)
-    qemu = _qemu()
+    qemu = find_qemu()
     kernel = kernels.prepare(kernels.minimum_for(settings.rdma_mode))
     use_hardware = settings.hardware
     if use_hardware is None:
@@ -124,13 +117,17 @@ def run(
         handle.flush()
         console = logs / f"console-{os.getpid()}-{next(_numbers)}.log"
         machine = Machine(console, out, err, timeout_s=settings.timeout_s, boot_timeout_s=settings.boot_timeout_s)
-        return machine.run(
-            lambda ports: qemu_arguments(
-                qemu, kernel, Path(f"/proc/self/fd/{initrd}"), console, settings, bool(use_hardware), ports
-            ),
-            f"{kernel.release}, {'KVM' if use_hardware else 'no hardware virtualisation'}",
-            initrd,
+        arguments = functools.partial(
+            qemu_arguments, qemu, kernel, Path(f"/proc/self/fd/{initrd}"), console, settings, bool(use_hardware)
         )
+        title = f"{kernel.release}, {'KVM' if use_hardware else 'no hardware virtualisation'}"
+        try:
+            return machine.run(arguments, title, initrd)
+        except GuestFailure as failure:
+            if failure.operation != "boot":
+                raise
+            say(f"{failure}\nThe command has not started yet: booting once more")
+            return machine.run(arguments, title, initrd)
 
 
 def _same_file(one: BinaryIO, other: BinaryIO) -> bool:
