@@ -1,0 +1,151 @@
+"""Whatever happens in whatever order, the broker's promises hold."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from rdmanet import lease as wire
+from rdmanet.broker.values import Limits
+from rdmanet.model import GuardState, PodName
+from tests.unit.broker_world import Process, World, claim, pod, restarted
+
+COOKIES = st.sampled_from([100, 101, 102])
+QPNS = st.integers(17, 21)
+LIMITS = Limits(connections_per_pod=6, listeners_per_pod=3, pending_per_pod=3)
+
+
+class Broker(RuleBasedStateMachine):
+    """Three pods whose processes come, go, lease and misbehave; guard writes may be late; the agent may be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        views = (pod("train-0", 2, max_leases=4), pod("train-1", 3, max_leases=4), pod("train-2", 4, max_leases=4))
+        self.world = World(*views, limits=LIMITS)
+        self.processes: list[Process] = []
+        self.next_pid = 1000
+
+    def pick(self, data: st.DataObject) -> Process:
+        return data.draw(st.sampled_from(self.processes))
+
+    @rule(cookie=COOKIES)
+    def start(self, cookie: int) -> None:
+        if cookie in self.world.pods and len(self.processes) < 12:
+            self.next_pid += 1
+            process = self.world.connection(cookie, pid=self.next_pid)
+            if process.number not in self.world.closed:
+                self.processes.append(process)
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data(), service=st.sampled_from(["a", "b"]))
+    def listen(self, data: st.DataObject, service: str) -> None:
+        self.pick(data).listen(service)
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data(), service=st.sampled_from(["a", "b"]), listener=st.integers(0, 2), qpn=QPNS)
+    def connect(self, data: st.DataObject, service: str, listener: int, qpn: int) -> None:
+        self.pick(data).connect(f"train-{listener}:{service}", qpn)
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data(), qpn=QPNS)
+    def accept(self, data: st.DataObject, qpn: int) -> None:
+        process = self.pick(data)
+        for message in [m for m in process.messages if isinstance(m, wire.Incoming)]:
+            process.tell(wire.Accept(process.id(), message.lease, process.end(qpn)))
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        process = self.pick(data)
+        for view in self.world.core.snapshot(0):
+            process.tell(wire.Release(process.id(), int(view.lease, 16)))
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data(), died=st.booleans())
+    def leave(self, data: st.DataObject, died: bool) -> None:
+        process = self.pick(data)
+        self.processes.remove(process)
+        process.disconnect(died=died)
+
+    @rule(late=st.booleans())
+    def guard_writes(self, late: bool) -> None:
+        self.world.writes_wait = late
+        if not late:
+            while self.world.waiting:
+                self.world.write(self.world.waiting.pop(0))
+
+    @rule(seconds=st.floats(0.1, 100))
+    def wait(self, seconds: float) -> None:
+        self.world.advance(seconds)
+
+    @precondition(lambda self: len(self.world.pods) > 2)
+    @rule(cookie=COOKIES)
+    def delete_pod(self, cookie: int) -> None:
+        view = self.world.pods.pop(cookie, None)
+        if view is None:
+            return
+        self.guard_writes(late=False)
+        self.world.do(self.world.core.pod_gone(view.name, self.world.now_s))
+        self.processes = [p for p in self.processes if p.number not in self.world.closed]
+        assert all(address not in view.addresses for address, _ in self.world.guard)
+
+    @rule(data=st.data())
+    def replace_agent(self, data: st.DataObject) -> None:
+        self.guard_writes(late=False)
+        held = [(v, s.number) for v in self.world.core.snapshot(0) for s in self.processes]
+        self.world = restarted(self.world)
+        old, self.processes = self.processes, []
+        for process in old:
+            assert process.view is not None
+            cookie = next(c for c, view in self.world.pods.items() if view.name == process.view.name)
+            again = self.world.connection(cookie, pid=process.pid)
+            if again.number in self.world.closed:
+                continue
+            self.processes.append(again)
+            for view, number in held:
+                for end in (view.connector, view.listener):
+                    if number == process.number and end.key is not None and data.draw(st.booleans()):
+                        claim(again, int(view.lease, 16), end.key[1])
+
+    @invariant()
+    def granted_entries_are_exactly_the_granted_leases(self) -> None:
+        if self.world.waiting:
+            return
+        views = [v for v in self.world.core.snapshot(0) if v.state != "pending"]
+        expected = {}
+        for view in views:
+            assert view.connector.key is not None
+            assert view.listener.key is not None
+            expected[view.connector.key] = (int(view.lease, 16), *view.listener.key)
+            expected[view.listener.key] = (int(view.lease, 16), *view.connector.key)
+        found = {
+            key: (entry.lease, entry.peer_address, entry.peer_qpn)
+            for key, entry in self.world.guard.items()
+            if entry.state is GuardState.GRANTED
+        }
+        assert found == expected
+
+    @invariant()
+    def no_pod_has_more_leases_than_it_may(self) -> None:
+        for view in self.world.pods.values():
+            name = str(view.name)
+            ends = [e for v in self.world.core.snapshot(0) for e in (v.connector, v.listener) if e.pod == name]
+            assert len(ends) <= view.max_leases
+
+    def teardown(self) -> None:
+        """When every process and every pod is gone, nothing is left, in the core or in the guard."""
+        self.guard_writes(late=False)
+        for process in self.processes:
+            process.disconnect()
+        self.world.holders.clear()
+        self.world.advance(1000)
+        for number in range(3):
+            self.world.do(self.world.core.pod_gone(PodName("default", f"train-{number}"), self.world.now_s))
+        assert self.world.core.snapshot(0) == []
+        assert self.world.core.next_deadline_s() is None
+        assert self.world.guard == {}
+
+
+TestBroker = Broker.TestCase
+TestBroker.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
