@@ -12,8 +12,7 @@ int uplink(struct __sk_buff *skb)
 	struct node_entry *config = node_lookup();
 	struct endpoint_entry *endpoint;
 	struct uplink_entry *own;
-	struct address_key address;
-	struct nat_entry *flow;
+	struct nat_entry *found, flow;
 	__u32 ifindex = skb->ifindex;
 	int reason;
 
@@ -32,16 +31,17 @@ int uplink(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (parse_transport(skb, &packet))
 		return TC_ACT_UNSPEC;
-	flow = nat_inbound(&packet);
-	if (!flow)
+	found = nat_inbound(&packet);
+	if (!found)
 		return TC_ACT_UNSPEC;
+	/* At once: another CPU may evict the entry and use its memory for another flow. */
+	flow = *found;
+	endpoint = endpoints.lookup(&flow.address);
 	/* The address may belong to another pod by now. */
-	address = flow->address;
-	endpoint = endpoints.lookup(&address);
-	if (!endpoint || endpoint->attachment != flow->attachment)
+	if (!endpoint || endpoint->attachment != flow.attachment)
 		return TC_ACT_UNSPEC;
 
-	reason = nat_rewrite(skb, &packet, false, &address, flow->port);
+	reason = nat_rewrite(skb, &packet, false, &flow.address, flow.port);
 	if (reason)
 		return drop(endpoint->attachment, reason);
 	count(skb, endpoint->attachment, TO_POD, false);
