@@ -130,14 +130,16 @@ class Attachments:
     def _result(self, attachment: Attachment) -> Result:
         ips, routes = [], []
         for address in attachment.addresses:
-            gateway = ipam.gateway(self._parts.network.ranges[0 if address.version == 4 else 1])
+            subnet = self._parts.network.ranges[0 if address.version == 4 else 1]
             ips.append(
                 IpConfig(
-                    address=ipaddress.ip_interface(f"{address}/{address.max_prefixlen}"), gateway=gateway, interface=1
+                    address=ipaddress.ip_interface(f"{address}/{address.max_prefixlen}"),
+                    gateway=ipam.gateway(subnet),
+                    interface=1,
                 )
             )
             everything = ipaddress.ip_network("0.0.0.0/0" if address.version == 4 else "::/0")
-            routes.append(Route(destination=everything, gateway=gateway))
+            routes.append(Route(destination=everything, gateway=steps.next_hop(subnet)))
         with RouteSocket.here() as route:
             link = route.link(attachment.host_ifname)
         return Result(
@@ -237,7 +239,7 @@ class Attachments:
                 for address in attachment.addresses:
                     if address not in held:
                         yield f"the address {address} is missing from {attachment.ifname}"
-                routed = {route.family for route in pod.default_routes()}
+                routed = {route.family for route in pod.default_routes() if route.ifindex == link.index}
                 for address in attachment.addresses:
                     if address.version not in routed:
                         yield f"the default route for IPv{address.version} is missing"

@@ -17,7 +17,7 @@ from rdmanet import ipam
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import ConflictError, NotFoundError, UnavailableError
-from rdmanet.model import GATEWAY_MAC, Attachment, GuardMode, NetnsId, address_key
+from rdmanet.model import GATEWAY_MAC, Attachment, GuardMode, IPAddress, NetnsId, address_key
 from rdmanet.netlink import namespace
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.node import NodeNetwork
@@ -25,6 +25,7 @@ from rdmanet.rdma.backend import DeviceBackend
 from rdmanet.store import Store
 
 LOOPBACK_INDEX = 1
+LINK_LOCAL_GATEWAY = ipaddress.IPv6Address("fe80::1")
 _EVERYTHING = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
 
@@ -91,6 +92,15 @@ class LinkStep:
             host.delete_link(attachment.host_ifname)
 
 
+def next_hop(subnet: ipam.IPNetwork) -> IPAddress:
+    """Through which address a pod's routes lead; its MAC is the gateway's.
+
+    IPv6 takes a gateway only where no other interface's route covers it (net/ipv6/route.c,
+    ip6_route_check_nh_onlink); a link-local one is each interface's own.
+    """
+    return LINK_LOCAL_GATEWAY if subnet.version == 6 else ipam.gateway(subnet)
+
+
 class AddressStep:
     """Addresses, permanent neighbours for the gateways and routes, inside the pod."""
 
@@ -109,14 +119,17 @@ class AddressStep:
                 default_mtu = network.outside_mtu_bytes
             for address in attachment.addresses:
                 subnet = network.ipv4_range if address.version == 4 else network.ipv6_range
-                gateway = ipam.gateway(subnet)
+                gateway = next_hop(subnet)
                 pod.add_address(link.index, address, address.max_prefixlen)
                 pod.add_permanent_neighbour(link.index, gateway, GATEWAY_MAC)
+                # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound
+                # to another one (an RDMA device is) finds its own.
+                metric = link.index
                 if default_mtu is not None:
                     # Local pods get the interface's whole MTU, the outside no more than what fits through the uplink.
-                    pod.add_route(subnet, link.index, gateway=gateway)
+                    pod.add_route(subnet, link.index, gateway=gateway, metric=metric)
                 everything = _EVERYTHING[0] if address.version == 4 else _EVERYTHING[1]
-                pod.add_route(everything, link.index, gateway=gateway, mtu_bytes=default_mtu)
+                pod.add_route(everything, link.index, gateway=gateway, mtu_bytes=default_mtu, metric=metric)
         return attachment
 
     def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:

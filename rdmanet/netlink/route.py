@@ -218,8 +218,12 @@ class RouteSocket:
         gateway: IPAddress | None = None,
         source: IPAddress | None = None,
         mtu_bytes: int | None = None,
+        metric: int | None = None,
     ) -> None:
-        """A route through a link: on-link through ``gateway``, or straight to the destination without one."""
+        """A route through a link: on-link through ``gateway``, or straight to the destination without one.
+
+        Without a metric it takes the place of whatever route there is to that destination.
+        """
         request: dict[str, object] = {
             "family": _FAMILY[destination.version],
             "dst": str(destination.network_address),
@@ -234,6 +238,8 @@ class RouteSocket:
             request["prefsrc"] = str(source)
         if mtu_bytes is not None:
             request["metrics"] = {"mtu": mtu_bytes}
+        if metric is not None:
+            request["priority"] = metric
         with _translated("RTM_NEWROUTE", str(destination)):
             self._route.route("replace", **request)
 
