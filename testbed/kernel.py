@@ -78,9 +78,16 @@ def why_not_here(mode: RdmaMode) -> str:
         return missing
     if shutil.which("rdma") is None:
         return "there is no command rdma (package iproute2) to read the RDMA subsystem's mode"
-    answer = subprocess.run(["rdma", "-j", "system"], capture_output=True, text=True, check=True).stdout
-    current = json.loads(answer)[0]["netns"]
+    # In words: iproute2 6.1 ignores -json here.
+    answer = subprocess.run(["rdma", "system"], capture_output=True, text=True, check=True).stdout
+    current = namespace_mode(answer)
     return "" if current == mode.value else f"the RDMA subsystem's namespace mode here is {current}, not {mode.value}"
+
+
+def namespace_mode(words: str) -> str:
+    """The mode in what ``rdma system`` prints; ``unknown`` where it prints none."""
+    match = re.search(r"\bnetns (shared|exclusive)\b", words)
+    return match[1] if match else "unknown"
 
 
 def minimum_for(mode: RdmaMode) -> tuple[int, int]:

@@ -105,7 +105,11 @@ def base_image(kernel: Kernel, rdma_mode: RdmaMode) -> Path:
     tree = ModuleTree((kernel.modules / "modules.dep").read_text(), (kernel.modules / "modules.builtin").read_text())
     order = tree.order((*BOOT_MODULES, *TEST_MODULES))
     # The mode is fixed before any namespace exists: ib_core's parameter, 1 shared, 0 exclusive.
-    parameters = {"ib_core": f"netns_mode={int(rdma_mode is RdmaMode.SHARED)}"}
+    parameters = {
+        "ib_core": f"netns_mode={int(rdma_mode is RdmaMode.SHARED)}",
+        "dummy": "numdummies=0",
+        "ifb": "numifbs=0",
+    }
     init = (_HERE / "guest_init.sh").read_bytes()
     main = (_HERE / "guest_main.sh").read_bytes()
     busybox = _busybox()

@@ -159,6 +159,6 @@ class Machine:
         tail = console_tail(self._console.read_text(errors="replace")) if self._console.is_file() else ""
         what = "command did not end" if booted else "virtual machine did not boot"
         raise GuestFailure(
-            f"The {what} within {limit_s:.0f} s: ended it. The end of its console ({self._console}):\n{tail}",
+            f"The {what} within {limit_s:g} s: ended it. The end of its console ({self._console}):\n{tail}",
             operation="time-out" if booted else "boot",
         )

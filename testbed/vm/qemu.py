@@ -1,7 +1,7 @@
 """Which QEMU to use: the installed one, or a newer one from the release's own backports, unpacked in the cache.
 
 Before 8.1, multi-threaded emulation could run a half-patched kernel instruction: "Oops: int3" in some of the
-guest's boots (QEMU commit deba78709ae8, "Always lock pages before translation"; seen here in 1 of 35 with 7.2).
+guest's boots (seen in 1 of 35 with 7.2; QEMU 8.1 has "accel/tcg: Always lock pages before translation").
 """
 
 from __future__ import annotations
