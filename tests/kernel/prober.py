@@ -1,7 +1,7 @@
 """UDP and raw frames inside a container, for `testbed.peer.Peer`: standard library only, run without site packages.
 
-Requests: ``serve`` {address} → {port}: answers every datagram with the address it came from; ``ask`` {address, port,
-timeout_s} → {seen} or {seen: null} when nothing answers; ``frames`` {ifname, frames: hex texts}: sends Ethernet frames
+Requests: ``serve`` {address} → {port}: answers every datagram with the address it came from; ``ask`` {address, port, wait_s,
+size} → {seen} or {seen: null} when nothing answers; ``frames`` {ifname, frames: hex texts}: sends Ethernet frames
 as they are. TCP is testbed/traffic.py's.
 """
 
@@ -32,10 +32,10 @@ def serve(address: str) -> int:
     return port
 
 
-def ask(address: str, port: int, timeout_s: float, size: int) -> dict[str, Any] | None:
+def ask(address: str, port: int, wait_s: float, size: int) -> dict[str, Any] | None:
     """The answer to one datagram of `size` bytes, or None."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(timeout_s)
+        sock.settimeout(wait_s)
         sock.connect((address, port))
         sock.send(b"x" * size)
         try:
@@ -45,11 +45,11 @@ def ask(address: str, port: int, timeout_s: float, size: int) -> dict[str, Any] 
     return found
 
 
-def frames(ifname: str, texts: list[str]) -> None:
+def send_frames(ifname: str, frames: list[str]) -> None:
     """Sends whole Ethernet frames through an interface."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as sock:
         sock.bind((ifname, 0))
-        for text in texts:
+        for text in frames:
             sock.send(bytes.fromhex(text))
 
 
@@ -64,9 +64,9 @@ def main() -> None:
             if do == "serve":
                 answer = {"port": serve(**request)}
             elif do == "ask":
-                answer = {"seen": ask(request["address"], request["port"], request["timeout_s"], request["size"])}
+                answer = {"seen": ask(request["address"], request["port"], request["wait_s"], request["size"])}
             elif do == "frames":
-                frames(**request)
+                send_frames(**request)
             else:
                 raise ValueError(f"nothing to do for {do!r}")
             answer["ok"] = True
