@@ -1,8 +1,8 @@
 """UDP and raw frames inside a container, for `testbed.peer.Peer`: standard library only, run without site packages.
 
-Requests: ``serve`` {address} → {port}: answers every datagram with the address it came from; ``ask`` {address, port, wait_s,
-size} → {seen} or {seen: null} when nothing answers; ``frames`` {ifname, frames: hex texts}: sends Ethernet frames
-as they are. TCP is testbed/traffic.py's.
+Requests: ``serve`` {address} → {port}: answers every datagram with the address it came from; ``ask`` {address, port,
+wait_s, size} → {seen}, null when nothing answers; ``frames`` {ifname, frames: hex texts}: sends Ethernet frames as they
+are. TCP is testbed/traffic.py's.
 """
 
 from __future__ import annotations
