@@ -114,13 +114,9 @@ static __always_inline bool nat_port_in_use(struct __sk_buff *skb, const struct 
 		bytes = sizeof(tuple.ipv6);
 	}
 	if (packet->protocol == IPPROTO_TCP)
-		socket = packet->family == 4
-				 ? bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0)
-				 : bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
+		socket = bpf_sk_lookup_tcp(skb, &tuple, bytes, -1, 0);
 	else if (packet->protocol == IPPROTO_UDP)
-		socket = packet->family == 4
-				 ? bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), -1, 0)
-				 : bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
+		socket = bpf_sk_lookup_udp(skb, &tuple, bytes, -1, 0);
 	else
 		return false;
 	if (!socket)
