@@ -50,12 +50,12 @@ def add(world: World) -> Figure:
 
 def tcp(world: World) -> Figure:
     """Every way that ordinary traffic takes, each byte checked, in both families; then the rate between pods."""
-    gateways = gateway_addresses(world)
+    own = host_addresses(world)
     for family in FAMILIES:
         for source, target, address in (
             ("train-0", "train-1", world.addresses["train-1"][family]),
             ("host", "web-0", world.addresses["web-0"][family]),
-            ("train-0", "host", gateways[family]),
+            ("train-0", "host", own[family]),
             ("web-0", "host", UPLINK[family]),
             ("web-0", "outside", FAR[family]),
         ):
@@ -78,13 +78,12 @@ def tcp(world: World) -> Figure:
     )
 
 
-def gateway_addresses(world: World) -> dict[str, str]:
-    """The pods' gateways as train-0's own routes name them: addresses of the host."""
+def host_addresses(world: World) -> dict[str, str]:
+    """What pods see the host as when it talks to them: the source that its routes to a pod choose."""
     found = {}
-    for family, option in (("ipv4", "-4"), ("ipv6", "-6")):
-        routes = world.pods["train-0"].exec(["ip", "-json", option, "route", "show", "default"]).json()
-        need(len(routes) == 1, f"train-0 has {len(routes)} default routes for {family}")
-        found[family] = str(routes[0]["gateway"])
+    for family in FAMILIES:
+        route = world.host.exec(["ip", "-json", "route", "get", world.addresses["train-0"][family]]).json()[0]
+        found[family] = str(route["prefsrc"])
     return found
 
 

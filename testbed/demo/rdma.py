@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import select
 import subprocess
 import time
@@ -12,6 +13,7 @@ from testbed.container import CommandError, Completed, Process
 from testbed.demo.rows import Figure, StepError, need
 from testbed.demo.world import SERVICE, TRAINERS, Clock, World
 from testbed.host import diff
+from testbed.paths import BUILD
 from testbed.peer import PeerError
 
 LEASE_BYTES = 64_000_000
@@ -20,10 +22,12 @@ WARM_CONNECTS = 3
 READY_TIMEOUT_S = 60.0
 PERFTEST_TIMEOUT_S = 90.0
 CLIENT_ATTEMPTS = 5
+FEWEST_COLUMNS = 5
 #: Rounds of 64 KiB that each stream must make in each of: before, without an agent, after.
 ROUNDS = 20
 ROUNDS_TIMEOUT_S = 60.0
-PAUSE_S = 0.005
+#: Slow enough that an agent can start beside the streams where two emulated processors do everything.
+PAUSE_S = 0.05
 
 
 def lease(world: World) -> Figure:
@@ -68,8 +72,13 @@ def perftest(world: World) -> Figure:
 
 def pair(world: World, server: list[str], client: list[str], listening: str) -> Completed:
     """Run a tool's two ends, the server in train-1; the client's output."""
-    # Line by line: what says that the server listens would else stay in its buffer.
-    with world.pods["train-1"].popen(["stdbuf", "-oL", *server], stdout=subprocess.PIPE, stderr=None) as process:
+    with (
+        (BUILD / "peers" / f"{server[0]}.log").open("wb") as complaints,
+        # Line by line: what says that the server listens would else stay in its buffer.
+        world.pods["train-1"].popen(
+            ["stdbuf", "-oL", *server], stdout=subprocess.PIPE, stderr=complaints.fileno()
+        ) as process,
+    ):
         wait_for_line(process, listening, READY_TIMEOUT_S)
         for attempt in range(CLIENT_ATTEMPTS):
             try:
@@ -102,10 +111,8 @@ def last_figures(done: Completed) -> list[float]:
     """The numbers of a perftest table's last row."""
     for line in reversed(done.stdout.splitlines()):
         fields = line.split()
-        try:
-            return [float(field) for field in fields] if len(fields) > 3 else []
-        except ValueError:
-            continue
+        if len(fields) >= FEWEST_COLUMNS and all(re.fullmatch(r"\d+(\.\d+)?", field) for field in fields):
+            return [float(field) for field in fields]
     raise StepError(f"{done.argv[0]} printed no figures")
 
 
@@ -169,6 +176,8 @@ def progress(world: World, done: tuple[int, int]) -> tuple[int, int]:
 def clean(world: World) -> Figure:
     """DEL of all, uninstall, and the host is what it was."""
     world.stop_pods()
+    if world.host.agent is None:
+        world.host.start_agent()  # a step before failed: the pods go all the same
     elapsed_ms = []
     for name, pod in world.pods.items():
         outcome = world.host.cni("DEL", pod, world.configuration(name))
