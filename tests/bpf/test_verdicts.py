@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -336,6 +336,15 @@ def test_dropped_from_a_pod(bench: Bench, case: Dropped) -> None:
     assert outcome.verdict == SHOT
     assert outcome.frame == frame
     assert outcome.counters == {}
+
+
+def test_an_attachment_without_ipv6_cannot_send_from_the_unspecified_address(bench: Bench) -> None:
+    """Zero in the map means that there is none, and must not be taken for an address."""
+    web = bench.web
+    entry = bench.datapath.attachments()[web.ifindex]
+    bench.datapath.set_attachment(web.ifindex, replace(entry, ipv6=bytes(16)))
+    outcome = bench.from_pod(web, pod_frame(web, Ip("::", GATEWAYS[6], UDP, packets.udp(1, 2))))
+    assert (outcome.verdict, outcome.drops) == (SHOT, {(web.id, "spoofed_address"): 1})
 
 
 # What the host sends
