@@ -162,7 +162,7 @@ static void put_header(struct text *out, const char *name, const char *value)
 static bool read_environment(const struct command *command)
 {
 	static char bytes[VALUE_SIZE_MAX];
-	char missing[512] = "";
+	char missing[512] = "", msg[sizeof(missing) + 64];
 	struct text list = {.bytes = missing, .room = sizeof(missing) - 1};
 	int i;
 
@@ -192,7 +192,8 @@ static bool read_environment(const struct command *command)
 	if (!list.size)
 		return true;
 	missing[list.size] = '\0';
-	fail(CNI_INVALID_ENVIRONMENT, "Environment variables are missing or invalid", missing);
+	snprintf(msg, sizeof(msg), "Environment variables are missing or invalid: %s", missing);
+	fail(CNI_INVALID_ENVIRONMENT, msg, "");
 	return false;
 }
 
