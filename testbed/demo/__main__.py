@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from rdmanet.errors import RdmanetError
+from rdmanet.model import RdmaMode
 from testbed import kernel
 from testbed.demo import network, rdma
 from testbed.demo.rows import STEPS, Figure, Row, measure, passed, show, verdict, write
@@ -58,13 +59,13 @@ def run() -> int:
 def main() -> int:
     """Run here or in the virtual machine."""
     try:
-        missing = "" if os.environ.get("RDMANET_IN_VM") == "1" else kernel.capable()
+        missing = "" if os.environ.get("RDMANET_IN_VM") == "1" else kernel.why_not_here(RdmaMode.SHARED)
         if not missing:
             return run()
         say(f"demo: {missing}; it runs in a virtual machine")
         from testbed import vm
 
-        return vm.run([sys.executable, "-m", "testbed.demo"], rdma_mode="shared", timeout_s=VM_TIMEOUT_S)
+        return vm.run([sys.executable, "-m", "testbed.demo"], rdma_mode=RdmaMode.SHARED, timeout_s=VM_TIMEOUT_S)
     except RdmanetError as error:
         say(f"demo: {error}")
         return 1

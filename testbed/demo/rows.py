@@ -55,9 +55,13 @@ def measure(step: str, work: Callable[[], Figure]) -> Row:
     return Row(step, True, figure.value, figure.unit, figure.detail)
 
 
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def text(row: Row) -> str:
     """A row for people."""
-    figure = "" if row.value is None else f"{row.value:.4g} {row.unit}"
+    figure = "" if row.value is None else f"{_number(row.value)} {row.unit}"
     return f"{'ok    ' if row.ok else 'FAILED'}  {row.step:<9} {figure:>15}  {row.detail}"
 
 

@@ -1,0 +1,69 @@
+"""Where tests of RDMA run: on a kernel whose namespaces can have rxe devices, as the suite boots one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rdmanet.model import RdmaMode
+from testbed.host import Host
+from testbed.kernel import why_not_here
+from testbed.pod import Pod
+from testbed.session import end_session
+
+SCRATCH_NETNS = Path("/run/netns/rxe-test")
+
+
+@pytest.fixture(scope="session")
+def rdma_mode() -> RdmaMode:
+    """The mode that the host is in; a skip that says what is missing where rxe cannot be had."""
+    reasons = {mode: why_not_here(mode) for mode in RdmaMode}
+    for mode, reason in reasons.items():
+        if not reason:
+            return mode
+    pytest.skip(f"rxe in network namespaces: {reasons[RdmaMode.SHARED]}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def testbed_session(rdma_mode: RdmaMode) -> Iterator[None]:
+    """Everything here needs rxe; whatever a test forgot goes with the session."""
+    yield
+    end_session()
+
+
+@pytest.fixture
+def host(rdma_mode: RdmaMode) -> Iterator[Host]:
+    """Where an agent can run: the virtual machine itself, or a scratch host on a capable one; prints the agent's log."""
+    in_vm = os.environ.get("RDMANET_IN_VM") == "1"
+    if rdma_mode is RdmaMode.EXCLUSIVE and not in_vm:
+        pytest.skip("in exclusive mode the agent needs the initial network namespace, which is not the tests' here")
+    with Host.machine("rdma") if in_vm else Host.scratch("rdma") as host:
+        yield host
+        if host.agent is not None:
+            print(host.agent.log)
+
+
+@pytest.fixture
+def make_pod(host: Host) -> Iterator[Callable[[str], Pod]]:
+    """Creates pods on `host` (network namespaces; `start` them yourself) and destroys them afterwards."""
+    pods: list[Pod] = []
+
+    def make(name: str) -> Pod:
+        pods.append(Pod.create(host, name))
+        return pods[-1]
+
+    yield make
+    for pod in pods:
+        pod.destroy()
+
+
+@pytest.fixture
+def scratch_netns() -> Iterator[Path]:
+    """A network namespace of its own, for tests that need no pod around it."""
+    subprocess.run(["ip", "netns", "add", SCRATCH_NETNS.name], check=True)
+    yield SCRATCH_NETNS
+    subprocess.run(["ip", "netns", "delete", SCRATCH_NETNS.name], check=True)
