@@ -194,11 +194,12 @@ class Host:
         *,
         timeout_s: float = READY_TIMEOUT_S,
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "rdmanet", "agent"),
     ) -> float:
         """Start the agent and wait until it says that it is ready; returns the seconds that took.
 
         `config` is its TOML file as sections of keys; unless it says otherwise the artifact is the one that
-        ``make setup`` built.
+        ``make setup`` built. `program` is what Python runs: another way to start the same agent.
         """
         if self.agent is not None:
             raise UnavailableError(f"an agent runs on {self.name} already")
@@ -210,7 +211,7 @@ class Host:
         log = tempfile.NamedTemporaryFile(prefix=f"rdmanet-{self.name}-", suffix=".log", dir=session().path)  # noqa: SIM115
         reader, writer = os.pipe()
         process = self.popen(
-            [sys.executable, "-m", "rdmanet", "agent", "--config", file],
+            [sys.executable, *program, "--config", file],
             cwd=str(REPOSITORY),
             stdout=writer,
             stderr=writer,
