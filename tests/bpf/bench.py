@@ -92,16 +92,17 @@ class Bench:
     def map(self, name: str) -> int:
         return self.lab.map(name)
 
-    def run(self, hook: str, frame: bytes, ifindex: int, *, gso_bytes: int = 0) -> Outcome:
-        """Runs the hook's program, reached through its dispatcher as tc would."""
-        return self.run_program(self.datapath.dispatcher(hook), frame, ifindex, gso_bytes=gso_bytes)
+    def run(self, hook: str, frame: bytes, ifindex: int, *, gso: tuple[int, int] = (0, 0)) -> Outcome:
+        """Runs the hook's program through its dispatcher as tc would; ``gso``: bytes per segment, segments."""
+        return self.run_program(self.datapath.dispatcher(hook), frame, ifindex, gso=gso)
 
-    def run_program(self, program: int, frame: bytes, ifindex: int, *, gso_bytes: int = 0) -> Outcome:
+    def run_program(self, program: int, frame: bytes, ifindex: int, *, gso: tuple[int, int] = (0, 0)) -> Outcome:
         for name in ("counters", "drops"):
             self.clear(name)
         context = bytearray(192)  # struct __sk_buff
         struct.pack_into("=I", context, 40, ifindex)
-        struct.pack_into("=I", context, 176, gso_bytes)
+        struct.pack_into("=I", context, 164, gso[1])
+        struct.pack_into("=I", context, 176, gso[0])
         done = self.lab.host.run(lambda: bpf.run_program(program, frame, bytes(context)))
         return Outcome(
             done.verdict,
@@ -115,8 +116,8 @@ class Bench:
         raw = bpf.lookup(self.map("programs"), layout.U32.pack(HOOKS[hook]), 4)
         return 0 if raw is None else int(struct.unpack("=I", raw)[0])
 
-    def from_pod(self, pod: Pod, frame: bytes, *, gso_bytes: int = 0) -> Outcome:
-        return self.run("pod", frame, pod.ifindex, gso_bytes=gso_bytes)
+    def from_pod(self, pod: Pod, frame: bytes, *, gso: tuple[int, int] = (0, 0)) -> Outcome:
+        return self.run("pod", frame, pod.ifindex, gso=gso)
 
     def from_host(self, frame: bytes) -> Outcome:
         return self.run("host", frame, self.lab.peer_ifindex)
@@ -142,3 +143,21 @@ def host_frame(ip: packets.Ip) -> bytes:
     """As it comes out of rdmanet1: both ends have the gateway's MAC."""
     ethertype = packets.ETHERTYPE_IPV4 if ip.version == 4 else packets.ETHERTYPE_IPV6
     return packets.ethernet(GATEWAY_MAC, GATEWAY_MAC, ethertype, bytes(ip))
+
+
+def between(
+    source: Pod, destination: Pod, version: int, protocol: int = packets.TCP, payload: bytes | None = None
+) -> packets.Ip:
+    payload = packets.tcp(40000, 80) if payload is None else payload
+    return packets.Ip(source.addresses[version], destination.addresses[version], protocol, payload)
+
+
+def to(
+    source: Pod, destination: str, version: int, protocol: int = packets.TCP, payload: bytes | None = None
+) -> packets.Ip:
+    payload = packets.tcp(40000, 80) if payload is None else payload
+    return packets.Ip(source.addresses[version], destination, protocol, payload)
+
+
+def rewritten(frame: bytes, destination_mac: bytes, source_mac: bytes = GATEWAY_MAC) -> bytes:
+    return destination_mac + source_mac + frame[12:]

@@ -9,31 +9,30 @@ from dataclasses import dataclass, replace
 import pytest
 
 from rdmanet.datapath.maps import NodeEntry, UplinkEntry
-from rdmanet.model import GuardEntry, GuardState, address_key
+from rdmanet.model import address_key
 from tests.bpf import bench as benches
 from tests.bpf import lab, packets
-from tests.bpf.bench import OK, REDIRECT, SHOT, UNSPEC, Bench, host_frame, pod_frame, uplink_frame
+from tests.bpf.bench import (
+    OK,
+    REDIRECT,
+    SHOT,
+    UNSPEC,
+    Bench,
+    between,
+    host_frame,
+    pod_frame,
+    rewritten,
+    to,
+    uplink_frame,
+)
 from tests.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, OUTSIDE, UPLINK, Pod
 from tests.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
+from tests.bpf.test_roce import ROCE
 
 VERSIONS = (4, 6)
 ECHO = {4: (ICMP, 8, 0), 6: (ICMPV6, 128, 129)}
 #: Nobody has it, but it lies in the pods' range.
 NOBODY = {4: "10.90.0.200", 6: "fd90::200"}
-
-
-def between(source: Pod, destination: Pod, version: int, protocol: int = TCP, payload: bytes | None = None) -> Ip:
-    payload = packets.tcp(40000, 80) if payload is None else payload
-    return Ip(source.addresses[version], destination.addresses[version], protocol, payload)
-
-
-def to(source: Pod, destination: str, version: int, protocol: int = TCP, payload: bytes | None = None) -> Ip:
-    payload = packets.tcp(40000, 80) if payload is None else payload
-    return Ip(source.addresses[version], destination, protocol, payload)
-
-
-def rewritten(frame: bytes, destination_mac: bytes, source_mac: bytes = GATEWAY_MAC) -> bytes:
-    return destination_mac + source_mac + frame[12:]
 
 
 # What pods send
@@ -286,6 +285,11 @@ DROPPED = [
     Dropped("malformed", "IPv4's version under IPv6's type", _patched(6, 0, b"\x45")),
     Dropped("malformed", "IPv4 longer than the frame", _patched(4, 2, b"\x0f\x00")),
     Dropped("malformed", "IPv4 shorter than its header", _patched(4, 2, b"\x00\x10")),
+    Dropped(
+        "malformed",
+        "IPv4 shorter than its header, of a protocol without ports",
+        _patched(4, 2, b"\x00\x10\x00\x07\x00\x00\x40\x84"),
+    ),
     Dropped("malformed", "IPv4 total length 0", _patched(4, 2, b"\x00\x00")),
     Dropped("malformed", "IPv4 options beyond the packet", _patched(4, 0, b"\x4f")),
     Dropped("malformed", "IPv6 longer than the frame", _patched(6, 4, b"\x0f\x00")),
@@ -413,123 +417,7 @@ def test_the_hosts_own_traffic_is_untouched(bench: Bench, build: Callable[[Bench
     assert (outcome.verdict, outcome.frame, outcome.drops, outcome.counters) == (UNSPEC, frame, {}, {})
 
 
-# RoCE
-
-
-def _grant(bench: Bench, owner: Pod, qpn: int, peer: Pod, version: int, state: GuardState = GuardState.GRANTED) -> None:
-    entry = GuardEntry(lease=1, peer_address=address_key(peer.addresses[version]), peer_qpn=18, state=state)
-    bench.datapath.set_guard(address_key(owner.addresses[version]), qpn, entry)
-
-
-@dataclass(frozen=True)
-class RoceCase:
-    """A RoCE packet from one pod to another (or to an address), with or without a guard entry for its QPN 17."""
-
-    name: str
-    source: str
-    destination: str
-    reason: str | None
-    guard: tuple[str, GuardState] | None = None  # (peer, state)
-    qpn: int = 17
-
-
-ROCE = [
-    RoceCase("unleased, observed", "train_0", "train_1", None),
-    RoceCase("connection management, observed", "train_0", "train_1", None, qpn=1),
-    RoceCase("multicast QPN, observed", "train_0", "train_1", None, qpn=0xFFFFFF),
-    RoceCase("leased", "train_0", "train_1", None, ("train_0", GuardState.GRANTED)),
-    RoceCase("leased, enforced", "train_0", "strict", None, ("train_0", GuardState.GRANTED)),
-    RoceCase("leased, from an enforcing pod", "strict", "train_1", None, ("strict", GuardState.GRANTED)),
-    RoceCase("from a pod without device", "web", "train_1", "roce_no_device"),
-    RoceCase("to a pod without device", "train_0", "web", "roce_no_device"),
-    RoceCase("leased to another", "train_0", "train_1", "roce_not_peer", ("strict", GuardState.GRANTED)),
-    RoceCase("revoked", "train_0", "train_1", "roce_revoked", ("train_0", GuardState.REVOKED)),
-    RoceCase("revoked, another", "strict", "train_1", "roce_revoked", ("train_0", GuardState.REVOKED)),
-    RoceCase("unleased, enforced", "train_0", "strict", "roce_unleased"),
-    RoceCase("connection management, enforced", "train_0", "strict", "roce_unleased", qpn=1),
-    RoceCase("multicast QPN, enforced", "train_0", "strict", "roce_unleased", qpn=0xFFFFFF),
-    RoceCase("unleased, from an enforcing pod", "strict", "train_1", "roce_unleased"),
-    RoceCase("to the host, without device", "web", "host", "roce_no_device"),
-    RoceCase("to the host, observed", "train_0", "host", None),
-    RoceCase("to the host, from an enforcing pod", "strict", "host", "roce_unleased"),
-    RoceCase("to outside", "train_0", "outside", "roce_nat"),
-    RoceCase("to outside, without device", "web", "outside", "roce_no_device"),
-]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("case", ROCE, ids=lambda case: case.name)
-def test_roce_from_a_pod(bench: Bench, case: RoceCase, version: int) -> None:
-    source: Pod = getattr(bench, case.source)
-    named: dict[str, str] = {"host": GATEWAYS[version], "outside": FAR[version]}
-    target: Pod | None = None if case.destination in named else getattr(bench, case.destination)
-    address = named[case.destination] if target is None else target.addresses[version]
-    if case.guard is not None:
-        assert target is not None
-        _grant(bench, target, 17, getattr(bench, case.guard[0]), version, case.guard[1])
-    frame = pod_frame(source, to(source, address, version, UDP, packets.roce(case.qpn)))
-    outcome = bench.from_pod(source, frame)
-    guards = list(bench.datapath.guards().values())
-    if case.reason is not None:
-        assert outcome.drops == {(source.id, case.reason): 1}
-        assert outcome.verdict == SHOT
-        assert [entry.packets for entry in guards] == [0] * len(guards)
-        return
-    assert (outcome.verdict, outcome.drops) == (REDIRECT, {})
-    expected = {(source.id, "from_pod", "roce"): 1}
-    if target is not None:
-        expected[target.id, "to_pod", "roce"] = 1
-        assert outcome.frame == rewritten(frame, target.mac)
-    assert outcome.counters == expected
-    assert [(entry.packets, entry.bytes) for entry in guards] == [(1, len(frame))] * len(guards)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_roce_from_the_host(bench: Bench, version: int) -> None:
-    def send(pod: Pod) -> benches.Outcome:
-        return bench.from_host(host_frame(Ip(GATEWAYS[version], pod.addresses[version], UDP, packets.roce(17))))
-
-    assert send(bench.web).drops == {(bench.web.id, "roce_no_device"): 1}
-    assert send(bench.strict).drops == {(bench.strict.id, "roce_unleased"): 1}
-    passed = send(bench.train_0)
-    assert (passed.verdict, passed.counters) == (REDIRECT, {(bench.train_0.id, "to_pod", "roce"): 1})
-    _grant(bench, bench.train_0, 17, bench.train_1, version)
-    assert send(bench.train_0).drops == {(bench.train_0.id, "roce_not_peer"): 1}
-
-
-def _ipv4_options(pod: Pod, to: str) -> Ip:
-    return Ip(pod.addresses[4], to, UDP, packets.roce(17), options=b"\x01" * 40)
-
-
-def _hop_by_hop(pod: Pod, to: str) -> Ip:
-    options = packets.extension(packets.DESTINATION, packets.HOP_BY_HOP) + packets.extension(UDP)
-    return Ip(pod.addresses[6], to, UDP, packets.roce(17), options=options, first=packets.HOP_BY_HOP)
-
-
-def _first_ipv4(pod: Pod, to: str) -> Ip:
-    return Ip(pod.addresses[4], to, UDP, packets.roce(17), more=True)
-
-
-def _first_ipv6(pod: Pod, to: str) -> Ip:
-    header = packets.extension(UDP, packets.FRAGMENT, more=True)
-    return Ip(pod.addresses[6], to, UDP, packets.roce(17), options=header, first=packets.FRAGMENT)
-
-
-@pytest.mark.parametrize(
-    ("version", "hidden"), [(4, _ipv4_options), (6, _hop_by_hop), (4, _first_ipv4), (6, _first_ipv6)]
-)
-def test_roce_is_found_behind(bench: Bench, version: int, hidden: Callable[[Pod, str], Ip]) -> None:
-    outcome = bench.from_pod(bench.web, pod_frame(bench.web, hidden(bench.web, bench.train_0.addresses[version])))
-    assert outcome.drops == {(bench.web.id, "roce_no_device"): 1}
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("size", range(8, 20))
-def test_roce_too_short_to_judge_is_malformed(bench: Bench, version: int, size: int) -> None:
-    """The rest of the packet could follow in a second fragment that nobody could judge."""
-    payload = packets.roce(17)[:size]
-    frame = pod_frame(bench.train_0, between(bench.train_0, bench.train_1, version, UDP, payload))
-    assert bench.from_pod(bench.train_0, frame).drops == {(bench.train_0.id, "malformed"): 1}
+# Odd ones
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -545,11 +433,29 @@ def test_fragments_between_pods_pass(bench: Bench, version: int) -> None:
     assert (outcome.verdict, outcome.frame) == (REDIRECT, rewritten(frame, train.mac))
 
 
-def test_a_gso_frame_counts_its_segments_once(bench: Bench) -> None:
+def test_a_gso_frame_counts_as_its_segments(bench: Bench) -> None:
     frame = pod_frame(bench.web, between(bench.web, bench.train_0, 4, TCP, packets.tcp(1, 2, payload=bytes(3000))))
-    outcome = bench.from_pod(bench.web, frame, gso_bytes=1448)
+    outcome = bench.from_pod(bench.web, frame, gso=(1448, 3))
     assert outcome.verdict == REDIRECT
-    assert outcome.counters[bench.web.id, "from_pod", "ip"] >= 1
+    assert outcome.counters[bench.web.id, "from_pod", "ip"] == 3
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_big_tcp_says_zero_for_its_length(bench: Bench, version: int) -> None:
+    """Over 64 KiB the length does not fit into the header; only a GSO frame may say so."""
+    frame = bytearray(pod_frame(bench.web, between(bench.web, bench.train_0, version)))
+    place = 16 if version == 4 else 18
+    frame[place : place + 2] = b"\0\0"
+    assert bench.from_pod(bench.web, bytes(frame), gso=(1448, 3)).verdict == REDIRECT
+    assert bench.from_pod(bench.web, bytes(frame)).drops == {(bench.web.id, "malformed"): 1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_gso_frame_may_be_bigger_than_the_uplinks_mtu(bench: Bench, version: int) -> None:
+    payload = packets.tcp(40000, 80, payload=bytes(3000))
+    frame = pod_frame(bench.web, to(bench.web, FAR[version], version, TCP, payload))
+    outcome = bench.from_pod(bench.web, frame, gso=(1400, 3))
+    assert packets.look(outcome.frame).source == UPLINK[version]
 
 
 def test_every_drop_reason_of_a_pod_has_a_case() -> None:
