@@ -4,6 +4,9 @@ PYTHON := .venv/bin/python
 # A command that runs where network namespaces have rxe devices of their own: here, or in the virtual machine.
 WITH_RXE := $(PYTHON) -m testbed.vm run --if-needed
 
+# More for podman build; where a proxy signs: IMAGE_FLAGS="-v /etc/ssl/certs:/etc/ssl/certs:ro".
+IMAGE_FLAGS ?=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench accept image clean distclean
 
@@ -38,7 +41,7 @@ bench accept: setup
 	else echo "make $@: benchmarks/$@ does not exist yet"; exit 1; fi
 
 image:
-	podman build --network host -t rdmanet:test .
+	podman build --network host --cap-add CAP_SYS_ADMIN $(IMAGE_FLAGS) -t rdmanet:test .
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
