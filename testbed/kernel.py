@@ -122,29 +122,33 @@ def find_unpacked(directory: Path) -> Kernel:
 
 
 def _newest(minimum: tuple[int, int]) -> tuple[PrivateApt, Package]:
+    """The newest image: stable-backports first, further suites only while exclusive mode lacks its kernel."""
     archive = machine_archive()
     best: tuple[PrivateApt, Package] | None = None
-    aliased = PrivateApt(archive, ("stable-backports",))
-    aliased.update()
-    # A mirror's alias may lag behind the suite's own name: ask for both.
-    codename = aliased.codename("stable-backports")
-    for suites in ((codename,), ("testing", "sid")):
-        if suites == ("stable-backports",):
-            apt = aliased
-        else:
-            apt = PrivateApt(archive, suites)
+    # A mirror's alias may lag behind the suite's own name, even be out of date: both are asked.
+    waiting = ["stable-backports", f"{archive.suite}-backports", "testing", "sid"]
+    troubles = []
+    for suite in waiting:
+        apt = PrivateApt(archive, (suite,))
+        try:
             apt.update()
-        for candidate in (aliased, apt):
-            images = [i for i in candidate.versions(_META_PACKAGE) if "~rc" not in i.version]
-            if images and (best is None or release_number(images[0].version) > release_number(best[1].version)):
-                best = (candidate, images[0])
-        if best is not None and release_number(best[1].version) >= MINIMUM_EXCLUSIVE:
+        except UnavailableError as error:
+            say(f"{suite} cannot be used: {error.sentence}")
+            troubles.append(f"{suite}: {error.sentence}")
+            continue
+        codename = apt.codename(suite)
+        if suite == "stable-backports" and codename != suite:
+            waiting[1] = codename
+        images = [image for image in apt.versions(_META_PACKAGE) if "~rc" not in image.version]
+        if images and (best is None or release_number(images[0].version) > release_number(best[1].version)):
+            best = (apt, images[0])
+        if best is not None and suite != "stable-backports" and release_number(best[1].version) >= MINIMUM_EXCLUSIVE:
             break
     if best is None or release_number(best[1].version) < minimum:
         newest = best[1].version if best else "none"
         raise UnavailableError(
             f"No kernel of {minimum[0]}.{minimum[1]} or later in the Debian archive {archive.uri} "
-            f"(newest: {newest}); rxe in a network namespace needs one."
+            f"(newest: {newest}); rxe in a network namespace needs one. {' '.join(troubles)}".strip()
         )
     return best
 
