@@ -71,6 +71,7 @@ class Agent:
         self.process = process
         self._log = log
         self._ready = threading.Event()
+        self._said_so = False
         self._reader = threading.Thread(target=self._read, name="agent-log", daemon=True)
         self._reader.start()
 
@@ -80,13 +81,16 @@ class Agent:
             self._log.write(line)
             self._log.flush()
             if line == b"ready\n":  # rdmanet.agent prints it when the world may ask
+                self._said_so = True
                 self._ready.set()
         self._ready.set()  # the agent ended: `wait_ready` finds out how
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return when the agent says that it is ready; CommandError with its last words otherwise."""
         waited = self._ready.wait(timeout_s)
-        if not waited or self.process.poll() is not None:
+        if waited and not self._said_so:
+            self.process.wait()  # its output has ended, its status is on the way
+        if not self._said_so or self.process.poll() is not None:
             completed = Completed(self.process.argv, self.process.poll(), "", self.log, timeout_s)
             words = " / ".join(self.log.strip().splitlines()[-3:])
             state = "ended before it was ready" if waited else f"is not ready after {timeout_s:g} s"
