@@ -197,15 +197,9 @@ class World:
 
     # Before and after
 
-    def dump(self) -> Dump:
-        """The host's dump. Without cgroups: they are the machine's, where others come and go."""
-        dump = self.host.dump()
-        del dump["cgroups"]
-        return dump
-
     def snapshot(self) -> Dump:
         """The host's dump without the agent's own files, its maps, and the database's rows but for used-up ids."""
-        dump = self.dump()
+        dump = self.host.dump()
         del dump["state"], dump["run"]
         with self.datapath() as datapath:
             dump["attachments"] = {str(k): repr(v) for k, v in datapath.attachments().items()}

@@ -1,0 +1,164 @@
+"""SIGKILL at every fault point of an ADD, of an ADD that fails, of a DEL and of a recovery: nothing is left of it.
+
+The points are those that a first run records; a new step is covered without a change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from testbed.cni_spec import validate_error
+from testbed.container import CommandError
+from testbed.host import CniOutcome, Dump, diff
+from testbed.pod import Pod
+from tests.kernel.world import World, config, succeeded
+
+PROGRAM = "tests.kernel.crash_agent"
+ORDER, RECORD = "/run/crash-order", "/run/crash-record"
+STEPS = ["link", "addresses", "filter", "device", "listener", "endpoint"]
+
+
+@dataclass
+class Crashes:
+    """A host whose agent dies when told to."""
+
+    world: World
+    pristine: Dump
+
+    def start(self) -> None:
+        """An agent that obeys ORDER."""
+        self.world.host.start_agent(self.world.agent_config, program=["-m", PROGRAM, ORDER, RECORD])
+
+    def order(self, fatal: int) -> None:
+        """From now on: count, and die at this point (0: at none)."""
+        self.world.host.container.act(("write", ORDER, str(fatal)))
+
+    def forget_order(self) -> list[str]:
+        """Live on; what was recorded meanwhile."""
+        host = self.world.host
+        recorded = host.exec(["cat", RECORD], check=False).stdout.split("\n")[:-1]
+        host.exec(["rm", "-f", ORDER, RECORD])
+        return recorded
+
+    def points(self, act: Callable[[], CniOutcome]) -> list[str]:
+        """The fault points of a call, by doing it."""
+        self.order(0)
+        act()
+        return self.forget_order()
+
+    def die(self, fatal: int, points: list[str], act: Callable[[], CniOutcome]) -> CniOutcome:
+        """A call during which the agent is killed at that point."""
+        agent = self.world.host.agent
+        assert agent is not None
+        self.order(fatal)
+        outcome = act()
+        assert agent.process.wait() == -9, f"the agent survived point {fatal}"
+        assert self.forget_order() == points[:fatal]
+        self.world.host.kill_agent()
+        return outcome
+
+    def nothing_left(self, where: str) -> None:
+        """As at first."""
+        assert self.world.status()["attachments"] == [], where
+        assert diff(self.pristine, self.world.snapshot()) == [], where
+
+
+@pytest.fixture(scope="module")
+def crashes() -> Iterator[Crashes]:
+    with World.start("crash", agent=False) as world:
+        found = Crashes(world, {})
+        found.start()
+        found.pristine = world.snapshot()
+        yield found
+
+
+def add(world: World, pod: Pod) -> CniOutcome:
+    return world.host.cni("ADD", pod, config({}))
+
+
+def delete(world: World, pod: Pod) -> CniOutcome:
+    return world.host.cni("DEL", pod, config({}))
+
+
+def test_add(crashes: Crashes) -> None:
+    world, pod = crashes.world, crashes.world.pod()
+    points = crashes.points(lambda: add(world, pod))
+    assert points == ["reserved", *(f"apply {step}" for step in STEPS), "commit ready"]
+    succeeded(delete(world, pod))
+    for fatal, point in enumerate(points, 1):
+        outcome = crashes.die(fatal, points, lambda: add(world, pod))
+        validate_error(outcome.output, "1.1.0", command="ADD")
+        crashes.start()
+        crashes.nothing_left(f"killed before {point}")
+        # The same pod can be added now, and what it gets is whole.
+        succeeded(world.check(world.add(pod)))
+        succeeded(delete(world, pod))
+    crashes.nothing_left("at last")
+
+
+def test_add_whose_runtime_gives_up(crashes: Crashes) -> None:
+    """DEL comes while the agent is away, and is done when it is back."""
+    world, pod = crashes.world, crashes.world.pod()
+    points = crashes.points(lambda: add(world, pod))
+    succeeded(delete(world, pod))
+    crashes.die(len(points), points, lambda: add(world, pod))
+    succeeded(delete(world, pod))
+    pod.destroy()
+    crashes.start()
+    crashes.nothing_left("after the queued DEL")
+
+
+def test_add_that_fails(crashes: Crashes) -> None:
+    world, pod = crashes.world, crashes.world.pod()
+    enter = ["nsenter", f"--net={pod.netns}", "ip", "link"]
+    world.host.exec([*enter, "add", "eth0", "type", "veth", "peer", "name", "other"])
+    points = crashes.points(lambda: add(world, pod))
+    assert points[:3] == ["reserved", "apply link", "undo link"]
+    for fatal, point in enumerate(points, 1):
+        crashes.die(fatal, points, lambda: add(world, pod))
+        crashes.start()
+        crashes.nothing_left(f"killed before {point} of a failing ADD")
+        world.host.exec([*enter, "show", "dev", "eth0"])  # the pod's own
+
+
+def test_delete(crashes: Crashes) -> None:
+    world, pod = crashes.world, crashes.world.pod()
+    world.add(pod)
+    points = crashes.points(lambda: delete(world, pod))
+    assert points == ["commit releasing", *(f"undo {step}" for step in reversed(STEPS)), "forget"]
+    for fatal, point in enumerate(points, 1):
+        world.add(pod)
+        outcome = crashes.die(fatal, points, lambda: delete(world, pod))
+        # The DEL was queued: to the runtime it is done, and the next agent does it.
+        succeeded(outcome)
+        crashes.start()
+        crashes.nothing_left(f"killed before {point}")
+
+
+def test_recovery(crashes: Crashes) -> None:
+    """Killed while it takes back what a killed agent left, and again."""
+    world, pod = crashes.world, crashes.world.pod()
+    points = crashes.points(lambda: add(world, pod))
+    succeeded(delete(world, pod))
+
+    def leave_half_an_add() -> None:
+        crashes.die(len(points), points, lambda: add(world, pod))
+
+    leave_half_an_add()
+    crashes.order(0)
+    crashes.start()
+    recovery = crashes.forget_order()
+    assert recovery[0] == "commit releasing"
+    crashes.nothing_left("after a recovery")
+    leave_half_an_add()
+    for fatal in range(1, len(recovery) + 1):
+        # Each start gets one step further, as every one begins anew.
+        crashes.order(fatal)
+        with pytest.raises(CommandError, match="ended before it was ready"):
+            crashes.start()
+        assert crashes.forget_order() == recovery[:fatal]
+    crashes.start()
+    crashes.nothing_left("after a recovery that was killed at every point")
