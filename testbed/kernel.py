@@ -126,7 +126,7 @@ def _newest(minimum: tuple[int, int]) -> tuple[PrivateApt, Package]:
     archive = machine_archive()
     best: tuple[PrivateApt, Package] | None = None
     # A mirror's alias may lag behind the suite's own name, even be out of date: both are asked.
-    waiting = ["stable-backports", f"{archive.suite}-backports", "testing", "sid"]
+    waiting = ["stable-backports", "testing", "sid"]
     troubles = []
     for suite in waiting:
         apt = PrivateApt(archive, (suite,))
@@ -135,14 +135,18 @@ def _newest(minimum: tuple[int, int]) -> tuple[PrivateApt, Package]:
         except UnavailableError as error:
             say(f"{suite} cannot be used: {error.sentence}")
             troubles.append(f"{suite}: {error.sentence}")
+            if suite == "stable-backports":
+                waiting.insert(1, "stable")  # its codename leads to the backports' own name
             continue
         codename = apt.codename(suite)
-        if suite == "stable-backports" and codename != suite:
-            waiting[1] = codename
+        if suite in ("stable-backports", "stable") and codename != suite:
+            waiting.insert(
+                waiting.index(suite) + 1, codename if suite == "stable-backports" else f"{codename}-backports"
+            )
         images = [image for image in apt.versions(_META_PACKAGE) if "~rc" not in image.version]
         if images and (best is None or release_number(images[0].version) > release_number(best[1].version)):
             best = (apt, images[0])
-        if best is not None and suite != "stable-backports" and release_number(best[1].version) >= MINIMUM_EXCLUSIVE:
+        if best is not None and not suite.startswith("stable") and release_number(best[1].version) >= MINIMUM_EXCLUSIVE:
             break
     if best is None or release_number(best[1].version) < minimum:
         newest = best[1].version if best else "none"
