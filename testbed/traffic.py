@@ -1,7 +1,7 @@
 """TCP inside a container: what `testbed.peer.Peer.traffic` talks to. Standard library only, run without site packages.
 
 Requests: ``serve`` {address} → {port}; ``send`` {address, port, bytes, verify} → {elapsed_s, peer, equal};
-``stream_begin`` {address, port, pause_s}, ``stream_reach`` {rounds, timeout_s} → {rounds}, ``stream_end`` → {rounds,
+``stream_begin`` {address, port, pause_s}, ``stream_reach`` {rounds, within_s} → {rounds}, ``stream_end`` → {rounds,
 bytes, equal};
 ``served`` → {connections, bytes}; ``counters`` {ifname} → the interface's own.
 
@@ -57,14 +57,14 @@ class Stream:
                 self._failure = error
                 self._changed.notify_all()
 
-    def reach(self, rounds: int, timeout_s: float) -> int:
+    def reach(self, rounds: int, within_s: float) -> int:
         """Wait until so many rounds are done; returns how many are."""
         with self._changed:
-            self._changed.wait_for(lambda: self.rounds >= rounds or self._failure is not None, timeout_s)
+            self._changed.wait_for(lambda: self.rounds >= rounds or self._failure is not None, within_s)
             if self._failure is not None:
                 raise OSError(f"the stream broke after {self.rounds} rounds: {self._failure}")
             if self.rounds < rounds:
-                raise OSError(f"the stream stands at {self.rounds} of {rounds} rounds for {timeout_s:g} s")
+                raise OSError(f"the stream stands at {self.rounds} of {rounds} rounds for {within_s:g} s")
             return self.rounds
 
     def end(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from rdmanet.errors import RdmanetError
@@ -35,6 +36,7 @@ WORK: dict[str, tuple[str, Callable[[World], Figure]]] = {
 def run() -> int:
     """Carry out all steps on this kernel; the exit status."""
     rows: list[Row] = []
+    began = time.monotonic()
     RESULT.unlink(missing_ok=True)
     say("demo: making a host and the world around it")
     try:
@@ -42,7 +44,7 @@ def run() -> int:
         try:
             for step in STEPS:
                 progress, work = WORK[step]
-                say(f"{step}: {progress}")
+                say(f"{step}: {progress} ({time.monotonic() - began:.0f} s)")
                 rows.append(measure(step, lambda work=work: work(world)))  # type: ignore[misc]
                 show(rows[-1])
             if not passed(rows) and world.host.agent is not None:

@@ -1,7 +1,7 @@
 """RDMA inside a pod, through the library `rdmanet.verbs` and nothing else: a program for `testbed.peer`.
 
-Requests: ``serve`` {service}; ``connect`` {target} → {ready_ms}; ``write`` {target, bytes} → {ready_ms, write_s,
-equal}; ``stream_begin`` {target, pause_s}, ``stream_reach`` {rounds, timeout_s} → {rounds}, ``stream_end`` → {rounds,
+Requests: ``hello``, answered when all is imported; ``serve`` {service}; ``connect`` {target} → {ready_ms}; ``write``
+{target, bytes, address} → {ready_ms, write_s, equal}, from this pod's `address` or its first; ``stream_begin`` {target, pause_s}, ``stream_reach`` {rounds, within_s} → {rounds}, ``stream_end`` → {rounds,
 bytes, equal}.
 
 On a connection the listener sends its memory region, the connector writes into it by RDMA and says so in a message: a
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 from rdmanet import verbs
 from rdmanet.errors import RdmanetError
+from rdmanet.model import IPAddress
 from rdmanet.verbs.queue_pair import QueuePair
 
 ROUND_BYTES = 1 << 16
@@ -58,10 +60,10 @@ class Writer:
         self._bytes = 0
 
     @classmethod
-    async def begin(cls, target: str, size: int) -> tuple[Writer, float]:
+    async def begin(cls, target: str, size: int, address: IPAddress | None = None) -> tuple[Writer, float]:
         """Connect and learn the peer's region; also returns the milliseconds from asking to ready to send."""
         started = time.monotonic()
-        qp = await verbs.connect(target, timeout_s=CONNECT_TIMEOUT_S)
+        qp = await verbs.connect(target, address=address, timeout_s=CONNECT_TIMEOUT_S)
         ready_ms = (time.monotonic() - started) * 1000
         await qp.send(json.dumps({"region_bytes": size}).encode())
         remote = verbs.RemoteRegion.from_bytes(await qp.recv())
@@ -112,9 +114,9 @@ class Stream:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def reach(self, rounds: int, timeout_s: float) -> int:
+    async def reach(self, rounds: int, within_s: float) -> int:
         """Wait until so many rounds are done; returns how many are."""
-        async with asyncio.timeout(timeout_s), self._changed:
+        async with asyncio.timeout(within_s), self._changed:
             await self._changed.wait_for(lambda: self.rounds >= rounds or self._task.done())
         if self._task.done():
             self._task.result()
@@ -134,6 +136,9 @@ class Peer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[verbs.Listener] = []
         self._stream: Stream | None = None
+
+    async def hello(self) -> dict[str, Any]:
+        return {}
 
     async def serve(self, service: str) -> dict[str, Any]:
         listener = await verbs.listen(service, timeout_s=CONNECT_TIMEOUT_S)
@@ -160,8 +165,8 @@ class Peer:
         await writer.end()
         return {"ready_ms": ready_ms}
 
-    async def write(self, target: str, bytes: int) -> dict[str, Any]:
-        writer, ready_ms = await Writer.begin(target, bytes)
+    async def write(self, target: str, bytes: int, address: str | None = None) -> dict[str, Any]:
+        writer, ready_ms = await Writer.begin(target, bytes, ipaddress.ip_address(address) if address else None)
         step = 1 << 20
         for offset in range(0, bytes, step):
             writer.local.buffer[offset : offset + step] = os.urandom(min(step, bytes - offset))
@@ -173,9 +178,9 @@ class Peer:
         self._stream = Stream(writer, pause_s)
         return {"ready_ms": ready_ms}
 
-    async def stream_reach(self, rounds: int, timeout_s: float) -> dict[str, Any]:
+    async def stream_reach(self, rounds: int, within_s: float) -> dict[str, Any]:
         assert self._stream is not None, "no stream has begun"
-        return {"rounds": await self._stream.reach(rounds, timeout_s)}
+        return {"rounds": await self._stream.reach(rounds, within_s)}
 
     async def stream_end(self) -> dict[str, Any]:
         assert self._stream is not None, "no stream has begun"
@@ -186,6 +191,7 @@ class Peer:
         """Carry out one request."""
         request = json.loads(line)
         requests: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+            "hello": self.hello,
             "serve": self.serve,
             "connect": self.connect,
             "write": self.write,

@@ -37,7 +37,7 @@ def testbed_session(rdma_mode: RdmaMode) -> Iterator[None]:
 
 @pytest.fixture
 def host(rdma_mode: RdmaMode) -> Iterator[Host]:
-    """Where an agent can run: the virtual machine itself, or a scratch host on a capable one; prints the agent's log."""
+    """Where an agent can run: the virtual machine itself, or a scratch host elsewhere; prints the agent's log."""
     in_vm = os.environ.get("RDMANET_IN_VM") == "1"
     if rdma_mode is RdmaMode.EXCLUSIVE and not in_vm:
         pytest.skip("in exclusive mode the agent needs the initial network namespace, which is not the tests' here")

@@ -62,11 +62,11 @@ def test_two_pods_lease_and_leave_nothing(host: Host, make_pod: Callable[[str], 
 
     # Killed and started again: the devices and what is leased over them stay.
     peers["train-0"].ask("stream_begin", target="train-1:params", pause_s=0.05)
-    rounds = peers["train-0"].ask("stream_reach", rounds=5, timeout_s=60)["rounds"]
+    rounds = peers["train-0"].ask("stream_reach", rounds=5, within_s=60)["rounds"]
     host.kill_agent()
-    rounds = peers["train-0"].ask("stream_reach", rounds=rounds + 5, timeout_s=60)["rounds"]
+    rounds = peers["train-0"].ask("stream_reach", rounds=rounds + 5, within_s=60)["rounds"]
     host.start_agent()
-    peers["train-0"].ask("stream_reach", rounds=rounds + 5, timeout_s=60)
+    peers["train-0"].ask("stream_reach", rounds=rounds + 5, within_s=60)
     assert peers["train-0"].ask("stream_end")["equal"]
 
     for name, pod in pods.items():
