@@ -58,6 +58,8 @@ _SPARE_CONNECTIONS = 16
 _MAX_OUTGOING = 256
 #: RFC 6455 5.5: a control frame's payload is at most 125 bytes, two of them the code.
 _MAX_CLOSE_BYTES = 123
+#: How long a pod may take to answer the end of its connection.
+_FAREWELL_S = 1.0
 #: How long to stop accepting when the process has no descriptors left.
 _ACCEPT_PAUSE_S = 1.0
 
@@ -96,6 +98,7 @@ class _Connection:
     pid: int
     socket: web.WebSocketResponse
     transport: asyncio.Transport
+    writer: asyncio.Task[None] = field(init=False)
     outgoing: asyncio.Queue[str | None] = field(default_factory=lambda: asyncio.Queue(_MAX_OUTGOING))
     farewell: str = ""
 
@@ -174,6 +177,9 @@ class BrokerServer:
             await self.remove_listener(cookie)
         for connection in self._connections.values():
             _put(connection, None, "the agent stops; leases live on and can be claimed from the next one")
+        farewells = [connection.writer for connection in self._connections.values()]
+        if farewells:
+            await asyncio.wait(farewells, timeout=_FAREWELL_S)
         await self._runner.cleanup()
         if self._worker is not None:
             await self._settled()
@@ -249,7 +255,8 @@ class BrokerServer:
             transports.append(transport)
 
     async def _serve(self, request: web.Request) -> web.WebSocketResponse:
-        response = web.WebSocketResponse(compress=False, max_msg_size=wire.MAX_MESSAGE_BYTES + 1)
+        size = wire.MAX_MESSAGE_BYTES + 1  # aiohttp refuses messages of this size and longer
+        response = web.WebSocketResponse(timeout=_FAREWELL_S, compress=False, max_msg_size=size)
         transport = request.transport
         assert transport is not None
         sock = transport.get_extra_info("socket")
@@ -260,7 +267,7 @@ class BrokerServer:
         number = next(self._numbers)
         connection = _Connection(cookie, pid, response, transport)
         self._connections[number] = connection
-        writer = loop.create_task(self._write(connection), name=f"lease connection {number}")
+        connection.writer = loop.create_task(self._write(connection), name=f"lease connection {number}")
         try:
             self._apply(self._core.connected(number, cookie, pid, loop.time()))
             async for message in response:
@@ -271,8 +278,11 @@ class BrokerServer:
             del self._connections[number]
             if not self._stopping:
                 self._apply(self._core.disconnected(number, loop.time()))
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            if connection.farewell:
+                # Closing ends the loop above before it has said why.
+                await asyncio.wait({connection.writer}, timeout=_FAREWELL_S)
+            connection.writer.cancel()
+            await asyncio.gather(connection.writer, return_exceptions=True)
         return response
 
     async def _write(self, connection: _Connection) -> None:
