@@ -47,7 +47,8 @@ def lease(world: World) -> Figure:
         median(ready_ms),
         "ms",
         f"from asking to ready to send, p50 of {WARM_CONNECTS} (the first, with imports and opening the device: "
-        f"{written['ready_ms']:.0f} ms); RDMA WRITE of 64 MB random bytes at {mb_s:.0f} MB/s, SHA-256 equal, over IPv4 and IPv6",
+        f"{written['ready_ms']:.0f} ms); RDMA WRITE of 64 MB random bytes at {mb_s:.0f} MB/s, SHA-256 equal; "
+        "IPv4 and IPv6",
     )
 
 

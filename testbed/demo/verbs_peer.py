@@ -1,8 +1,8 @@
 """RDMA inside a pod, through the library `rdmanet.verbs` and nothing else: a program for `testbed.peer`.
 
 Requests: ``hello``, answered when all is imported; ``serve`` {service}; ``connect`` {target} → {ready_ms}; ``write``
-{target, bytes, address} → {ready_ms, write_s, equal}, from this pod's `address` or its first; ``stream_begin`` {target, pause_s}, ``stream_reach`` {rounds, within_s} → {rounds}, ``stream_end`` → {rounds,
-bytes, equal}.
+{target, bytes, address} → {ready_ms, write_s, equal}, from this pod's `address` or its first; ``stream_begin`` {target,
+pause_s}, ``stream_reach`` {rounds, within_s} → {rounds}, ``stream_end`` → {rounds, bytes, equal}.
 
 On a connection the listener sends its memory region, the connector writes into it by RDMA and says so in a message: a
 JSON object with ``bytes`` (where the bytes are in the region, and how many) or ``end``. The listener answers the latter
