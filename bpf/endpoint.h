@@ -57,7 +57,10 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct node_entr
 
 	if (set_ethernet(skb, endpoint->mac, config->gateway_mac))
 		return drop(endpoint->attachment, DROP_MALFORMED);
-	/* The receiver's stack ignores what was classified by another device's MAC. */
+	/*
+	 * The receiver's stack ignores what the sending side's device took for another host's.
+	 * redirect_peer sets the type itself since kernel commit c43272299488 (6.15).
+	 */
 	if (skb->pkt_type != PACKET_HOST)
 		bpf_skb_change_type(skb, PACKET_HOST);
 	return bpf_redirect_peer(ifindex, 0);

@@ -212,13 +212,41 @@ def test_evicted_entries_come_back_with_the_same_port(bench: Bench, kind: str, v
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_port_that_went_to_another_is_not_used_any_more(bench: Bench, version: int) -> None:
+def test_a_flow_that_had_to_step_aside_keeps_its_port(bench: Bench, version: int) -> None:
+    """Its search for a port would end elsewhere by now: the forward entry remembers."""
+    only_port(bench, FIRST_PORT, FIRST_PORT + 1)
+    wanted: dict[int, list[int]] = {}
+    for port in range(PORT, PORT + 3):  # two of three flows start at the same of two ports
+        wanted.setdefault(outside_port(out(bench, bench.web, "udp", version, port=port)), []).append(port)
+        bench.clear("nat_forward")
+        bench.clear("nat_reverse")
+    first, second = next(ports[:2] for ports in wanted.values() if len(ports) > 1)
+    taken = outside_port(out(bench, bench.web, "udp", version, port=first))
+    aside = outside_port(out(bench, bench.web, "udp", version, port=second))
+    assert aside != taken
+    bench.clear("nat_reverse")
+    assert outside_port(out(bench, bench.web, "udp", version, port=second)) == aside
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("taker", [("train_0", PORT), ("web", PORT + 1)], ids=["another-pod", "another-flow"])
+def test_a_port_that_went_to_another_is_not_used_any_more(bench: Bench, version: int, taker: tuple[str, int]) -> None:
     only_port(bench, FIRST_PORT)
     assert outside_port(out(bench, bench.web, "udp", version)) == FIRST_PORT
     bench.clear("nat_reverse")
-    assert outside_port(out(bench, bench.train_0, "udp", version)) == FIRST_PORT
+    assert outside_port(out(bench, getattr(bench, taker[0]), "udp", version, port=taker[1])) == FIRST_PORT
     outcome = out(bench, bench.web, "udp", version)
     assert outcome.drops == {(bench.web.id, "nat_no_port"): 1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("mac", [b"\xff" * 6, bytes.fromhex("02aabbccddee")], ids=["broadcast", "another-host"])
+def test_answers_to_other_macs_are_not_ours(bench: Bench, version: int, mac: bytes) -> None:
+    """A device in promiscuous mode shows them; the stack would ignore them too."""
+    port = outside_port(out(bench, bench.web, "udp", version))
+    ip = Ip(FAR[version], UPLINK[version], UDP, answer("udp", version, port))
+    assert bench.from_outside(uplink_frame(ip)).verdict == REDIRECT
+    assert bench.from_outside(mac + uplink_frame(ip)[6:]).verdict == UNSPEC
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -369,6 +369,7 @@ HOST_DROPPED = [
     ("no_route", lambda b: host_frame(Ip(GATEWAYS[6], "::ffff:10.90.0.9", TCP, packets.tcp(1, 2)))),
     ("multicast", lambda b: host_frame(Ip(GATEWAYS[4], "224.0.0.251", UDP, packets.udp(1, 2)))),
     ("multicast", lambda b: b"\x33\x33\0\0\0\2" + host_frame(Ip("fe80::1", "ff02::2", ICMPV6, bytes(8)))[6:]),
+    ("multicast", lambda b: b"\xff" * 6 + host_frame(Ip(GATEWAYS[4], b.web.addresses[4], UDP, packets.udp(1, 2)))[6:]),
     ("not_ip", lambda b: packets.ethernet(GATEWAY_MAC, GATEWAY_MAC, packets.ETHERTYPE_ARP, bytes(28))),
     ("malformed", lambda b: host_frame(Ip(GATEWAYS[4], b.web.addresses[4], UDP, b"\0\1\0\2"))),
     ("malformed", lambda b: packets.ethernet(GATEWAY_MAC, GATEWAY_MAC, packets.ETHERTYPE_IPV6, bytes(46))),

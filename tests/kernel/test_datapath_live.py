@@ -321,6 +321,23 @@ def test_spoofed_packets_go_nowhere(lab: Lab, web: Pod, train_0: Pod, train_1: P
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_packets_are_routed_whatever_their_destination_mac(web: Pod, train_0: Pod, version: int) -> None:
+    """The host's end classifies them as another host's (PACKET_OTHERHOST), which the receiver's stack would ignore."""
+    with (
+        train_0.namespace.socket(FAMILIES[version], socket.SOCK_DGRAM) as there,
+        web.namespace.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw,
+    ):
+        there.bind((train_0.addresses[version], 5354))
+        raw.bind(("eth0", 0))
+        ip = packets.Ip(
+            web.addresses[version], train_0.addresses[version], packets.UDP, packets.udp(1, 5354, b"to whom?")
+        )
+        ethertype = packets.ETHERTYPE_IPV4 if version == 4 else packets.ETHERTYPE_IPV6
+        raw.send(packets.ethernet(bytes.fromhex("02aabbccddee"), web.mac, ethertype, bytes(ip)))
+        assert there.recv(100) == b"to whom?"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_frames_shorter_than_their_network_header(lab: Lab, web: Pod, version: int) -> None:
     """Shorter than BPF_PROG_TEST_RUN takes them (tests/bpf/test_fuzz.py has the longer ones)."""
     lab.datapath.forget(web.id)
