@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 HOST_LINK = "rdmanet0"
 HOST_PEER = "rdmanet1"
 BPF_FS_MAGIC = 0xCAFE4A11
-MNT_DETACH = 2
+#: In every new bpffs (kernel/bpf/inode.c, populate_bpffs).
+KERNELS_OWN_PINS = ("maps.debug", "progs.debug")
 DEFAULT_MTU_BYTES = 1500
 LOOPBACK_MTU_BYTES = 65535
 
@@ -114,18 +115,20 @@ def _undo_bpffs(store: Store) -> None:
     target = store.effects().get("bpffs")
     if target is None:
         return
-    if _is_bpffs(Path(target)) and _libc.umount2(os.fsencode(target), 0) != 0:
+    # Unmounting takes every pin with it, also those of somebody who began to pin there since.
+    in_use = _is_bpffs(Path(target)) and any(path.name not in KERNELS_OWN_PINS for path in Path(target).iterdir())
+    if _is_bpffs(Path(target)) and not in_use and _libc.umount2(os.fsencode(target), 0) != 0:
         number = ctypes.get_errno()
-        if number == errno.EBUSY:
-            # Somebody else pins there by now: the mount is theirs as much as ours.
-            log.warning("The bpffs at %s is in use by others and stays mounted.", target)
-        else:
+        in_use = number == errno.EBUSY
+        if not in_use:
             raise KernelError(
                 f"The bpffs at {target} cannot be unmounted.",
                 operation="umount",
                 subject=target,
                 errno=number,
             )
+    if in_use:
+        log.warning("The bpffs at %s is in use by others and stays mounted.", target)
     store.forget_effect("bpffs")
 
 
