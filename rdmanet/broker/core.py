@@ -291,6 +291,10 @@ class BrokerCore:
         """All leases that are not revoked, oldest first."""
         return self._leases.snapshot(now_s)
 
+    def services(self) -> list[tuple[PodName, str]]:
+        """What can be connected to: pods and their services."""
+        return list(self._listening)
+
     # Requests
 
     def _hello(self, connection: int, state: _Connection, view: PodView, request: wire.Hello) -> list[Effect]:

@@ -218,6 +218,10 @@ class BrokerServer:
         guards = await asyncio.get_running_loop().run_in_executor(self._thread, self._guard.guards)
         return [_status(view, guards) for view in self.snapshot()]
 
+    def services(self) -> list[tuple[PodName, str]]:
+        """What can be connected to: pods and their services."""
+        return self._core.services()
+
     def states(self) -> dict[str, int]:
         """How many leases are pending, granted and unclaimed; what a gauge shows. Safe from any thread."""
         found = Counter(view.state for view in self._core.snapshot(0.0))

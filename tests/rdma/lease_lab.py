@@ -10,30 +10,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
+from rdmanet import verbs
 from rdmanet.broker.server import BrokerServer
-from rdmanet.broker.values import PodView
+from rdmanet.broker.values import Effect, PodView
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import UnavailableError
 from rdmanet.lease import SOCKET_NAME
-from rdmanet.model import Attachment, AttachmentState, Device, PodName, address_key
+from rdmanet.model import Attachment, AttachmentState, Device, IPAddress, PodName, address_key
 from rdmanet.netlink import namespace
 from rdmanet.netlink.nldev import RdmaSocket
 from rdmanet.rdma.rxe import RxeBackend, wanted_release
+from rdmanet.verbs.options import Options
+from rdmanet.verbs.queue_pair import QueuePair
 from testbed.paths import BUILD, REPOSITORY
 
 T = TypeVar("T")
+U = TypeVar("U")
+_numbers = itertools.count(1)
 
 BPFFS = Path("/sys/fs/bpf")
 
@@ -93,6 +99,18 @@ class LabDirectory:
         return await asyncio.to_thread(self._backend.holder, device, qpn, pod.descriptor)
 
 
+class WatchedBroker(BrokerServer):
+    """A broker that says when something may have changed."""
+
+    def __init__(self, directory: LabDirectory, guard: Datapath, **options: Any):
+        self.changed = asyncio.Event()
+        super().__init__(directory, guard, directory, **options)
+
+    def _apply(self, effects: list[Effect]) -> None:
+        super()._apply(effects)
+        self.changed.set()
+
+
 class Lab:
     """The pods, the pinned guard map, and a broker that can be stopped and replaced."""
 
@@ -102,10 +120,10 @@ class Lab:
         self.seconds: list[float] = []
         self._pins = pins
         self._datapath: Datapath | None = None
-        self._broker: BrokerServer | None = None
+        self._broker: WatchedBroker | None = None
 
     @property
-    def broker(self) -> BrokerServer:
+    def broker(self) -> WatchedBroker:
         assert self._broker is not None
         return self._broker
 
@@ -114,11 +132,11 @@ class Lab:
         assert self._datapath is not None
         return self._datapath
 
-    async def start_broker(self, *, grace_s: float = 30.0) -> BrokerServer:
+    async def start_broker(self, *, grace_s: float = 30.0) -> WatchedBroker:
         """A new broker on the pinned maps, as a new agent would have it."""
         self._datapath = Datapath.open(Artifact.load(BUILD / "artifact"), self._pins)
-        self._broker = BrokerServer(
-            self.directory, self._datapath, self.directory, grace_s=grace_s, observe_granted=self.seconds.append
+        self._broker = WatchedBroker(
+            self.directory, self._datapath, grace_s=grace_s, observe_granted=self.seconds.append
         )
         await self._broker.start()
         for pod in self.pods:
@@ -128,6 +146,21 @@ class Lab:
             await self._broker.add_listener(sock, pod.cookie)
         await self._broker.adopt()
         return self._broker
+
+    async def wait_for_states(self, **wanted: int) -> None:
+        """Wait until exactly so many leases are in these states, and none in others."""
+
+        await self._wait(lambda: {s: n for s, n in self.broker.states().items() if n} == wanted)
+
+    async def wait_for_listener(self, service: str) -> None:
+        """Wait until somebody listens on ``service``."""
+        await self._wait(lambda: service in [name for _, name in self.broker.services()])
+
+    async def _wait(self, reached: Callable[[], bool]) -> None:
+        async with asyncio.timeout(120):
+            while not reached():
+                self.broker.changed.clear()
+                await self.broker.changed.wait()
 
     async def stop_broker(self) -> None:
         if self._broker is not None:
@@ -217,9 +250,9 @@ def _pod(
 class PodProcess:
     """A program of a pod in a process of its own, which prints lines and can be killed."""
 
-    def __init__(self, pod: LabPod, program: str):
+    def __init__(self, pod: LabPod, program: str, *, wrapper: Sequence[str] = ()):
         self.child = subprocess.Popen(
-            ["ip", "netns", "exec", pod.path.name, sys.executable, "-c", program],
+            ["ip", "netns", "exec", pod.path.name, *wrapper, sys.executable, "-c", program],
             stdout=subprocess.PIPE,
             stdin=subprocess.PIPE,
             text=True,
@@ -257,3 +290,31 @@ class Baton:
 
     async def taken(self) -> None:
         assert await asyncio.to_thread(self._event.wait, 60), "the other side did not come so far within 60 s"
+
+
+async def pair(
+    lab: Lab,
+    listening: Callable[[QueuePair], Awaitable[T]],
+    connecting: Callable[[QueuePair], Awaitable[U]],
+    *,
+    options: Options | None = None,
+    listener_options: Options | None = None,
+    address: IPAddress | None = None,
+) -> tuple[T, U]:
+    """Lease a queue pair from train-0 to train-1 and run a program on each end; their results."""
+    baton, service = Baton(), f"service-{next(_numbers)}"
+
+    async def listener() -> T:
+        async with await verbs.listen(service, options=listener_options or options, timeout_s=60) as found:
+            baton.pass_on()
+            async with await found.accept() as qp:
+                return await listening(qp)
+
+    async def connector() -> U:
+        await baton.taken()
+        target = f"{lab.pods[1].name.name}:{service}"
+        async with await verbs.connect(target, options=options, address=address, timeout_s=60) as qp:
+            return await connecting(qp)
+
+    first, second = await asyncio.gather(lab.pods[1].run(listener), lab.pods[0].run(connector))
+    return first, second
