@@ -77,11 +77,14 @@ class Run:
 
 def create_map(name: str, type_: int, key_size: int, value_size: int, max_entries: int, flags: int = 0) -> int:
     """A new map's descriptor."""
+    no_inner_map, no_node = 0, 0
     attr = struct.pack(
-        "=IIIIIIi16s", type_, key_size, value_size, max_entries, flags, 0, 0, _name(name)
-    )  # inner map and NUMA node are not used
-    # map_name follows numa_node (offset 28)
-    return _descriptor(_MAP_CREATE, attr, "BPF_MAP_CREATE", name)
+        "=IIIIIII16s", type_, key_size, value_size, max_entries, flags, no_inner_map, no_node, _name(name)
+    )
+    result, number = _call(_MAP_CREATE, attr)
+    if result < 0:
+        raise _failed("BPF_MAP_CREATE", name, number)
+    return result
 
 
 def lookup(descriptor: int, key: bytes, value_bytes: int) -> bytes | None:
@@ -289,13 +292,6 @@ def _info(descriptor: int, size: int) -> bytes:
     if result < 0:
         raise _failed("BPF_OBJ_GET_INFO_BY_FD", f"descriptor {descriptor}", number)
     return info.raw
-
-
-def _descriptor(command: int, attr: bytes, operation: str, subject: str) -> int:
-    result, number = _call(command, attr)
-    if result < 0:
-        raise _failed(operation, subject, number)
-    return result
 
 
 def _call(command: int, attr: bytes) -> tuple[int, int]:
