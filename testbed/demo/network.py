@@ -50,6 +50,7 @@ def add(world: World) -> Figure:
 
 def tcp(world: World) -> Figure:
     """Every way that ordinary traffic takes, each byte checked, in both families; then the rate between pods."""
+    world.need_pods()
     own = host_addresses(world)
     for family in FAMILIES:
         for source, target, address in (
@@ -99,6 +100,7 @@ def exchange(world: World, source: str, target: str, address: str) -> dict[str, 
 
 def ebpf(world: World) -> Figure:
     """The datapath counted what the kernel saw; and nothing else carries the traffic."""
+    world.need_pods()
     packets = sum(accounted(world, name) for name in PODS)
     found = world.host.exec([sys.executable, "-I", "-S", "-E", str(DUMP), "nftables", "iptables"]).json()
     for section in ("nftables", "iptables"):

@@ -33,6 +33,7 @@ PAUSE_S = 0.05
 
 def lease(world: World) -> Figure:
     """Lease, connect, RDMA WRITE, through the library."""
+    world.need_pods()
     for name in TRAINERS:
         need(world.devices[name] is not None, f"{name} has no device")
     world.verbs["train-1"].ask("serve", service=SERVICE)
@@ -54,6 +55,7 @@ def lease(world: World) -> Figure:
 
 def perftest(world: World) -> Figure:
     """Unmodified tools between the two pods."""
+    world.need_pods()
     address = world.addresses["train-1"]["ipv4"]
     devices = {name: str(world.devices[name]) for name in TRAINERS}
     outputs = {}
@@ -123,6 +125,7 @@ def last_figures(done: Completed) -> list[float]:
 
 def refused(world: World) -> Figure:
     """A pod without a device gets none, whatever it tries."""
+    world.need_pods()
     name = str(world.devices["train-0"])
     nodes = world.pods["web-0"].exec(["ls", "/dev/infiniband"], check=False)
     need(nodes.returncode != 0, f"web-0 has RDMA nodes: {nodes.stdout}")
@@ -140,6 +143,7 @@ def refused(world: World) -> Figure:
 
 def restart(world: World) -> Figure:
     """SIGKILL under a TCP stream and an RDMA stream; both go on, and the next agent adopts."""
+    world.need_pods()
     address = world.addresses["train-1"]["ipv4"]
     port = world.traffic["train-1"].ask("serve", address=address)["port"]
     world.traffic["train-0"].ask("stream_begin", address=address, port=port, pause_s=PAUSE_S)

@@ -94,6 +94,12 @@ class World:
         self.traffic["host"] = Peer.traffic("host", self.host.popen)
         self.traffic["outside"] = Peer.traffic("outside", self.outside.popen)
 
+    def need_pods(self) -> None:
+        """UnavailableError unless all pods are there with their programs."""
+        missing = [name for name in PODS if name not in self.traffic]
+        if missing:
+            raise UnavailableError(f"not started, as `add` failed: {', '.join(missing)}")
+
     def stop_pods(self) -> None:
         """End the programs and the containers, as a runtime does before DEL; idempotent."""
         for peers in (self.traffic, self.verbs):
