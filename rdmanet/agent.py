@@ -140,8 +140,8 @@ class Agent:
         node.prepare_bpffs(config.datapath.bpffs_dir, store)
         datapath = Datapath.open(artifact, config.datapath.bpffs_dir)
         with RouteSocket.here() as route:
-            host, peer = node.prepare_host_link(config, store, route)
             uplinks = node.find_uplinks(config, route)
+            host, peer = node.prepare_host_link(config, store, route)
             datapath.configure(
                 NodeEntry(
                     gateway_mac=bytes.fromhex(GATEWAY_MAC.replace(":", "")),

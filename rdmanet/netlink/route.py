@@ -158,13 +158,12 @@ class RouteSocket:
 
     def set_up(self, index: int, *, noarp: bool = False, link_local: bool = True) -> None:
         """Brings a link up; ``link_local=False`` keeps the kernel from giving it an fe80:: address."""
-        attributes: dict[str, object] = {}
-        if not link_local:
-            inet6 = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}
-            attributes["IFLA_AF_SPEC"] = {"attrs": [("AF_INET6", inet6)]}
-        if noarp:
-            attributes["arp"] = False
+        attributes: dict[str, object] = {"arp": False} if noarp else {}
         with _translated("RTM_SETLINK", f"link {index}"):
+            if not link_local:
+                # A message of its own: in one with the flags it comes too late (net/core/rtnetlink.c, do_setlink).
+                inet6 = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}
+                self._route.link("set", index=index, IFLA_AF_SPEC={"attrs": [("AF_INET6", inet6)]})
             self._route.link("set", index=index, state="up", **attributes)
 
     def delete_link(self, name: str) -> bool:
