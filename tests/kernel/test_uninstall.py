@@ -106,6 +106,7 @@ def test_somebody_elses_clsact_and_filter_stay(world: World) -> None:
     world.host.stop_agent()
     uninstalled(world, before)
     assert "1,6 0 0 0" in tc(world, "filter", "show", "dev", "uplink0", "ingress")
+    tc(world, "qdisc", "del", "dev", "uplink0", "clsact")
 
 
 def test_a_filter_that_came_after_ours_keeps_its_clsact(world: World) -> None:
