@@ -1,7 +1,8 @@
 """The agent, ended by SIGKILL at a chosen fault point (`rdmanet.steps.FaultPoint`), as `tests.kernel.test_crash` asks.
 
-The file named first says so: its number k kills at the k-th fault point from when it is there, 0 at none. Every point
-that was reached is written to the file named second. Like ``rdmanet agent`` otherwise.
+The file named first says so: its number k kills at the k-th fault point from when it is there, 0 at none; with "raise"
+after it an error is raised there instead. Every point that was reached is written to the file named second. Like
+``rdmanet agent`` otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from rdmanet import config
 from rdmanet.agent import Agent
+from rdmanet.errors import KernelError
 from rdmanet.store import owned
 
 
@@ -32,15 +34,18 @@ class Reaper:
         with self._lock:
             try:
                 given_ns = self._order.stat().st_mtime_ns
-                fatal = int(self._order.read_text(encoding="ascii"))
+                fatal, _, how = self._order.read_text(encoding="ascii").partition(" ")
             except FileNotFoundError:
                 return
             self._reached = self._reached + 1 if given_ns == self._given_ns else 1
             self._given_ns = given_ns
             with self._record.open("a", encoding="utf-8") as record:
                 record.write(point + "\n")
-            if self._reached == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self._reached != int(fatal):
+                return
+        if how == "raise":
+            raise KernelError("A test wants it so.", operation=point)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:

@@ -14,7 +14,10 @@ from testbed.pod import Pod
 from tests.kernel.world import World, config, refused, succeeded
 
 #: A /29 has room for five pods.
-SMALL: dict[str, dict[str, Any]] = {"network": {"ipv4_range": "10.99.0.0/29", "ipv6_range": "fd99::/64"}, "rdma": {"enabled": False}}
+SMALL: dict[str, dict[str, Any]] = {
+    "network": {"ipv4_range": "10.99.0.0/29", "ipv6_range": "fd99::/64"},
+    "rdma": {"enabled": False},
+}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from testbed.cni_spec import validate_error
 from testbed.container import CommandError
 from testbed.host import CniOutcome, Dump, diff
 from testbed.pod import Pod
-from tests.kernel.world import World, config, succeeded
+from tests.kernel.world import World, config, refused, succeeded
 
 PROGRAM = "tests.kernel.crash_agent"
 ORDER, RECORD = "/run/crash-order", "/run/crash-record"
@@ -30,11 +30,11 @@ class Crashes:
 
     def start(self) -> None:
         """An agent that obeys ORDER."""
-        self.world.host.start_agent(self.world.agent_config, program=["-m", PROGRAM, ORDER, RECORD])
+        self.world.start_agent("-m", PROGRAM, ORDER, RECORD)
 
-    def order(self, fatal: int) -> None:
-        """From now on: count, and die at this point (0: at none)."""
-        self.world.host.container.act(("write", ORDER, str(fatal)))
+    def order(self, fatal: int, how: str = "") -> None:
+        """From now on: count, and die at this point (0: at none), or ``raise``."""
+        self.world.host.container.act(("write", ORDER, f"{fatal} {how}".strip()))
 
     def forget_order(self) -> list[str]:
         """Live on; what was recorded meanwhile."""
@@ -111,13 +111,41 @@ def test_add_whose_runtime_gives_up(crashes: Crashes) -> None:
     crashes.nothing_left("after the queued DEL")
 
 
-def test_add_that_fails(crashes: Crashes) -> None:
+def test_add_that_fails_at_any_point_takes_itself_back(crashes: Crashes) -> None:
+    """No kill here: the same agent undoes what it has made, and the row goes last."""
+    world, pod = crashes.world, crashes.world.pod()
+    points = crashes.points(lambda: add(world, pod))
+    succeeded(delete(world, pod))
+    for fatal, point in enumerate(points, 1):
+        crashes.order(fatal, "raise")
+        refused(add(world, pod), 103, "A test wants it so.")
+        recorded = crashes.forget_order()
+        assert recorded[:fatal] == points[:fatal]
+        crashes.nothing_left(f"failed before {point}")
+    succeeded(world.check(world.add(pod)))
+    succeeded(delete(world, pod))
+
+
+def test_delete_that_fails_at_any_point_can_be_repeated(crashes: Crashes) -> None:
+    world, pod = crashes.world, crashes.world.pod()
+    world.add(pod)
+    points = crashes.points(lambda: delete(world, pod))
+    for fatal in range(1, len(points) + 1):
+        world.add(pod)
+        crashes.order(fatal, "raise")
+        refused(delete(world, pod), 103, "A test wants it so.")
+        crashes.forget_order()
+        succeeded(delete(world, pod))
+    crashes.nothing_left("at last")
+
+
+def test_add_that_fails_on_its_own(crashes: Crashes) -> None:
     world, pod = crashes.world, crashes.world.pod()
     enter = ["nsenter", f"--net={pod.netns}", "ip", "link"]
     world.host.exec([*enter, "add", "eth0", "type", "veth", "peer", "name", "other"])
     points = crashes.points(lambda: add(world, pod))
     assert points[:3] == ["reserved", "apply link", "undo link"]
-    for fatal, point in enumerate(points, 1):
+    for fatal, point in enumerate(points[:4], 1):  # what follows is the undoing of a DEL
         crashes.die(fatal, points, lambda: add(world, pod))
         crashes.start()
         crashes.nothing_left(f"killed before {point} of a failing ADD")

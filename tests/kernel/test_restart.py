@@ -207,8 +207,9 @@ def test_after_a_reboot_everything_is_released(world: World) -> None:
         fresh.sql("INSERT OR REPLACE INTO host_effects VALUES ('bpffs', '/sys/fs/bpf')")
         fresh.start_agent()
         assert fresh.status()["attachments"] == []
-        assert fresh.sql("SELECT * FROM addresses") == []
-        assert fresh.sql("SELECT name FROM host_effects ORDER BY name") == [["host-link"], ["uplink:uplink0"]]
+        addresses, effects = fresh.sql("SELECT * FROM addresses", "SELECT name FROM host_effects ORDER BY name")
+        assert addresses == []
+        assert effects == [["host-link"], ["uplink:uplink0"]]
         succeeded(fresh.host.cni("DEL", attached.pod, config({})))
         first = fresh.add()
         assert first.address(4) == "10.213.0.3", "the search goes on behind the last boot's addresses"

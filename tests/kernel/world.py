@@ -37,8 +37,7 @@ _numbers = itertools.count(1)
 _SQL = """
 import json, sqlite3, sys
 database = sqlite3.connect(sys.argv[1], isolation_level=None)
-for statement in sys.argv[2:]:
-    rows = database.execute(statement).fetchall()
+rows = [database.execute(statement).fetchall() for statement in sys.argv[2:]]
 print(json.dumps(rows, default=bytes.hex))
 """
 
@@ -98,11 +97,16 @@ class World:
         outside: bool = True,
         agent: bool = True,
         bpffs: bool = True,
+        machine: bool = False,
     ) -> Iterator[World]:
-        """A host of that name, with an uplink and a running agent unless said otherwise."""
+        """A host of that name, with an uplink and a running agent unless said otherwise.
+
+        A scratch host, or with `machine` this machine itself: a throwaway one.
+        """
         if os.geteuid() != 0:
             pytest.skip("needs root: network namespaces")
-        with Host.scratch(f"{name}{next(_numbers)}", bpffs=bpffs) as host:
+        name = f"{name}{next(_numbers)}"
+        with Host.machine(name) if machine else Host.scratch(name, bpffs=bpffs) as host:
             world = cls(host, {section: dict(keys) for section, keys in (agent_config or {}).items()})
             if outside:
                 host.connect_outside()
@@ -120,9 +124,9 @@ class World:
 
     # The agent
 
-    def start_agent(self) -> float:
-        """Starts it as configured."""
-        return self.host.start_agent(self.agent_config)
+    def start_agent(self, *program: str) -> float:
+        """Starts it as configured; `program` is another way to start it (tests.kernel.crash_agent)."""
+        return self.host.start_agent(self.agent_config, program=program or ("-m", "rdmanet", "agent"))
 
     def command(self, *words: str, check: bool = True) -> Completed:
         """A `rdmanet` command on the host, with the agent's own configuration."""
@@ -140,10 +144,10 @@ class World:
         """Drop reason → packets of one pod (namespace/name; None: those without a pod)."""
         return {row["reason"]: row["packets"] for row in self.status()["drops"] if row["pod"] == pod}
 
-    def sql(self, *statements: str) -> list[list[Any]]:
-        """Rows of the last statement, from the agent's database on the host."""
+    def sql(self, *statements: str) -> list[list[list[Any]]]:
+        """Rows of each statement, from the agent's database on the host."""
         done = self.host.exec([sys.executable, "-I", "-S", "-E", "-c", _SQL, DATABASE, *statements])
-        found: list[list[Any]] = json.loads(done.stdout)
+        found: list[list[list[Any]]] = json.loads(done.stdout)
         return found
 
     @contextlib.contextmanager
@@ -205,8 +209,9 @@ class World:
             dump["attachments"] = {str(k): repr(v) for k, v in datapath.attachments().items()}
             dump["endpoints"] = {k.hex(): repr(v) for k, v in datapath.endpoints().items()}
             dump["guards"] = {repr(k): repr(v) for k, v in datapath.guards().items()}
-        for table in ("attachments", "addresses", "host_effects"):
-            dump[f"table {table}"] = self.sql(f"SELECT * FROM {table} ORDER BY 1")
+        tables = ("attachments", "addresses", "host_effects")
+        for table, rows in zip(tables, self.sql(*(f"SELECT * FROM {t} ORDER BY 1" for t in tables)), strict=True):
+            dump[f"table {table}"] = rows
         return dump
 
     @contextlib.contextmanager
