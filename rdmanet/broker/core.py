@@ -182,7 +182,8 @@ class BrokerCore:
         ]
 
     def holder_found(self, query: int, pid: int | None, now_s: float) -> list[Effect]:
-        """The answer to FindHolder: the pid that created the queue pair, None when there is no such queue pair."""
+        """The answer to FindHolder: the pid of the queue pair's creator, 0 when the kernel does not know it (the thread
+        has ended), None when there is no such queue pair."""
         claim = self._claims.pop(query, None)
         if claim is None:
             return self._revoked.holder_found(query, pid, now_s)
@@ -190,8 +191,9 @@ class BrokerCore:
         state = self._connections.get(claim.connection)
         if state is None:
             return []
-        if pid == state.pid and lease.id in self._leases and side.connection is None:
-            side.connection, side.pid = claim.connection, pid
+        # Where the kernel cannot say whose the queue pair is, pod, QPN and the lease's secret id have to do.
+        if pid in (state.pid, 0) and lease.id in self._leases and side.connection is None:
+            side.connection, side.pid = claim.connection, state.pid
             state.leases.add(lease.id)
             claim.claimed.append(lease.id)
             self.counts.claimed += 1

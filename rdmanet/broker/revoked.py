@@ -67,13 +67,14 @@ class RevokedEnds:
         return effects
 
     def holder_found(self, query: int, pid: int | None, now_s: float) -> list[Effect]:
+        """None: there is no such queue pair; 0: there is one, of nobody knows whom."""
         key, end = self._answered(query)
         if key is None or end is None:
             return []
-        if pid is None or (end.pid is not None and pid != end.pid):
+        if pid is None or (pid and end.pid and pid != end.pid):
             del self._ends[key]
             return [DeleteGuard(*key)]
-        end.pid = pid
+        end.pid = pid or end.pid
         self._later(end, now_s)
         return []
 

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -79,7 +80,8 @@ class QueuePairs(Protocol):
     """The kernel's list of queue pairs (rdmanet.netlink.nldev)."""
 
     async def holder(self, device: Device, qpn: int) -> int | None:
-        """The pid, as the agent sees pids, of the process that created the queue pair; None: no such one."""
+        """The pid, as the agent sees pids, of the thread that created the queue pair; 0: there is one, and the kernel
+        does not say whose (the thread has ended); None: there is no such queue pair."""
 
 
 def netns_cookie(sock: socket.socket) -> int:
@@ -90,6 +92,16 @@ def netns_cookie(sock: socket.socket) -> int:
 def peer_pid(sock: socket.socket) -> int:
     """The pid, as this process sees pids, of whoever connected a unix socket (unix(7), SO_PEERCRED)."""
     return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def _process_of(thread: int) -> int:
+    """The process that a thread belongs to: the kernel records who made a queue pair by thread
+    (drivers/infiniband/core/restrack.c), and who connected a socket by process. 0 when the thread has ended."""
+    try:
+        status = Path(f"/proc/{thread}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(status.split("\nTgid:", 1)[1].split(None, 1)[0])
 
 
 @dataclass(slots=True, eq=False)
@@ -369,7 +381,8 @@ class BrokerServer:
     async def _find_holder(self, query: int, device: Device, qpn: int) -> None:
         loop = asyncio.get_running_loop()
         try:
-            pid = await self._queue_pairs.holder(device, qpn)
+            thread = await self._queue_pairs.holder(device, qpn)
+            pid = await asyncio.to_thread(_process_of, thread) if thread else thread
         except RdmanetError as error:
             _log.warning("the holder of queue pair %d of %s is not known: %s", qpn, device.name, error)
             self._apply(self._core.holder_unknown(query, loop.time()))

@@ -75,4 +75,5 @@ class DeviceBackend(Protocol):
         """Takes it away, also half-made; ``descriptor`` is None where the pod's namespace is gone. Idempotent."""
 
     def holder(self, device: Device, qpn: int, descriptor: int) -> int | None:
-        """The host's pid of the process that made a queue pair, None where there is no such queue pair."""
+        """The host's pid of the thread that made a queue pair; 0 where there is one and the kernel does not say whose,
+        None where there is none."""

@@ -113,4 +113,4 @@ class RxeBackend:
     def holder(self, device: Device, qpn: int, descriptor: int) -> int | None:
         """See ``DeviceBackend``."""
         with self._namespaces.inside(descriptor) as pod:
-            return next((pair.pid for pair in pod.queue_pairs(device.index) if pair.qpn == qpn), None)
+            return next((pair.pid or 0 for pair in pod.queue_pairs(device.index) if pair.qpn == qpn), None)

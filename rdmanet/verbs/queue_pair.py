@@ -43,7 +43,8 @@ _READS_ANSWERED = 16
 #: What a work completion's status means for a person (ibv_wc_status; InfiniBand 11.6.2).
 _STATUS = {
     1: "a message did not fit: the peer sent more bytes than this end's Options.message_bytes",
-    2: "the device could not carry out the request",
+    2: "the device could not carry out a request; on Soft-RoCE, where nothing else fits, the peer sent more bytes than "
+    "this end's Options.message_bytes",
     4: "local memory was not registered for this use, or the range is outside its region",
     5: "the queue pair was shut down before the request was done",
     9: "the peer's queue pair refused the request as malformed: it does not take messages this long",

@@ -209,6 +209,26 @@ def test_nobody_else_can_claim(
     assert claim(new.connection(cookie, pid=pid), lease, qpn) == wire.ClaimReply((), (lease,))
 
 
+def test_a_queue_pair_of_a_thread_that_has_ended_can_be_claimed(
+    world: World, train_0: Process, train_1: Process
+) -> None:
+    lease = leased(train_0, train_1)
+    world.holders["rxe_rn2", 17] = 0
+    new = restarted(world)
+    assert claim(new.connection(100, pid=1000), lease, 17).claimed == (lease,)
+
+
+def test_a_queue_pair_of_nobody_knows_whom_stays_revoked(world: World, train_0: Process, train_1: Process) -> None:
+    leased(train_0, train_1)
+    train_0.disconnect(died=False)
+    world.holders["rxe_rn2", 17] = 0
+    world.advance(100)
+    assert world.guard[train_0.key(17)].state is REVOKED
+    world.holders["rxe_rn2", 17] = 4444
+    world.advance(100)
+    assert train_0.key(17) not in world.guard
+
+
 def test_an_end_is_claimed_once(world: World, train_0: Process, train_1: Process) -> None:
     lease = leased(train_0, train_1)
     new = restarted(world)
