@@ -137,7 +137,7 @@ def rdma_tests(mode: RdmaMode, words: list[str]) -> Run:
     """pytest tests/rdma where namespaces can have rxe in ``mode``: here, else in the virtual machine."""
     name = f"tests/rdma ({mode.value} mode)"
     results = RESULTS / f"rdma-{mode.value}.xml"
-    marker = "exclusive" if mode is RdmaMode.EXCLUSIVE else "not exclusive"
+    marker = "exclusive or both_modes" if mode is RdmaMode.EXCLUSIVE else "not exclusive"
 
     def start(log: BinaryIO) -> Outcome:
         argv = _pytest(name, ["tests/rdma", "-m", marker, *words], results)

@@ -23,7 +23,7 @@ from rdmanet.verbs.queue_pair import QueuePair
 from tests.rdma import lease_lab
 from tests.rdma.lease_lab import Baton, Lab, pair
 
-pytestmark = pytest.mark.exclusive
+pytestmark = pytest.mark.both_modes
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ from rdmanet.verbs.queue_pair import QueuePair
 from tests.rdma import lease_lab
 from tests.rdma.lease_lab import Baton, Lab, PodProcess, pair
 
-pytestmark = pytest.mark.exclusive
-
 #: A peer in a process of its own, which listens and then waits to be killed.
 LISTENING_PEER = """
 import asyncio
