@@ -250,6 +250,11 @@ class Attachments:
                     return
                 if "rdmanet/pod" not in host.ingress_filter_names(outer.index):
                     yield f"the filter on {attachment.host_ifname} is missing"
+            devices = self._parts.devices
+            if attachment.wants_rdma and (
+                devices is None or attachment.device is None or not devices.present(attachment.device, descriptor)
+            ):
+                yield f"its RDMA device {attachment.device_name} is missing"
             own, endpoint = steps.entries(attachment, outer.index)
             if self._parts.datapath.attachments().get(outer.index) != own:
                 yield "its entry in the datapath is missing or wrong"

@@ -74,6 +74,9 @@ class DeviceBackend(Protocol):
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
         """Takes it away, also half-made; ``descriptor`` is None where the pod's namespace is gone. Idempotent."""
 
+    def present(self, device: Device, descriptor: int) -> bool:
+        """Whether the pod still has the device that ``create`` returned."""
+
     def holder(self, device: Device, qpn: int, descriptor: int) -> int | None:
         """The host's pid of the thread that made a queue pair; 0 where there is one and the kernel does not say whose,
         None where there is none."""

@@ -110,6 +110,12 @@ class RxeBackend:
             if device is not None:
                 host.delete_link(device.index)
 
+    def present(self, device: Device, descriptor: int) -> bool:
+        """See ``DeviceBackend``."""
+        with self._namespaces.inside(descriptor) as pod:
+            found = pod.device(device.name)
+        return found is not None and found.index == device.index
+
     def holder(self, device: Device, qpn: int, descriptor: int) -> int | None:
         """See ``DeviceBackend``."""
         with self._namespaces.inside(descriptor) as pod:
