@@ -95,7 +95,7 @@ def test_a_swap_that_the_verifier_refuses_changes_nothing(artifact: Artifact, pi
     )
     with Datapath.open(artifact, pins) as datapath:
         before = _slots(pins)
-        with pytest.raises(BpfError, match="verifier refused program uplink_00000000: .*processed 1 insns") as caught:
+        with pytest.raises(BpfError, match=r"verifier refused program uplink_00000000: .*processed 1 insns") as caught:
             datapath.swap(bad)
         assert caught.value.operation == "BPF_PROG_LOAD"
         assert _slots(pins) == before
