@@ -30,6 +30,14 @@ mkdir -p "/newroot$BUILD"
 mount -t 9p -o "trans=virtio,version=9p2000.L,msize=$MSIZE,cache=none" build "/newroot$BUILD" || exec poweroff -f
 mkdir -p "/newroot/lib/modules/$RELEASE"
 mount --bind "/lower$MODULES" "/newroot/lib/modules/$RELEASE"
+# Disks come in the order of the command line; eval keeps quoted paths whole.
+eval "set -- $TREES"
+for letter in a b c d; do
+	[ $# -gt 0 ] || break
+	mkdir -p "/tree-$letter"
+	mount -t ext4 -o ro,noload,noatime "/dev/vd$letter" "/tree-$letter" && mount --bind "/tree-$letter" "/newroot$1"
+	shift
+done
 mount --move /proc /newroot/proc
 mount --move /sys /newroot/sys
 mount --move /dev /newroot/dev

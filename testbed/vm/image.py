@@ -20,7 +20,7 @@ from testbed.paths import cache_directory, locked
 _HERE = Path(__file__).resolve().parent
 
 #: Loaded before the root file system is there.
-BOOT_MODULES = ("virtio_pci", "virtio_console", "virtio_rng", "9pnet_virtio", "9p", "overlay")
+BOOT_MODULES = ("virtio_pci", "virtio_console", "virtio_rng", "9pnet_virtio", "9p", "overlay", "virtio_blk", "ext4")
 
 #: Loaded before the first network namespace: what the datapath, rxe, pods and fault tests need. Anything else
 #: comes by modprobe, whose directory is bound into the guest's /lib/modules.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from testbed.vm.image import base_image, command_script, guest_environment, run_
 from testbed.vm.machine import GuestFailure, Machine
 from testbed.vm.qemu import Qemu
 from testbed.vm.qemu import find as find_qemu
+from testbed.vm.trees import Tree, python_trees
 
 __all__ = ["GuestFailure", "Settings", "run"]
 
@@ -46,7 +48,14 @@ class Settings:
 
 
 def qemu_arguments(
-    qemu: Qemu, kernel: Kernel, initrd: Path, console: Path, settings: Settings, hardware: bool, ports: dict[str, int]
+    qemu: Qemu,
+    kernel: Kernel,
+    initrd: Path,
+    console: Path,
+    settings: Settings,
+    hardware: bool,
+    trees: list[Tree],
+    ports: dict[str, int],
 ) -> list[str]:
     """QEMU's command line; ``ports`` are connected sockets by port name. No network card."""
     if hardware:
@@ -68,6 +77,9 @@ def qemu_arguments(
     for tag, path, flag in (("root", "/", ",readonly=on"), ("build", str(BUILD), "")):
         share = f"local,id={tag},path={path.replace(',', ',,')},security_model={security},multidevs=remap"
         argv += ["-fsdev", share + flag, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    for number, tree in enumerate(trees):
+        drive = f"file={str(tree.image).replace(',', ',,')},if=none,id=tree{number},format=raw,readonly=on"
+        argv += ["-drive", drive, "-device", f"virtio-blk-pci,drive=tree{number}"]
     return argv
 
 
@@ -99,7 +111,9 @@ def run(
         use_hardware = not settings.icount and hardware_works(kernel, qemu)
     out = stdout if stdout is not None else sys.stdout.buffer
     err = stderr if stderr is not None else sys.stderr.buffer
+    trees = python_trees()
     guest = {
+        "TREES": " ".join(shlex.quote(str(tree.directory)) for tree in trees),
         "ACTION": "run",
         "RELEASE": kernel.release,
         "MODULES": str(kernel.modules),
@@ -121,7 +135,14 @@ def run(
         console = logs / f"console-{os.getpid()}-{next(_numbers)}.log"
         machine = Machine(console, out, err, timeout_s=settings.timeout_s, boot_timeout_s=settings.boot_timeout_s)
         arguments = functools.partial(
-            qemu_arguments, qemu, kernel, Path(f"/proc/self/fd/{initrd}"), console, settings, bool(use_hardware)
+            qemu_arguments,
+            qemu,
+            kernel,
+            Path(f"/proc/self/fd/{initrd}"),
+            console,
+            settings,
+            bool(use_hardware),
+            trees,
         )
         title = f"{kernel.release}, {'KVM' if use_hardware else 'no hardware virtualisation'}"
         threading.Thread(target=_compile_bytecode, daemon=True).start()

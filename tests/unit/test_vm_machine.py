@@ -84,7 +84,7 @@ def test_the_console_is_shown_from_the_panic_on() -> None:
 def test_qemu_has_threads_only_where_they_are_sound_and_never_a_network_card(threads: bool, word: str) -> None:
     kernel = Kernel("7.3", Path("/k"), Path("/m"))
     argv = qemu_arguments(
-        Qemu(("qemu",), threads), kernel, Path("/i"), Path("/c"), Settings(smp=3), False, {"stdout": 5}
+        Qemu(("qemu",), threads), kernel, Path("/i"), Path("/c"), Settings(smp=3), False, [], {"stdout": 5}
     )
     assert argv[argv.index("-accel") + 1].endswith(word)
     assert argv[argv.index("-smp") + 1] == "3"
@@ -95,7 +95,7 @@ def test_qemu_has_threads_only_where_they_are_sound_and_never_a_network_card(thr
 def test_counting_instructions_takes_one_cpu() -> None:
     kernel = Kernel("7.3", Path("/k"), Path("/m"))
     settings = Settings(smp=4, icount=True)
-    argv = qemu_arguments(Qemu(("qemu",), True), kernel, Path("/i"), Path("/c"), settings, False, {})
+    argv = qemu_arguments(Qemu(("qemu",), True), kernel, Path("/i"), Path("/c"), settings, False, [], {})
     assert argv[argv.index("-smp") + 1] == "1"
     assert "-icount" in argv
 
