@@ -1,0 +1,41 @@
+"""Unmodified RDMA programs between two pods, and what the host sees of devices."""
+
+from __future__ import annotations
+
+import subprocess
+
+from testbed.container import CommandError, Completed
+from testbed.demo.rdma import wait_for_line
+from testbed.paths import BUILD
+from testbed.pod import Pod
+from tests.kernel.world import World
+
+TIMEOUT_S = 90.0
+CLIENT_ATTEMPTS = 5
+
+
+def devices(world: World) -> set[str]:
+    """The devices that the host sees; in shared mode that is every one."""
+    return {device["ifname"] for device in world.host.exec(["rdma", "-j", "dev"]).json()}
+
+
+def tool(server_pod: Pod, client_pod: Pod, server: list[str], client: list[str], listening: str) -> Completed:
+    """A tool's two ends; what the client printed. The server says `listening` when it does, and must end well."""
+    (BUILD / "peers").mkdir(parents=True, exist_ok=True)
+    with (
+        (BUILD / "peers" / f"{server[0]}.log").open("wb") as log,
+        # Line by line: what says that the server listens would else stay in its buffer.
+        server_pod.popen(["stdbuf", "-oL", *server], stdout=subprocess.PIPE, stderr=log.fileno()) as process,
+    ):
+        wait_for_line(process, listening, TIMEOUT_S)
+        for attempt in range(CLIENT_ATTEMPTS):
+            try:
+                done = client_pod.exec(client, timeout_s=TIMEOUT_S)
+                break
+            except CommandError as error:
+                # perftest says that it waits just before it listens.
+                said = error.completed.stderr + error.completed.stdout
+                if "connect" not in said or process.poll() is not None or attempt + 1 == CLIENT_ATTEMPTS:
+                    raise
+        assert process.wait(TIMEOUT_S) == 0
+    return done
