@@ -29,6 +29,7 @@ from rdmanet.model import (
     GuardMode,
     IPAddress,
     address_key,
+    address_of,
 )
 from rdmanet.netlink import namespace
 from rdmanet.netlink.route import RouteSocket
@@ -251,9 +252,7 @@ class Attachments:
                 if "rdmanet/pod" not in host.ingress_filter_names(outer.index):
                     yield f"the filter on {attachment.host_ifname} is missing"
             devices = self._parts.devices
-            if attachment.wants_rdma and (
-                devices is None or attachment.device is None or not devices.present(attachment.device, descriptor)
-            ):
+            if devices is not None and attachment.device and not devices.present(attachment.device, descriptor):
                 yield f"its RDMA device {attachment.device_name} is missing"
             own, endpoint = steps.entries(attachment, outer.index)
             if self._parts.datapath.attachments().get(outer.index) != own:
@@ -280,6 +279,20 @@ class Attachments:
         for attachment in attachments:
             if attachment.state is not AttachmentState.READY or not self._adopt(attachment):
                 self._release(attachment)
+        self._forget_strangers()
+
+    def _forget_strangers(self) -> None:
+        """Takes out of the datapath what no row speaks of (after a lost database): the addresses may be given away."""
+        attachments = self._parts.store.attachments()
+        datapath = self._parts.datapath
+        numbers = {attachment.id for attachment in attachments}
+        keys = {address_key(address) for attachment in attachments for address in attachment.addresses}
+        for key in datapath.endpoints().keys() - keys:
+            log.warning("%s is nobody's that is known and leaves the datapath", address_of(key))
+            datapath.delete_endpoint(key)
+        for ifindex, entry in datapath.attachments().items():
+            if entry.attachment_id not in numbers:
+                datapath.delete_attachment(ifindex)
 
     def _adopt(self, attachment: Attachment) -> bool:
         with self._entered(attachment) as descriptor:

@@ -68,16 +68,25 @@ class LinkStep:
     name = "link"
 
     def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
+        def add(host: RouteSocket) -> None:
+            host.add_veth(
+                attachment.host_ifname,
+                GATEWAY_MAC,
+                attachment.mtu_bytes,
+                peer_name=attachment.ifname,
+                peer_mac=attachment.mac,
+                peer_namespace=descriptor,
+            )
+
         with RouteSocket.here() as host:
             try:
-                host.add_veth(
-                    attachment.host_ifname,
-                    GATEWAY_MAC,
-                    attachment.mtu_bytes,
-                    peer_name=attachment.ifname,
-                    peer_mac=attachment.mac,
-                    peer_namespace=descriptor,
-                )
+                try:
+                    add(host)
+                except ConflictError:
+                    # Ids are never used twice: a link of this name is left from a database that was lost.
+                    if not host.delete_link(attachment.host_ifname):
+                        raise
+                    add(host)
             except ConflictError as error:
                 raise ConflictError(
                     f"The interface {attachment.ifname} exists already in {attachment.netns}.",
