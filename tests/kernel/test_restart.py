@@ -217,3 +217,23 @@ def test_after_a_reboot_everything_is_released(world: World) -> None:
         fresh.host.stop_agent()
         fresh.command("uninstall")
         assert diff(before, fresh.host.dump()) == []
+
+
+def test_a_lost_database(world: World) -> None:
+    """As the sentence about a damaged one advises: away with it, and the runtime makes the pods anew."""
+    old = world.add()
+    old.pod.start()
+    world.host.kill_agent()
+    world.host.exec(["sh", "-c", "rm /var/lib/rdmanet/state.db*"])
+    with pytest.raises(CommandError, match="A netdev rdmanet0 exists that this agent did not make"):
+        world.start_agent()
+    world.host.ip("link delete rdmanet0")
+    world.start_agent()
+    with world.datapath() as datapath:
+        assert datapath.endpoints() == {}
+        assert datapath.attachments() == {}
+    new = world.add()
+    assert (new.host_ifname, new.addresses) == (old.host_ifname, old.addresses)
+    new.pod.start()
+    ping(world, new, FAR_IPV4)
+    assert old.pod.exec(["ip", "-o", "link"]).stdout.count("\n") == 1, "the old pod's interface is still there"
