@@ -142,11 +142,11 @@ def _channel_and_descriptor(context: Any) -> tuple[Any, int]:
     """Before 57 the descriptor is whichever event descriptor came into being meanwhile."""
     with _channel_lock:
         for _ in range(8):
-            before = _event_descriptors()
+            before = _descriptors()
             channel = CompChannel(context)
-            new = _event_descriptors() - before
+            new = [number for number in _descriptors() - before if _is_channel(number)]
             if len(new) == 1:
-                return channel, new.pop()
+                return channel, int(new[0])
             channel.close()  # another thread, not of this library, has made one at the same time
     raise VerbsError(
         "the completion channel's descriptor could not be told from others that appeared at the same time; "
@@ -155,13 +155,24 @@ def _channel_and_descriptor(context: Any) -> tuple[Any, int]:
     )
 
 
-def _event_descriptors() -> set[int]:
-    found = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the one that lists the directory
-            if str(entry.readlink()) == _CHANNEL_LINK:
-                found.add(int(entry.name))
-    return found
+def _descriptors() -> set[str]:
+    """The open descriptors, without the one that lists them: its number is free again when this returns."""
+    directory = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listing = os.dup(directory)  # where scandir() will put its own copy
+        os.close(listing)
+        with os.scandir(directory) as entries:
+            found = {entry.name for entry in entries}
+    finally:
+        os.close(directory)
+    return found - {str(directory), str(listing)}
+
+
+def _is_channel(number: str) -> bool:
+    try:
+        return str(Path("/proc/self/fd", number).readlink()) == _CHANNEL_LINK
+    except FileNotFoundError:  # closed meanwhile, by another thread
+        return False
 
 
 def next_event(channel: Any, cq: Any) -> bool:
