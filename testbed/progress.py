@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 
 def say(sentence: str) -> None:
@@ -37,8 +40,32 @@ class Ticker:
         else:
             say(line)
 
-    def done(self, detail: str = "") -> None:
-        """The last line."""
+    def clear(self) -> None:
+        """Take the line off a terminal, where it is rewritten."""
         if self._terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def done(self, detail: str = "") -> None:
+        """The last line."""
+        self.clear()
         say(f"{self.what}: {self.elapsed_s:.1f} s{', ' + detail if detail else ''}")
+
+
+@contextlib.contextmanager
+def heartbeat(what: str, every_s: float = 10.0) -> Iterator[None]:
+    """Say every ``every_s`` seconds that ``what`` goes on, for work that has nothing to say of its own."""
+    ticker = Ticker(what, every_s)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.25):
+            ticker.tick()
+        ticker.clear()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -79,7 +79,8 @@ if [ "${#missing[@]}" -gt 0 ]; then
 		exit 1
 	fi
 	step "reading package lists" apt-get update -q
-	step "installing ${missing[*]}" install_packages "${missing[@]}"
+	say "missing packages: ${missing[*]}"
+	step "installing ${#missing[@]} packages and what they need" install_packages "${missing[@]}"
 fi
 
 mkdir -p build

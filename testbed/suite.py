@@ -24,10 +24,12 @@ from rdmanet.model import RdmaMode
 from testbed import vm
 from testbed.kernel import why_not_here
 from testbed.paths import BUILD, REPOSITORY
-from testbed.progress import Ticker
+from testbed.progress import say
 
 RESULTS = BUILD / "test"
 _VM_TIMEOUT_S = 1500.0
+#: After this much silence a line says that a run goes on.
+_SILENCE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -202,15 +204,20 @@ def _follow(lanes: list[_Lane]) -> None:
     for lane in lanes:
         for number, run in enumerate(lane.runs):
             print(f"\n==> {run.name}", flush=True)
-            ticker = Ticker(run.name, every_s=30.0)
+            began = heard = time.monotonic()
+            whole_line = True
             with lane.logs[number].open("rb") as log:
                 while True:
                     last = lane.finished[number].wait(0.5)
                     if text := log.read():
                         sys.stdout.buffer.write(text)
                         sys.stdout.buffer.flush()
-                    elif not last:
-                        ticker.tick()
+                        heard, whole_line = time.monotonic(), text.endswith(b"\n")
+                    elif not last and time.monotonic() - heard >= _SILENCE_S:
+                        if not whole_line:  # pytest is in the middle of its dots
+                            print(flush=True)
+                        say(f"{run.name} goes on: {time.monotonic() - began:.0f} s")
+                        heard, whole_line = time.monotonic(), True
                     if last:
                         break
             outcome = lane.outcomes[number]

@@ -14,7 +14,7 @@ from testbed.demo import network, rdma
 from testbed.demo.rows import STEPS, Figure, Row, measure, passed, show, verdict, write
 from testbed.demo.world import World
 from testbed.paths import BUILD
-from testbed.progress import say
+from testbed.progress import heartbeat, say
 from testbed.session import end_session
 
 RESULT = BUILD / "demo.json"
@@ -40,12 +40,14 @@ def run() -> int:
     RESULT.unlink(missing_ok=True)
     say("demo: making a host and the world around it")
     try:
-        world = World.make()
+        with heartbeat("demo: making a host"):
+            world = World.make()
         try:
             for step in STEPS:
                 progress, work = WORK[step]
                 say(f"{step}: {progress} ({time.monotonic() - began:.0f} s)")
-                rows.append(measure(step, lambda work=work: work(world)))  # type: ignore[misc]
+                with heartbeat(step):
+                    rows.append(measure(step, lambda work=work: work(world)))  # type: ignore[misc]
                 show(rows[-1])
             if not passed(rows) and world.host.agent is not None:
                 say("the agent's last words:\n" + "\n".join(world.host.agent.log.splitlines()[-20:]))

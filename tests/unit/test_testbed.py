@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import threading
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from rdmanet.errors import UnavailableError
 from testbed.dump import rows, steady
 from testbed.host import CniOutcome, diff, toml
 from testbed.pod import DeviceNode, actions, hosts_file, rdma_cm_node
+from testbed.progress import heartbeat
 
 
 def test_actions_grant_only_the_nodes_asked_for() -> None:
@@ -70,3 +73,20 @@ def test_cni_outcome_sentence() -> None:
     assert CniOutcome("ADD", 0, {"cniVersion": "1.1.0"}, "", 0.1).sentence == ""
     refused = CniOutcome("ADD", 1, {"code": 7, "msg": "no", "details": "why"}, "", 0.1)
     assert refused.sentence == "code 7: no (why)"
+
+
+def test_a_heartbeat_says_that_work_goes_on_and_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        said = threading.Event()
+
+        def write(self, text: str) -> int:
+            self.said.set()
+            return super().write(text)
+
+    stream = Stream()
+    monkeypatch.setattr("sys.stderr", stream)
+    with pytest.raises(ZeroDivisionError), heartbeat("work", every_s=0.0):
+        assert stream.said.wait(10)
+        raise ZeroDivisionError
+    assert stream.getvalue().startswith("testbed: work: 0 s\n")
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
