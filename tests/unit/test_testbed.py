@@ -85,8 +85,7 @@ def test_a_heartbeat_says_that_work_goes_on_and_ends_with_it(monkeypatch: pytest
 
     stream = Stream()
     monkeypatch.setattr("sys.stderr", stream)
-    with pytest.raises(ZeroDivisionError), heartbeat("work", every_s=0.0):
+    with heartbeat("work", every_s=0.0):
         assert stream.said.wait(10)
-        raise ZeroDivisionError
     assert stream.getvalue().startswith("testbed: work: 0 s\n")
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
