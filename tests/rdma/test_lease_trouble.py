@@ -320,7 +320,8 @@ async def test_data_flows_while_the_agent_is_away_and_leases_are_claimed(lab: La
         await lab.start_broker()
         await lab.wait_for_states(granted=1)
         assert lab.broker.counts.claimed == 2
-        assert {entry.state for entry in lab.guard.guards().values()} == {GuardState.GRANTED}
+        # Beside entries of earlier leases that wait for their queue pairs to go.
+        assert [entry.state for entry in lab.guard.guards().values()].count(GuardState.GRANTED) == 2
         back.pass_on()
 
     (seen, payload), _ = await asyncio.gather(pair(lab, listener, connector), agent())
