@@ -108,10 +108,10 @@ def test_real_tools_and_what_they_sent(stage: Stage) -> None:
     )
     assert last_figures(done)[4] > 0
     between = roce_packets(stage.world)
-    for pod in ("default/one", "default/two"):
-        sent, received = (between[pod][i] - before[pod][i] for i in (0, 1))
-        # A message and an acknowledgement each way and round.
-        assert (sent, received) == (2 * rounds, 2 * rounds)
+    one, two = ([between[pod][i] - before[pod][i] for i in (0, 1)] for pod in ("default/one", "default/two"))
+    assert one == two[::-1]  # what one sent the other received, and nothing else
+    # A message and an acknowledgement each way and round; a busy machine lets rxe send some again.
+    assert all(2 * rounds <= packets < 4 * rounds for packets in one)
     done = tool(
         stage.two.pod,
         stage.one.pod,
