@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from testbed.paths import BUILD, REPOSITORY
 from testbed.progress import say
 
 RESULTS = BUILD / "test"
-_VM_TIMEOUT_S = 1500.0
+_VM_TIMEOUT_S = 2400.0
 #: After this much silence a line says that a run goes on.
 _SILENCE_S = 10.0
 
@@ -118,7 +119,7 @@ def _finish(name: str, returncode: int, results: Path) -> Outcome:
     return outcome
 
 
-def _pytest(name: str, words: list[str], results: Path) -> list[str]:
+def _pytest(words: list[str], results: Path) -> list[str]:
     return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={results}", *words]
 
 
@@ -128,7 +129,7 @@ def host_tests(folder: str, words: list[str]) -> Run:
     results = RESULTS / f"{folder}.xml"
 
     def start(log: BinaryIO) -> Outcome:
-        argv = _pytest(name, [name, *words], results)
+        argv = _pytest([name, *words], results)
         done = subprocess.run(argv, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
         return _finish(name, done.returncode, results)
 
@@ -142,7 +143,7 @@ def rdma_tests(mode: RdmaMode, words: list[str]) -> Run:
     marker = "exclusive or both_modes" if mode is RdmaMode.EXCLUSIVE else "not exclusive"
 
     def start(log: BinaryIO) -> Outcome:
-        argv = _pytest(name, ["tests/rdma", "-m", marker, *words], results)
+        argv = _pytest(["tests/rdma", "-m", marker, *words], results)
         if not why_not_here(mode):
             done = subprocess.run(argv, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
             return _finish(name, done.returncode, results)
@@ -181,7 +182,7 @@ class _Lane(threading.Thread):
         super().__init__(daemon=True)  # Ctrl-C ends all: QEMU never outlives this process
         self.runs = runs
         self.finished = [threading.Event() for _ in runs]
-        self.logs = [RESULTS / (run.name.replace("/", "-").replace(" ", "-") + ".log") for run in runs]
+        self.logs = [RESULTS / (re.sub(r"\W+", "-", run.name).strip("-") + ".log") for run in runs]
         self.outcomes: list[Outcome] = []
         for log in self.logs:
             log.write_bytes(b"")
