@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -25,6 +26,15 @@ def refused(refusal: wire.Refusal, subject: str = "") -> LeaseRefusedError:
     return LeaseRefusedError(refusal.sentence, operation=refusal.kind, subject=subject)
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A request that has not been answered. Its future is cancelled with whoever waits for it."""
+
+    future: asyncio.Future[wire.Json]
+    answered: Callable[[wire.Json], None] | None
+    too_late: Callable[[wire.Json], None] | None
+
+
 class Link:
     """One WebSocket to the broker at a time. After each (re)connection ``greeted`` is called before anybody else's
     requests go out; ``pushed`` gets what the broker sends unasked. Both belong to the session."""
@@ -37,8 +47,7 @@ class Link:
         self._greeted = greeted
         self._pushed = pushed
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, tuple[asyncio.Future[wire.Json], Callable[[wire.Json], None] | None]] = {}
-        self._abandoned: dict[int, Callable[[wire.Json], None]] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._http: aiohttp.ClientSession | None = None
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._up = asyncio.Event()
@@ -87,20 +96,17 @@ class Link:
         if socket is None:
             raise LinkLostError("the agent is away")
         number = next(self._numbers)
-        future: asyncio.Future[wire.Json] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (future, answered)
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), answered, too_late)
+        self._waiting[number] = waiting
         try:
-            try:
-                await socket.send_str(wire.dump(make(number)))
-            except (ConnectionError, aiohttp.ClientError) as error:
-                raise LinkLostError(f"the agent went away: {error}") from error
-            return await future
-        except asyncio.CancelledError:
-            if too_late is not None:
-                self._abandoned[number] = too_late
+            await socket.send_str(wire.dump(make(number)))
+        except (ConnectionError, aiohttp.ClientError) as error:
+            self._waiting.pop(number, None)
+            raise LinkLostError(f"the agent went away: {error}") from error
+        except BaseException:
+            waiting.future.cancel()  # half of it may be on its way
             raise
-        finally:
-            del self._waiting[number]
+        return await waiting.future
 
     async def _run(self) -> None:
         retry_s = _FIRST_RETRY_S
@@ -149,28 +155,30 @@ class Link:
     def _received(self, answer: wire.Answer) -> None:
         match answer:
             case wire.Reply(number, values):
-                future, answered = self._waiting.get(number, (None, None))
-                if future is not None and not future.done():
-                    if answered is not None:
-                        answered(values)
-                    future.set_result(values)
-                elif number in self._abandoned:
-                    self._abandoned.pop(number)(values)
+                waiting = self._waiting.pop(number, None)
+                if waiting is None:
+                    raise RequestError("the agent answered what nobody asked")
+                if waiting.future.cancelled():
+                    if waiting.too_late is not None:
+                        waiting.too_late(values)
+                    return
+                if waiting.answered is not None:
+                    waiting.answered(values)
+                waiting.future.set_result(values)
             case wire.Refusal(None, _, sentence):
                 raise RequestError(sentence)
             case wire.Refusal(int(number)):
-                future, _ = self._waiting.get(number, (None, None))
-                self._abandoned.pop(number, None)
-                if future is not None and not future.done():
-                    future.set_exception(refused(answer))
+                waiting = self._waiting.pop(number, None)
+                if waiting is not None and not waiting.future.cancelled():
+                    waiting.future.set_exception(refused(answer))
             case wire.Incoming() | wire.Revoked():
                 self._pushed(answer)
 
     def _down(self) -> None:
         self._up.clear()
         self._socket = None
-        self._abandoned.clear()
-        for future, _ in self._waiting.values():
-            if not future.done():
-                future.set_exception(LinkLostError("the agent went away"))
-                future.exception()
+        lost, self._waiting = self._waiting, {}
+        for waiting in lost.values():
+            if not waiting.future.cancelled():
+                waiting.future.set_exception(LinkLostError("the agent went away"))
+                waiting.future.exception()  # whoever asked may be just about to be cancelled
