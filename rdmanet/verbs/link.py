@@ -43,7 +43,9 @@ class Link:
         self,
         greeted: Callable[[wire.HelloReply], Awaitable[None]],
         pushed: Callable[[wire.Incoming | wire.Revoked], None],
+        path: str = wire.SOCKET_NAME,
     ):
+        self._path = path
         self._greeted = greeted
         self._pushed = pushed
         self._numbers = itertools.count(1)
@@ -56,7 +58,7 @@ class Link:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        connector = aiohttp.UnixConnector(path=wire.SOCKET_NAME)
+        connector = aiohttp.UnixConnector(path=self._path)
         self._http = aiohttp.ClientSession(connector=connector)
         self._task = asyncio.get_running_loop().create_task(self._run(), name="rdmanet broker link")
 
@@ -77,7 +79,7 @@ class Link:
                 f"no rdmanet agent serves this pod ({self._why_down}); is the agent running, and did rdmanet give this "
                 "pod its network?",
                 operation="connect",
-                subject=wire.SOCKET_NAME.replace("\0", "@"),
+                subject=self._path.replace("\0", "@"),
             ) from error
 
     async def request(

@@ -1,0 +1,95 @@
+"""The parts of the verbs library that need no device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rdmanet.errors import InputError
+from rdmanet.verbs import Options, RemoteRegion
+from rdmanet.verbs.memory import allocate
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+def test_remote_regions_travel(address: int, rkey: int, length: int) -> None:
+    region = RemoteRegion(address, rkey, length)
+    assert len(region.to_bytes()) == 20
+    assert RemoteRegion.from_bytes(region.to_bytes()) == region
+
+
+@pytest.mark.parametrize("size", [0, 19, 21])
+def test_a_remote_region_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(InputError, match=f"20 bytes, not {size}"):
+        RemoteRegion.from_bytes(bytes(size))
+
+
+@pytest.mark.parametrize("name", ["window", "chunk_bytes", "messages", "message_bytes"])
+def test_options_are_positive(name: str) -> None:
+    with pytest.raises(InputError, match=f"Options.{name} must be at least 1"):
+        Options(**{name: 0})
+
+
+def test_allocated_memory_is_zero_and_of_the_length_asked_for() -> None:
+    view = allocate(5000)
+    assert (view.nbytes, bytes(view), view.readonly) == (5000, bytes(5000), False)
+    with pytest.raises(InputError):
+        allocate(0)
+
+
+def run(program: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_needs_nothing_of_the_agent_and_no_pyverbs() -> None:
+    unwanted = ["pyroute2", "prometheus_client", "pyverbs", "bcc", "sqlite3"]
+    program = f"import sys; import rdmanet.verbs; print([name for name in {unwanted} if name in sys.modules])"
+    assert run(program) == "[]\n"
+
+
+def test_pyverbs_does_not_configure_logging() -> None:
+    pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
+    program = (
+        "import logging; from rdmanet.verbs import compat; root = logging.getLogger(); "
+        "print(root.handlers, root.level == logging.WARNING)"
+    )
+    assert run(program) == "[] True\n"
+
+
+def test_without_pyverbs_there_is_a_sentence() -> None:
+    program = (
+        "import sys; sys.modules['pyverbs'] = None\n"
+        "from rdmanet.errors import UnavailableError\n"
+        "try:\n import rdmanet.verbs.compat\n"
+        "except UnavailableError as error:\n print(error)\n"
+    )
+    assert "install the distribution's python3-pyverbs" in run(program)
+
+
+def test_a_gid_is_written_as_pyverbs_reads_it() -> None:
+    pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
+    from rdmanet.model import address_key
+    from rdmanet.verbs import compat
+    from rdmanet.verbs.queue_pair import address_text
+
+    text = address_text(address_key("10.0.0.2"))
+    assert text == "0000:0000:0000:0000:0000:ffff:0a00:0002"
+    assert compat.GID(text).gid == text
+
+
+def test_the_only_descriptor_that_listing_adds_is_left_out() -> None:
+    pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
+    import os
+
+    from rdmanet.verbs import compat
+
+    before = compat._descriptors()
+    new = os.open(os.devnull, os.O_RDONLY)
+    try:
+        assert compat._descriptors() - before == {str(new)}
+    finally:
+        os.close(new)
