@@ -19,10 +19,15 @@ Importing this needs aiohttp; pyverbs (the distribution's python3-pyverbs) is im
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rdmanet.errors import LeaseRefusedError, LeaseRevokedError, UnavailableError, VerbsError
 from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
 from rdmanet.verbs.options import Options
 from rdmanet.verbs.session import Listener, Session, connect, listen
+
+if TYPE_CHECKING:
+    from rdmanet.verbs.queue_pair import QueuePair
 
 __all__ = [
     "LeaseRefusedError",
@@ -30,6 +35,7 @@ __all__ = [
     "Listener",
     "MemoryRegion",
     "Options",
+    "QueuePair",
     "RemoteRegion",
     "Session",
     "UnavailableError",
@@ -37,3 +43,12 @@ __all__ = [
     "connect",
     "listen",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """QueuePair, which needs pyverbs, when it is asked for."""
+    if name == "QueuePair":
+        from rdmanet.verbs.queue_pair import QueuePair
+
+        return QueuePair
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
