@@ -263,8 +263,10 @@ def entries(attachment: Attachment, ifindex: int) -> tuple[AttachmentEntry, Endp
 #: In the order of ADD; DEL undoes them in reverse, so traffic is cut first and the link goes last.
 STEPS: tuple[Step, ...] = (
     LinkStep(),
-    AddressStep(),
+    # The host's end comes up here. The pod's end then finds its carrier and can send the moment it is up, instead of
+    # when the kernel's link watch gets round to it.
     FilterStep(),
+    AddressStep(),
     DeviceStep(),
     ListenerStep(),
     EndpointStep(),

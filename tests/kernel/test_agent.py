@@ -60,7 +60,9 @@ def test_what_is_in_the_pod(world: World) -> None:
     attached = world.add()
     attached.pod.start()
     eth0 = links(attached)["eth0"]
-    assert (eth0["mtu"], eth0["address"], eth0["operstate"]) == (9000, attached.mac, "UP")
+    assert (eth0["mtu"], eth0["address"]) == (9000, attached.mac)
+    # The carrier, which decides; the operational state follows when the kernel's link watch gets round to it.
+    assert {"UP", "LOWER_UP"} <= set(eth0["flags"])
     held = {(a["local"], a["prefixlen"]) for a in eth0["addr_info"] if a["scope"] == "global"}
     assert held == {(attached.address(4), 32), (attached.address(6), 128)}
     assert not [a for a in eth0["addr_info"] if a["scope"] == "global" and a.get("tentative")]

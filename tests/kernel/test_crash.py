@@ -18,7 +18,7 @@ from tests.kernel.world import World, config, refused, succeeded
 
 PROGRAM = "tests.kernel.crash_agent"
 ORDER, RECORD = "/run/crash-order", "/run/crash-record"
-STEPS = ["link", "addresses", "filter", "device", "listener", "endpoint"]
+STEPS = ["link", "filter", "addresses", "device", "listener", "endpoint"]
 
 
 @dataclass

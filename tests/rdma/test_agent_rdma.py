@@ -175,7 +175,7 @@ def test_an_add_that_fails_late_takes_its_device_back(stage: Stage) -> None:
     world, pod = stage.world, stage.world.pod()
     before = devices(world)
     rows = world.status()["attachments"]
-    points = ["reserved", "link", "addresses", "filter", "device", "listener", "endpoint", "commit"]
+    points = ["reserved", "link", "filter", "addresses", "device", "listener", "endpoint", "commit"]
     for fatal in range(points.index("device") + 1, len(points) + 1):
         world.host.container.act(("write", ORDER, f"{fatal} raise"))
         refused(world.host.cni("ADD", pod, config({"rdma": True})), 103, "A test wants it so.")
