@@ -10,7 +10,7 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,7 +33,7 @@ class LeaseServer(Protocol):
 
     async def add_listener(self, sock: socket.socket, cookie: int) -> None: ...
     async def remove_listener(self, cookie: int) -> None: ...
-    async def pod_gone(self, name: PodName) -> None: ...
+    async def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None) -> None: ...
 
 
 @dataclass
@@ -101,19 +101,19 @@ class Pods:
 
     def close(self, attachment: Attachment) -> None:
         """See ``rdmanet.steps.Listeners``."""
+        cookie = None
         with self._lock:
             pod = self._pods.get(attachment.netns_id)
-            if pod is None:
-                return
-            pod.attachments = [a for a in pod.attachments if a.id != attachment.id]
-            last = not pod.attachments
-            if last:
-                del self._pods[attachment.netns_id]
-        if last:
-            cookie = pod.cookie
-            if cookie is not None:
-                self._on_loop(lambda server: server.remove_listener(cookie))
-            self._on_loop(lambda server: server.pod_gone(attachment.pod))
+            if pod is not None:
+                pod.attachments = [a for a in pod.attachments if a.id != attachment.id]
+                if not pod.attachments:
+                    cookie = pod.cookie
+                    del self._pods[attachment.netns_id]
+        if cookie is not None:
+            self._on_loop(lambda server: server.remove_listener(cookie))
+        # Also for an attachment that is not known (any more): its addresses are about to be free for others.
+        keys = tuple(address_key(address) for address in attachment.addresses)
+        self._on_loop(lambda server: server.pod_gone(attachment.pod, keys, cookie))
 
     def degraded(self) -> dict[NetnsId, str]:
         """Pods whose lease socket could not be made, with the sentence why."""

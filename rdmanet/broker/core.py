@@ -15,13 +15,12 @@ entries stay in the guard for a while (rdmanet.broker.revoked).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
 
 from rdmanet import lease as wire
 from rdmanet.broker import rules
 from rdmanet.broker.revoked import RevokedEnds, queries
-from rdmanet.broker.table import Lease, LeaseTable, Phase, Side
+from rdmanet.broker.table import Claiming, Connection, Lease, LeaseTable, Phase, Side
 from rdmanet.broker.values import (
     Cause,
     Close,
@@ -47,25 +46,6 @@ from rdmanet.lease import pod_text
 from rdmanet.model import GuardEntry, GuardState, PodName, address_of
 
 
-@dataclass(slots=True)
-class _Connection:
-    pod: PodName
-    cookie: int
-    pid: int
-    greeted: bool = False
-    services: set[str] = field(default_factory=set)
-    leases: set[int] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class _Claim:
-    connection: int
-    request_id: int
-    waiting: dict[int, tuple[Lease, Side]]  # query → what it decides
-    claimed: list[int] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-
-
 class BrokerCore:
     """State machine of all leases on this host. Not thread-safe; every method returns effects to do in order."""
 
@@ -81,12 +61,12 @@ class BrokerCore:
         self._directory = directory
         self._limits = limits or Limits()
         self._permits = permits
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._listening: dict[tuple[PodName, str], int] = {}
         self._leases = LeaseTable(random_id)
         self._queries = queries()
         self._revoked = RevokedEnds(self._limits, self._queries)
-        self._claims: dict[int, _Claim] = {}  # query → the claim that waits for it
+        self._claims: dict[int, Claiming] = {}  # query → the claim that waits for it
 
     # What the server reports
 
@@ -100,7 +80,7 @@ class BrokerCore:
             limit = self._limits.connections_per_pod
             sentence = f"{pod_text(view.name)} has {limit} connections to the agent, the most; close some"
             return dismiss(connection, Reason.LIMIT, sentence)
-        self._connections[connection] = _Connection(view.name, cookie, pid)
+        self._connections[connection] = Connection(view.name, cookie, pid)
         return []
 
     def receive(self, connection: int, text: str, now_s: float) -> list[Effect]:
@@ -233,7 +213,7 @@ class BrokerCore:
                 self.counts.revoked[Cause.INCOMPLETE] += 1
                 revoked = GuardEntry(entry.lease, entry.peer_address, entry.peer_qpn, GuardState.REVOKED)
                 effects.append(SetGuard(entry.lease, ((key, revoked),)))
-            self._revoked.add(key, view.name, view.device, None, now_s)
+            self._revoked.add(key, view.device, None, now_s)
         return effects
 
     def _adoptable(
@@ -258,17 +238,18 @@ class BrokerCore:
             deadline_s=now_s + self._limits.grace_s,
         )
 
-    def pod_gone(self, name: PodName, now_s: float) -> list[Effect]:
-        """The pod is being deleted: nothing of it stays, so that its addresses can be given to another."""
+    def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None, now_s: float) -> list[Effect]:
+        """A pod loses these addresses (address keys) and, with a cookie, its network namespace: nothing of them stays,
+        so that others can have them. Not by name: a new pod of that name may be there already."""
         effects: list[Effect] = []
         sentence = f"{pod_text(name)} has been deleted"
         for lease in self._leases:
-            if any(side.pod == name for side in lease.sides):
+            if any(side.key is not None and side.key[0] in addresses for side in lease.sides):
                 effects += self._end(lease, Cause.POD_GONE, Reason.PEER_GONE, sentence, now_s)
         for connection, state in list(self._connections.items()):
-            if state.pod == name:
+            if state.cookie == cookie:
                 effects += [*self.disconnected(connection, now_s), Close(connection, sentence)]
-        return effects + self._revoked.pod_gone(name)
+        return effects + self._revoked.addresses_gone(addresses)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Time has passed: end what is overdue, ask the kernel about revoked queue pairs."""
@@ -299,7 +280,7 @@ class BrokerCore:
 
     # Requests
 
-    def _hello(self, connection: int, state: _Connection, view: PodView, request: wire.Hello) -> list[Effect]:
+    def _hello(self, connection: int, state: Connection, view: PodView, request: wire.Hello) -> list[Effect]:
         if state.greeted:
             return [error(connection, request.id, Reason.ORDER, "hello was said already")]
         if request.version != wire.PROTOCOL_VERSION:
@@ -313,7 +294,7 @@ class BrokerCore:
         answer = wire.HelloReply(view.name, device, tuple(map(address_of, view.addresses)), view.max_leases)
         return [reply(connection, request.id, answer.to_json())]
 
-    def _listen(self, connection: int, state: _Connection, view: PodView, request: wire.Listen) -> list[Effect]:
+    def _listen(self, connection: int, state: Connection, view: PodView, request: wire.Listen) -> list[Effect]:
         place = (view.name, request.service)
         name = pod_text(view.name)
         if view.device is None:
@@ -328,13 +309,13 @@ class BrokerCore:
         state.services.add(request.service)
         return [reply(connection, request.id)]
 
-    def _unlisten(self, state: _Connection, service: str) -> None:
+    def _unlisten(self, state: Connection, service: str) -> None:
         if service in state.services:
             state.services.remove(service)
             del self._listening[state.pod, service]
 
     def _connect(
-        self, connection: int, state: _Connection, view: PodView, request: wire.Connect, now_s: float
+        self, connection: int, state: Connection, view: PodView, request: wire.Connect, now_s: float
     ) -> list[Effect]:
         target, service = request.target.pod_name(view.name), request.target.service
         peer = self._directory.by_name(target)
@@ -405,7 +386,7 @@ class BrokerCore:
             *self._end(lease, Cause.RELEASED, Reason.REJECTED, sentence, now_s, by=lease.listener),
         ]
 
-    def _release(self, connection: int, state: _Connection, request: wire.Release, now_s: float) -> list[Effect]:
+    def _release(self, connection: int, state: Connection, request: wire.Release, now_s: float) -> list[Effect]:
         lease = self._leases.get(request.lease)
         if lease is None or lease.id not in state.leases or lease.phase is not Phase.GRANTED:
             sentence = rules.unknown_lease(request.lease)
@@ -417,8 +398,8 @@ class BrokerCore:
             reply(connection, request.id),
         ]
 
-    def _claim(self, connection: int, state: _Connection, request: wire.Claim) -> list[Effect]:
-        claim = _Claim(connection, request.id, {})
+    def _claim(self, connection: int, state: Connection, request: wire.Claim) -> list[Effect]:
+        claim = Claiming(connection, request.id, {})
         effects: list[Effect] = []
         for item in request.leases:
             lease = self._leases.get(item.lease)
@@ -439,7 +420,7 @@ class BrokerCore:
             effects.append(FindHolder(query, side.device, item.qpn))
         return effects + self._claim_answer(claim)
 
-    def _claim_answer(self, claim: _Claim) -> list[Effect]:
+    def _claim_answer(self, claim: Claiming) -> list[Effect]:
         if claim.waiting:
             return []
         answer = wire.ClaimReply(tuple(claim.claimed), tuple(claim.lost))
@@ -496,5 +477,5 @@ class BrokerCore:
             assert side.key is not None
             assert peer.key is not None
             entries.append((side.key, GuardEntry(lease.id, *peer.key, GuardState.REVOKED)))
-            self._revoked.add(side.key, side.pod, side.device, side.pid, now_s)
+            self._revoked.add(side.key, side.device, side.pid, now_s)
         return SetGuard(lease.id, tuple(entries))

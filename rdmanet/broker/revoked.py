@@ -8,16 +8,15 @@ revocation.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from rdmanet.broker.values import DeleteGuard, Effect, FindHolder, Key, Limits
-from rdmanet.model import Device, PodName
+from rdmanet.model import Device
 
 
 @dataclass(slots=True)
 class _End:
-    pod: PodName
     device: Device | None  # None: adopted from a pod that has no device any more
     pid: int | None  # of the queue pair's holder; None: not known yet
     check_s: float
@@ -37,17 +36,17 @@ class RevokedEnds:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def add(self, key: Key, pod: PodName, device: Device | None, pid: int | None, now_s: float) -> None:
+    def add(self, key: Key, device: Device | None, pid: int | None, now_s: float) -> None:
         interval_s = self._limits.first_check_s
-        self._ends[key] = _End(pod, device, pid, now_s + interval_s, interval_s)
+        self._ends[key] = _End(device, pid, now_s + interval_s, interval_s)
 
     def forget(self, key: Key) -> None:
         """A new lease overwrites the entry."""
         self._ends.pop(key, None)
 
-    def pod_gone(self, name: PodName) -> list[Effect]:
-        """Delete the pod's entries: its addresses are about to belong to nobody."""
-        keys = [key for key, end in self._ends.items() if end.pod == name]
+    def addresses_gone(self, addresses: Collection[bytes]) -> list[Effect]:
+        """Delete the entries of addresses that are about to belong to nobody."""
+        keys = [key for key in self._ends if key[0] in addresses]
         for key in keys:
             del self._ends[key]
         return [DeleteGuard(*key) for key in keys]

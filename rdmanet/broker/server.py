@@ -20,7 +20,7 @@ import logging
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,9 +216,10 @@ class BrokerServer:
             await asyncio.gather(listener.task, return_exceptions=True)
             listener.socket.close()
 
-    async def pod_gone(self, name: PodName) -> None:
-        """Ends all of a pod's leases and connections; returns when none of its guard entries is left."""
-        self._apply(self._core.pod_gone(name, asyncio.get_running_loop().time()))
+    async def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None) -> None:
+        """A pod loses these addresses (address keys) and, with a cookie, its network namespace: ends the leases and
+        connections; returns when no guard entry of the addresses is left, so that others can have them."""
+        self._apply(self._core.pod_gone(name, addresses, cookie, asyncio.get_running_loop().time()))
         await self._settled()
 
     def snapshot(self) -> list[LeaseView]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rdmanet import lease as wire
 from rdmanet.broker.values import EndView, Key, LeaseView
@@ -50,6 +50,29 @@ class Lease:
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.connector, self.listener
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """A process of a pod that is connected, and what goes with its connection."""
+
+    pod: PodName
+    cookie: int
+    pid: int
+    greeted: bool = False
+    services: set[str] = field(default_factory=set)
+    leases: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Claiming:
+    """A claim that waits for the kernel to say whose the queue pairs are."""
+
+    connection: int
+    request_id: int
+    waiting: dict[int, tuple[Lease, Side]]  # query → what it decides
+    claimed: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
 
 
 class LeaseTable:

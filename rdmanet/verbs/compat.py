@@ -3,7 +3,7 @@
 The rest of rdmanet.verbs imports pyverbs through here. Importing this module raises UnavailableError where pyverbs is
 not installed.
 
-* ``pyverbs.enums`` is called ``pyverbs.libibverbs_enums`` since 59.
+* ``pyverbs.enums`` is called ``pyverbs.libibverbs_enums`` in later ones, where members are found in their enums only.
 * Importing ``pyverbs.base`` calls logging.basicConfig, which is the application's business.
 * CompChannel has ``fd`` since 57.
 * Through 64 work requests are never freed, their destructors being misspelt ``__dealloc``; since then they are, and
@@ -21,6 +21,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rdmanet.errors import UnavailableError, VerbsError
@@ -38,11 +39,28 @@ def _import_quietly() -> None:
         root.setLevel(level)
 
 
-def _import_enums() -> Any:
+#: The constants used here and the enum each is in.
+_CONSTANTS = {
+    "IBV_ACCESS_LOCAL_WRITE": "ibv_access_flags",
+    "IBV_ACCESS_REMOTE_READ": "ibv_access_flags",
+    "IBV_ACCESS_REMOTE_WRITE": "ibv_access_flags",
+    "IBV_GID_TYPE_ROCE_V2": "ibv_gid_type",
+    "IBV_QPS_ERR": "ibv_qp_state",
+    "IBV_QPT_RC": "ibv_qp_type",
+    "IBV_QP_STATE": "ibv_qp_attr_mask",
+    "IBV_WR_RDMA_READ": "ibv_wr_opcode",
+    "IBV_WR_RDMA_WRITE": "ibv_wr_opcode",
+    "IBV_WR_SEND": "ibv_wr_opcode",
+}
+
+
+def _import_enums() -> SimpleNamespace:
     try:
-        return importlib.import_module("pyverbs.libibverbs_enums")
+        module = importlib.import_module("pyverbs.libibverbs_enums")
     except ModuleNotFoundError:
-        return importlib.import_module("pyverbs.enums")
+        module = importlib.import_module("pyverbs.enums")
+    # The members are in the module as well through 56; later only in their enums.
+    return SimpleNamespace(**{name: int(getattr(module, enum)[name]) for name, enum in _CONSTANTS.items()})
 
 
 try:
@@ -89,7 +107,7 @@ __all__ = [
 _CHANNEL_LINK = "anon_inode:[infinibandevent]"
 _channel_lock = threading.Lock()
 #: Whether work requests are freed with their objects (since 65) or only by close().
-_FREES_REQUESTS = not hasattr(SGE, "__dealloc")
+_FREES_REQUESTS = not any(name.endswith("__dealloc") for name in dir(SGE))
 
 
 def verbs_error(error: PyverbsError, sentence: str, operation: str, subject: str = "") -> VerbsError:

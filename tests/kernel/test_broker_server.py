@@ -359,8 +359,8 @@ async def test_pod_gone_returns_when_nothing_is_left(broker: Broker) -> None:
     train_0, train_1 = await Process.connect(broker, 0), await Process.connect(broker, 1)
     await leased(train_0, train_1)
     await broker.server.remove_listener(broker.namespaces[1].cookie)
-    del broker.pods.views[broker.namespaces[1].cookie]
-    await broker.server.pod_gone(PodName("default", "train-1"))
+    view = broker.pods.views.pop(broker.namespaces[1].cookie)
+    await broker.server.pod_gone(view.name, view.addresses, broker.namespaces[1].cookie)
     assert [(key[1], entry.state) for key, entry in broker.guard.entries.items()] == [(17, GuardState.REVOKED)]
     for process in (train_1, train_0):
         assert isinstance(await process.receive(), wire.Revoked)

@@ -104,6 +104,11 @@ class World:
             self.do(self.core.tick(self.now_s))
         self.now_s = end_s
 
+    def delete_pod(self, cookie: int, view: PodView | None = None) -> None:
+        """What the agent reports when it deletes a pod; the directory is the test's business."""
+        view = view or self.pods[cookie]
+        self.do(self.core.pod_gone(view.name, view.addresses, cookie, self.now_s))
+
     def connection(self, cookie: int, pid: int = 1, *, hello: bool = True) -> Process:
         number = next(self._connections)
         self.do(self.core.connected(number, cookie, pid, self.now_s))

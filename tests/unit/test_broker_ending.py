@@ -6,7 +6,7 @@ import pytest
 
 from rdmanet import lease as wire
 from rdmanet.broker.values import Send, SetGuard
-from rdmanet.model import GuardEntry, GuardState, PodName
+from rdmanet.model import GuardEntry, GuardState
 from tests.unit.broker_world import LIMITS, Process, World, claim, leased, pod, refusal, restarted
 
 GRANTED, REVOKED = GuardState.GRANTED, GuardState.REVOKED
@@ -145,7 +145,7 @@ def test_an_unreadable_list_of_queue_pairs_deletes_nothing(world: World, train_0
 def test_nothing_of_a_deleted_pod_stays(world: World, train_0: Process, train_1: Process) -> None:
     lease = leased(train_0, train_1)
     waiting = train_0.connect(qpn=30)
-    world.do(world.core.pod_gone(PodName("default", "train-1"), world.now_s))
+    world.delete_pod(101)
     assert [m.lease for m in train_0.revoked()] == [lease]
     assert train_0.revoked()[0].sentence == "train-1 has been deleted"
     assert refusal(train_0.answer(waiting)).kind == "peer_gone"
@@ -154,12 +154,30 @@ def test_nothing_of_a_deleted_pod_stays(world: World, train_0: Process, train_1:
     assert refusal(train_0.answer(train_0.connect(qpn=31))).kind == "not_listening"
 
 
+def test_another_pod_of_the_name_stays(world: World, train_0: Process, train_1: Process) -> None:
+    lease = leased(train_0, train_1)
+    old = pod("train-1", 9)
+    world.delete_pod(199, old)
+    assert train_1.number not in world.closed
+    assert [int(view.lease, 16) for view in world.core.snapshot(0)] == [lease]
+    assert {entry.state for entry in world.guard.values()} == {GRANTED}
+
+
+def test_an_interface_goes_and_the_pod_stays(world: World, train_0: Process, train_1: Process) -> None:
+    leased(train_0, train_1)
+    assert train_1.view is not None
+    world.do(world.core.pod_gone(train_1.view.name, train_1.view.addresses, None, world.now_s))
+    assert train_1.number not in world.closed
+    assert len(train_1.revoked()) == len(train_0.revoked()) == 1
+    assert set(world.guard) == {train_0.key(17)}
+
+
 def test_a_deleted_pods_revoked_entries_go_too(world: World, train_0: Process, train_1: Process) -> None:
     leased(train_0, train_1)
     train_0.disconnect(died=False)
     assert len(world.guard) == 2
-    world.do(world.core.pod_gone(PodName("default", "train-1"), world.now_s))
-    world.do(world.core.pod_gone(PodName("default", "train-0"), world.now_s))
+    world.delete_pod(101)
+    world.delete_pod(100)
     assert world.guard == {}
     assert world.core.next_deadline_s() is None
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from rdmanet import lease as wire
 from rdmanet.broker.values import Limits
-from rdmanet.model import GuardState, PodName
+from rdmanet.model import GuardState
 from tests.unit.broker_world import Process, World, claim, pod, restarted
 
 COOKIES = st.sampled_from([100, 101, 102])
@@ -86,7 +86,7 @@ class Broker(RuleBasedStateMachine):
         if view is None:
             return
         self.guard_writes(late=False)
-        self.world.do(self.world.core.pod_gone(view.name, self.world.now_s))
+        self.world.delete_pod(cookie, view)
         self.processes = [p for p in self.processes if p.number not in self.world.closed]
         assert all(address not in view.addresses for address, _ in self.world.guard)
 
@@ -140,8 +140,8 @@ class Broker(RuleBasedStateMachine):
             process.disconnect()
         self.world.holders.clear()
         self.world.advance(1000)
-        for number in range(3):
-            self.world.do(self.world.core.pod_gone(PodName("default", f"train-{number}"), self.world.now_s))
+        for cookie in list(self.world.pods):
+            self.world.delete_pod(cookie)
         assert self.world.core.snapshot(0) == []
         assert self.world.core.next_deadline_s() is None
         assert self.world.guard == {}

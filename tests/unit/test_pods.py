@@ -8,7 +8,7 @@ import ipaddress
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,8 +43,9 @@ class Server:
     async def remove_listener(self, cookie: int) -> None:
         await self._told("remove", cookie)
 
-    async def pod_gone(self, name: PodName) -> None:
-        await self._told("gone", str(name))
+    async def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None) -> None:
+        assert addresses
+        await self._told("gone", f"{name} {cookie}")
 
 
 class Namespaces:
@@ -106,12 +107,16 @@ def test_one_listener_per_pod_from_first_to_last_attachment(pods: Pods, server: 
     pods.open(first, 0)  # again, as after a restart
     assert server.events == [("add", 100)]
     pods.close(first)
-    assert server.events == [("add", 100)]
+    assert server.events == [("add", 100), ("gone", "default/pod-1 None")]
     pods.close(first)
     pods.close(second)
-    assert server.events[1:] == [("remove", 100), ("gone", "default/pod-1")]
+    assert server.events[2:] == [
+        ("gone", "default/pod-1 None"),
+        ("remove", 100),
+        ("gone", "default/pod-1 100"),
+    ]
     pods.close(second)
-    assert len(server.events) == 3
+    assert server.events[5:] == [("gone", "default/pod-1 None")]
 
 
 def test_a_taken_name_degrades_that_pod_alone(pods: Pods, server: Server, namespaces: Namespaces) -> None:
@@ -135,7 +140,7 @@ def test_a_degraded_pod_ends_without_a_listener(pods: Pods, server: Server, name
     namespaces.error = errno.EADDRINUSE
     pods.open(attachment(1), 0)
     pods.close(attachment(1))
-    assert server.events == [("gone", "default/pod-1")]
+    assert server.events == [("gone", "default/pod-1 None")]
     assert pods.degraded() == {}
 
 

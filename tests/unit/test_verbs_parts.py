@@ -70,6 +70,25 @@ def test_without_pyverbs_there_is_a_sentence() -> None:
     assert "install the distribution's python3-pyverbs" in run(program)
 
 
+def test_every_constant_is_found() -> None:
+    pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
+    from rdmanet.verbs import compat
+
+    # As infiniband/verbs.h numbers them.
+    assert vars(compat.enums) == {
+        "IBV_ACCESS_LOCAL_WRITE": 1,
+        "IBV_ACCESS_REMOTE_READ": 4,
+        "IBV_ACCESS_REMOTE_WRITE": 2,
+        "IBV_GID_TYPE_ROCE_V2": 2,
+        "IBV_QPS_ERR": 6,
+        "IBV_QPT_RC": 2,
+        "IBV_QP_STATE": 1,
+        "IBV_WR_RDMA_READ": 4,
+        "IBV_WR_RDMA_WRITE": 0,
+        "IBV_WR_SEND": 2,
+    }
+
+
 def test_a_gid_is_written_as_pyverbs_reads_it() -> None:
     pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
     from rdmanet.model import address_key
