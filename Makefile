@@ -16,7 +16,7 @@ help:
 	@echo "make test     the whole test suite, with make check"
 	@echo "make check    ruff, mypy, clang-format"
 	@echo "make format   let ruff and clang-format write"
-	@echo "make bench    measurements (benchmarks/)"
+	@echo "make bench    every path against what else there is: [ONLY=cni,rdma] [QUICK=1: 10 minutes] [KEEP=1: into RESULTS.md]"
 	@echo "make accept   the slow acceptance runs"
 	@echo "make image    the container image of agent and command line"
 	@echo "make clean    remove what was built, keep downloads; make distclean removes those too"
@@ -36,7 +36,10 @@ check: setup
 format: setup
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix . && .venv/bin/clang-format -i bpf/*.[ch] cni/*.[ch]
 
-bench accept: setup
+bench: setup
+	@$(PYTHON) -m benchmarks.bench --only "$(ONLY)" --effort $(if $(QUICK),quick,full) $(if $(KEEP),--keep)
+
+accept: setup
 	@if [ -d benchmarks/$@ ] || [ -f benchmarks/$@.py ]; then $(WITH_RXE) -- $(PYTHON) -m benchmarks.$@; \
 	else echo "make $@: benchmarks/$@ does not exist yet"; exit 1; fi
 

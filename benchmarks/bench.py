@@ -1,0 +1,141 @@
+"""``python -m benchmarks.bench``, or ``make bench [ONLY=name,name] [QUICK=1] [KEEP=1]``: questions and answers.
+
+Results go to build/bench: samples-QUESTION.jsonl (as they come), results.json (a row per comparison),
+environment.json, the figures as PNG and SVG, and table.md, which is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, plots
+from benchmarks.measure import find, names
+from benchmarks.question import Effort, Place, Question, Record, read
+from benchmarks.results import Comparison, compare, table
+from rdmanet.errors import RdmanetError
+from rdmanet.model import RdmaMode
+from testbed import vm
+from testbed.kernel import why_not_here
+from testbed.paths import BUILD, REPOSITORY
+from testbed.progress import say
+
+OUTPUT = BUILD / "bench"
+ACCEPTED = Path(__file__).with_name("RESULTS.md")
+#: In RESULTS.md, what stands between these lines is written here; the rest is people's.
+BEGIN, END = "<!-- the last accepted run -->", "<!-- end of the last accepted run -->"
+
+
+def run_place(question: Question, place: Place, effort: Effort, samples: Path) -> str:
+    """Measures a question in one place; returns what went wrong, or nothing."""
+    argv = [sys.executable, "-m", "benchmarks.measure", question.name, "--place", place, "--effort", effort]
+    argv += ["--samples", str(samples)]
+    if place is Place.HOST or (place is Place.VM and not why_not_here(RdmaMode.SHARED)):
+        try:
+            status = subprocess.run(argv, cwd=REPOSITORY, check=False, timeout=question.timeout_s).returncode
+        except subprocess.TimeoutExpired:
+            return f"not over after {question.timeout_s:.0f} s"
+    else:
+        icount = place is Place.ICOUNT
+        try:
+            status = vm.run(argv, icount=icount, memory_mb=question.memory_mb, timeout_s=question.timeout_s)
+        except RdmanetError as error:
+            return str(error)
+    return f"ended with status {status}; the lines above say why" if status else ""
+
+
+def answer(name: str, effort: Effort, output: Path) -> tuple[Question, Record, list[Comparison], list[str]]:
+    """Measures one question everywhere it is asked; its comparisons, and what went wrong."""
+    question = find(name)
+    samples = output / f"samples-{name}.jsonl"
+    samples.write_text("")
+    wrong = []
+    for place in question.places:
+        began = time.monotonic()
+        say(f"{name}: {question.text} ({place})")
+        if why := run_place(question, place, effort, samples):
+            wrong.append(f"{name} ({place}): {why}")
+        say(f"{name} ({place}): {time.monotonic() - began:.0f} s{', FAILED: ' + why if why else ''}")
+    record = read(samples)
+    wrong += [f"{name} ({f.place}): {f.contender} in {f.case}: {f.sentence}" for f in record.failures]
+    if not record.samples:
+        wrong.append(f"{name}: no samples")
+    return question, record, compare(question, record), wrong
+
+
+def conclude(title: str, comparisons: list[Comparison], wrong: list[str]) -> list[str]:
+    """The closing table, with goals counted."""
+    lines = [title, *table(comparisons), ""]
+    asked = [comparison for comparison in comparisons if comparison.goal is not None]
+    missed = [comparison for comparison in asked if not comparison.met]
+    lines.append(f"{len(comparisons)} comparisons; {len(asked) - len(missed)} of {len(asked)} goals met.")
+    lines += [f"- failed: {sentence}" for sentence in wrong]
+    return lines
+
+
+def title_of(environments: Mapping[str, Any], effort: Effort) -> str:
+    """One line about the machine and the version."""
+    here = environments["here"]
+    kernels = sorted({values["kernel"] for values in environments.values()})
+    return (
+        f"Commit {here['commit']}, effort {effort}, {time.strftime('%Y-%m-%d')}: {here['processors']} x"
+        f" {here['processor']}, {here['memory_mb'] // 1024} GiB, {here['distribution']}, kernel {', '.join(kernels)}."
+        " Ratio: ours over the peer's, lower is better."
+    )
+
+
+def keep(lines: list[str]) -> None:
+    """Puts the table into RESULTS.md, in place of the one before."""
+    before, _, rest = ACCEPTED.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    ACCEPTED.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0 when all was measured, whatever the figures; 1 when something could not be; 130 on Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
+    parser.add_argument("--only", default="", help=f"questions, with commas between: {', '.join(names())}")
+    parser.add_argument("--effort", type=Effort, choices=list(Effort), default=Effort.FULL)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--keep", action="store_true", help="make the table the accepted one, in RESULTS.md")
+    options = parser.parse_args(arguments)
+    wanted = [name for name in options.only.replace(",", " ").split() if name] or names()
+    options.output.mkdir(parents=True, exist_ok=True)
+    environments: dict[str, Any] = {"here": environment.describe()}
+    comparisons: list[Comparison] = []
+    wrong: list[str] = []
+    try:
+        for name in wanted:
+            question, record, found, failed = answer(name, options.effort, options.output)
+            environments |= {f"{name} ({place})": dict(values) for place, values in record.environments.items()}
+            comparisons += found
+            wrong += failed
+            _write(options.output / "results.json", [comparison.row() for comparison in comparisons])
+            plots.draw(question, record, found, options.output)
+    except RdmanetError as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say(f"interrupted; what was sampled until now is in {options.output}")
+        return 130
+    _write(options.output / "environment.json", environments)
+    lines = conclude(title_of(environments, options.effort), comparisons, wrong)
+    (options.output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines), flush=True)
+    if options.keep:
+        keep(lines)
+    return 1 if wrong else 0
+
+
+def _write(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The contenders that more than one question compares with."""
