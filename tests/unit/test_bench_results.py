@@ -17,7 +17,7 @@ def question(*goals: Goal, statistics: tuple[Statistic, ...] = (Statistic.P50,))
 
 
 def record(
-    contenders: dict[str, list[list[float]]], case: str = "add/1", unit: str = "ms", *failures: Failure
+    contenders: Mapping[str, Sequence[Sequence[float]]], case: str = "add/1", unit: str = "ms", *failures: Failure
 ) -> Record:
     """Contender → a list of samples for each round."""
     samples = [
