@@ -21,7 +21,7 @@ DOTS_PER_INCH = 120
 
 def draw(question: Question, record: Record, comparisons: list[Comparison], output: Path) -> list[Path]:
     """Draws both figures; returns the files. Nothing is drawn of what was not measured."""
-    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "rdmanet", "axes.spines.top": False}):
+    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False}):
         files = []
         if any(comparison.ratio for comparison in comparisons):
             files += _save(_ratios(question, comparisons), output / f"{question.name}-ratios")

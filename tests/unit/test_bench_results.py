@@ -134,7 +134,7 @@ def test_rows_have_the_fields_that_were_asked_for() -> None:
 
 
 def test_the_tables_columns_are_aligned() -> None:
-    rounds = {"rdmanet": [[1234.5]], "ptp": [[2]], "a long name": [[0.001]]}
+    rounds = {"rdmanet": [[1234.5]], "ptp": [[2.0]], "a long name": [[0.001]]}
     lines = [line for line in table(compare(question(), record(rounds))) if line.startswith("|")]
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
