@@ -295,6 +295,9 @@ class Session:
         self._leases.setdefault(number, []).append(qp)
         self._users += 1
 
+    def _is_held(self, qp: QueuePair) -> bool:
+        return qp in self._leases.get(qp.lease, [])
+
     def _let_go(self, qp: QueuePair) -> bool:
         """Forget a queue pair; False when its lease has ended already."""
         held = self._leases.get(qp.lease, [])
@@ -366,7 +369,10 @@ class Session:
         try:
             await self._link.request(lambda number: wire.Accept(number, incoming.lease, qp.end))
         except LinkLostError:
-            await self._link.up(None)  # claims first; a lease that is lost is broken by then
+            await self._link.up(None)  # claims first
+            if not self._is_held(qp):  # the new agent does not know it; the connector was probably never told
+                await qp.close()
+                return
         except LeaseRefusedError as error:
             _log.info("%s gave up: %s", pod_text(incoming.peer), error.sentence)
             await self._drop(qp)
@@ -374,7 +380,9 @@ class Session:
         except BaseException:
             await self._drop(qp)
             raise
-        if qp.broken or not listener.deliver(qp):
+        # Delivered even when it is broken by now: the connector may have sent, failed and closed before this task's
+        # turn came. Whoever accepts it receives what has arrived, and then the reason.
+        if not listener.deliver(qp):
             await qp.close()
 
     async def _drop(self, qp: QueuePair) -> None:

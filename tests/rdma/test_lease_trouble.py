@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -208,16 +210,62 @@ async def test_a_region_opens_only_as_far_as_it_says(lab: Lab) -> None:
 
 
 async def test_a_message_longer_than_the_peer_takes_breaks_both(lab: Lab) -> None:
+    seen = Baton()
+
     async def listener(qp: QueuePair) -> None:
         # InfiniBand says status 1, rxe 2.
         with pytest.raises(VerbsError, match=r"more bytes than this end's Options\.message_bytes"):
             await qp.recv()
+        seen.pass_on()
 
     async def connector(qp: QueuePair) -> None:
         with pytest.raises((VerbsError, LeaseRevokedError)):
             await qp.send(bytes(2000))
+        await seen.taken()  # closing before that would be a reason of its own
 
     await pair(lab, listener, connector, options=Options(), listener_options=Options(message_bytes=1000))
+
+
+@pytest.mark.parametrize("length", [3, 2000], ids=["message", "too-long"])
+async def test_a_connector_that_is_done_before_the_listeners_turn_is_accepted(
+    lab: Lab, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the connector's doings reach the listening process at once: an event loop that is late."""
+    listening, connected = Baton(), threading.Event()
+
+    async def listener() -> bytes:
+        async with verbs.Session() as session:
+            ask = session._link.request
+
+            async def late(make: Callable[[int], wire.Request], **options: Any) -> wire.Json:
+                answer = asyncio.ensure_future(ask(make, **options))
+                await asyncio.sleep(0)  # it is written
+                if isinstance(make(0), wire.Accept):
+                    assert connected.wait(60), "the connector did not come so far within 60 s"
+                return await answer
+
+            monkeypatch.setattr(session._link, "request", late)
+            async with await session.listen("late", options=Options(message_bytes=1000)) as found:
+                listening.pass_on()
+                async with asyncio.timeout(60), await found.accept() as qp:
+                    assert qp.broken
+                    message = await qp.recv() if length < 1000 else b""
+                    with pytest.raises((LeaseRevokedError, VerbsError)):
+                        await qp.recv()
+                    return message
+
+    async def connector() -> None:
+        await listening.taken()
+        try:
+            async with await verbs.connect("train-1:late") as qp:
+                with contextlib.suppress(VerbsError):
+                    await qp.send(b"x" * length)
+        finally:
+            connected.set()
+
+    message, _ = await asyncio.gather(lab.pods[1].run(listener), lab.pods[0].run(connector))
+    assert message == (b"xxx" if length == 3 else b"")
+    assert lab.broker.snapshot() == []
 
 
 # Ends
