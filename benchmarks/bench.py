@@ -32,11 +32,18 @@ ACCEPTED = Path(__file__).with_name("RESULTS.md")
 BEGIN, END = "<!-- the last accepted run -->", "<!-- end of the last accepted run -->"
 
 
+def places_of(question: Question, effort: Effort) -> list[Place]:
+    """Where a question is measured. A smoke run stays on the running kernel, and leaves out what that cannot do."""
+    here = effort is not Effort.SMOKE or not why_not_here(RdmaMode.SHARED)
+    return [place for place in question.places if place is not Place.VM or here]
+
+
 def run_place(question: Question, place: Place, effort: Effort, samples: Path) -> str:
     """Measures a question in one place; returns what went wrong, or nothing."""
     argv = [sys.executable, "-m", "benchmarks.measure", question.name, "--place", place, "--effort", effort]
     argv += ["--samples", str(samples)]
-    if place is Place.HOST or (place is Place.VM and not why_not_here(RdmaMode.SHARED)):
+    here = place is Place.HOST or effort is Effort.SMOKE
+    if here or (place is Place.VM and not why_not_here(RdmaMode.SHARED)):
         try:
             status = subprocess.run(argv, cwd=REPOSITORY, check=False, timeout=question.timeout_s).returncode
         except subprocess.TimeoutExpired:
@@ -56,7 +63,7 @@ def answer(name: str, effort: Effort, output: Path) -> tuple[Question, Record, l
     samples = output / f"samples-{name}.jsonl"
     samples.write_text("")
     wrong = []
-    for place in question.places:
+    for place in places_of(question, effort):
         began = time.monotonic()
         say(f"{name}: {question.text} ({place})")
         if why := run_place(question, place, effort, samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks import bench, environment, plots
 from benchmarks.measure import find, names
-from benchmarks.question import LIMIT, OURS, Failure, Goal, Place, Question, Record, Sample, Statistic
+from benchmarks.question import LIMIT, OURS, Effort, Failure, Goal, Place, Question, Record, Sample, Statistic
 from benchmarks.results import Comparison, compare
 from rdmanet.errors import RequestError
 from testbed.paths import REPOSITORY
@@ -104,6 +105,34 @@ def test_a_question_that_fails_is_told_and_the_rest_is_kept(tmp_path: Path, monk
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["ratio"] for row in rows] == [0.5]
     assert "failed: sum (host): ended with status 1" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("effort", "reason", "expected"),
+    [
+        (Effort.QUICK, "too old", ["host", "vm", "icount"]),
+        (Effort.SMOKE, "too old", ["host", "icount"]),
+        (Effort.SMOKE, "", ["host", "vm", "icount"]),
+    ],
+)
+def test_a_smoke_run_leaves_out_what_the_running_kernel_cannot_do(
+    effort: Effort, reason: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "why_not_here", lambda mode: reason)
+    question = Question("q", "Is it?", (Place.HOST, Place.VM, Place.ICOUNT), lambda run: None)
+    assert [str(place) for place in bench.places_of(question, effort)] == expected
+
+
+def test_a_smoke_run_boots_no_virtual_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def run(argv: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        started.append(argv)
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert bench.run_place(QUESTION, Place.ICOUNT, Effort.SMOKE, tmp_path / "samples") == ""
+    assert len(started) == 1
 
 
 def test_an_unknown_question_is_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
