@@ -35,8 +35,10 @@ from rdmanet.devices import find_devices
 from rdmanet.errors import StateError
 from rdmanet.metrics import Metrics
 from rdmanet.model import GATEWAY_MAC, address_key
+from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.pods import Pods
+from rdmanet.removal import Removals
 from rdmanet.store import Store, owned
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ T = TypeVar("T")
 
 #: Threads for what blocks: netlink, bpf(2), SQLite. Two cores are busy with eight ADDs at once.
 WORKERS = 8
+#: How long a stop waits for links that are being removed.
+REMOVAL_STOP_S = 10.0
 
 
 def run(config: Config) -> int:
@@ -104,14 +108,21 @@ class Agent:
             grace_s=config.rdma.claim_grace_s,
             observe_granted=lambda seconds: self._metrics.lease_granted(seconds),
         )
-        self._metrics = Metrics(store, self._datapath, self._broker)
         self._pods.serve_with(self._broker, loop)
-        parts = steps.Parts(store, self._network, self._datapath, self._devices, self._pods)
-        self._attachments = Attachments(parts, config.rdma.guard, self._fault_point)
+        host = BatchSockets()
+        stack.callback(host.close)
+        parts = steps.Parts(
+            store, self._network, self._datapath, self._devices, self._pods, host, host_ends=steps.HostEnds()
+        )
+        self._removals = Removals(parts, self._fault_point)
+        self._metrics = Metrics(store, self._datapath, self._broker, self._removals)
+        self._attachments = Attachments(parts, self._removals, config.rdma.guard, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
         await self._blocking(self._attachments.recover)
         await self._broker.adopt()
+        self._removals.start()
+        stack.push_async_callback(self._blocking, self._removals.stop, REMOVAL_STOP_S)
 
         # From here on the world may ask.
         pending_dir = config.agent.state_dir / "pending"
@@ -123,6 +134,7 @@ class Agent:
             swap=self._swap,
             observer=self._metrics,
             pending_dir=pending_dir,
+            settled=self._removals.settled,
         )
         await self._listen(stack, api)
 
@@ -198,7 +210,10 @@ class Agent:
         attachments = self._store.attachments()
         names = {attachment.id: str(attachment.pod) for attachment in attachments}
         degraded = self._pods.degraded()
-        counters = self._datapath.counters()
+        counters: dict[int, dict[str, dict[str, int]]] = {}
+        for (number, direction, path), count in self._datapath.counters().items():
+            counted = {"packets": count.packets, "bytes": count.bytes}
+            counters.setdefault(number, {})[f"{direction}_{path}"] = counted
         return {
             "agent": {
                 "version": __version__,
@@ -227,14 +242,11 @@ class Agent:
                     "guard": attachment.guard,
                     "device": asdict(attachment.device) if attachment.device else None,
                     "degraded": degraded.get(attachment.netns_id),
-                    "counters": {
-                        f"{direction}_{path}": {"packets": count.packets, "bytes": count.bytes}
-                        for (number, direction, path), count in counters.items()
-                        if number == attachment.id
-                    },
+                    "counters": counters.get(attachment.id, {}),
                 }
                 for attachment in attachments
             ],
+            "releasing": self._removals.status(),
             "drops": [
                 {"pod": names.get(number), "reason": reason, "packets": packets}
                 for (number, reason), packets in self._datapath.drops().items()

@@ -3,6 +3,7 @@
 ======================  =====================================================================================
 ``POST /v1/cni``        a CNI call as ``cni/rdmanet`` sends it; 200 with the result, else the specification's error
 ``GET /v1/status``      everything that ``rdmanet status`` shows, as JSON
+``GET /v1/settled``     answers when no link is left to remove; ?timeout_s=30 at most, then 503
 ``GET /metrics``        Prometheus' text format
 ``POST /v1/swap``       puts the artifact that now lies in datapath.artifact_dir under the running traffic
 ======================  =====================================================================================
@@ -18,7 +19,7 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -50,6 +51,9 @@ from rdmanet.errors import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: How long ``GET /v1/settled`` waits unless it is told.
+SETTLED_TIMEOUT_S = 30.0
 
 #: CNI reserves codes from 100 on for plugins (specification, "Error"). docs/errors.md explains each to the people who
 #: meet it.
@@ -119,6 +123,7 @@ class Api:
         swap: Callable[[], dict[str, str]],
         observer: Observer,
         pending_dir: Path,
+        settled: Callable[[], Future[None]],
     ):
         self._attachments = attachments
         self._executor = executor
@@ -127,6 +132,7 @@ class Api:
         self._swap = swap
         self._observer = observer
         self._pending = pending_dir
+        self._settled = settled
         self._locks = KeyedLocks()
         # GC must not meet an ADD in the middle, and ADDs need not wait for each other: readers and a writer.
         self._collecting = asyncio.Condition()
@@ -138,6 +144,7 @@ class Api:
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_post("/v1/cni", self._cni)
         app.router.add_get("/v1/status", self._get_status)
+        app.router.add_get("/v1/settled", self._get_settled)
         app.router.add_post("/v1/swap", self._post_swap)
         app.router.add_get("/metrics", self._get_metrics)
         return app
@@ -150,6 +157,19 @@ class Api:
 
     async def _get_status(self, request: web.Request) -> web.Response:
         return web.json_response(await self._status())
+
+    async def _get_settled(self, request: web.Request) -> web.Response:
+        try:
+            timeout_s = float(request.query.get("timeout_s", SETTLED_TIMEOUT_S))
+        except ValueError:
+            return web.json_response({"error": "timeout_s must be a number of seconds."}, status=400)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wrap_future(self._settled())
+        except TimeoutError:
+            sentence = f"Links are still being removed after {timeout_s:g} s; GET /v1/status says which and why."
+            return web.json_response({"error": sentence}, status=503)
+        return web.json_response({})
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         body = await self._blocking(self._metrics)

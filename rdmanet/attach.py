@@ -14,34 +14,47 @@ import threading
 from collections.abc import Iterable, Iterator
 
 from rdmanet import ipam, steps
-from rdmanet.cni import Interface, IpConfig, Request, Result, Route
+from rdmanet.cni import CniCode, CniError, Interface, IpConfig, Request, Result, Route
 from rdmanet.errors import (
     ConflictError,
-    KernelError,
+    ExhaustedError,
     NotFoundError,
     RdmanetError,
     RequestError,
     UnavailableError,
 )
 from rdmanet.model import (
+    GATEWAY_MAC,
     Attachment,
     AttachmentState,
     GuardMode,
     IPAddress,
+    NetnsId,
     address_key,
     address_of,
 )
-from rdmanet.netlink import namespace
+from rdmanet.netlink import messages, namespace
 from rdmanet.netlink.route import RouteSocket
+from rdmanet.removal import Removals
 
 log = logging.getLogger(__name__)
+
+#: How long an ADD waits for what a DEL has left; runtimes give up after minutes.
+REMOVAL_TIMEOUT_S = 10.0
 
 
 class Attachments:
     """All attachments of this host."""
 
-    def __init__(self, parts: steps.Parts, guard: GuardMode, fault_point: steps.FaultPoint = steps.no_fault):
+    def __init__(
+        self,
+        parts: steps.Parts,
+        removals: Removals,
+        guard: GuardMode,
+        fault_point: steps.FaultPoint = steps.no_fault,
+    ):
         self._parts = parts
+        self._removals = removals
         self._guard = guard
         self._fault_point = fault_point
         self._ranges = (ipam.Range(parts.network.ipv4_range), ipam.Range(parts.network.ipv6_range))
@@ -55,8 +68,8 @@ class Attachments:
         """Makes an attachment and returns what CNI's ADD returns.
 
         Raises ConflictError where it or the interface exists, ExhaustedError without a free address, NotFoundError
-        without the namespace,
-        UnavailableError for RDMA on a host without it. Leaves nothing behind on failure.
+        without the namespace, UnavailableError for RDMA on a host without it, CniError (11) where what it needs is not
+        removed in time. Leaves nothing behind on failure.
         """
         wants_rdma = request.wants_rdma
         if wants_rdma and self._parts.devices is None:
@@ -65,20 +78,21 @@ class Attachments:
                 " missing.",
                 subject=request.container_id,
             )
-        existing = self._parts.store.find(request.container_id, request.ifname)
-        if existing is not None:
-            raise ConflictError(
-                f"Container {request.container_id} has an interface {request.ifname} from rdmanet already"
-                f" ({existing.state}); DEL it first.",
-                operation="ADD",
-                subject=f"{request.container_id}/{request.ifname}",
-            )
         with namespace.opened(request.netns) as descriptor:
             identity = namespace.identify(descriptor)
             if identity == self._host:
                 raise RequestError(
                     f"{request.netns} is the host's own network namespace; rdmanet attaches pods only.",
                     subject=request.netns,
+                )
+            self._wait_for_removals(request, identity)
+            existing = self._parts.store.find(request.container_id, request.ifname)
+            if existing is not None:
+                raise ConflictError(
+                    f"Container {request.container_id} has an interface {request.ifname} from rdmanet already"
+                    f" ({existing.state}); DEL it first.",
+                    operation="ADD",
+                    subject=f"{request.container_id}/{request.ifname}",
                 )
             wanted = Attachment(
                 id=0,
@@ -104,16 +118,42 @@ class Attachments:
                 self._fault_point("commit ready")
                 self._parts.store.set_ready(attachment.id, result.to_json("1.1.0"))
             except BaseException:
-                # The steps have undone themselves. Where even that failed the row stays, and the next start or GC
-                # finishes it.
-                with contextlib.suppress(KernelError):
-                    steps.undo_all(self._parts, attachment, descriptor, self._fault_point)
-                    self._parts.store.forget(attachment.id)
+                try:
+                    self._release(attachment)
+                except RdmanetError as error:
+                    # The row stays, and the next DEL, GC or start finishes it.
+                    log.error("%s is left half-made: %s", attachment.host_ifname, error)
                 raise
         log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
         return result
 
+    def _wait_for_removals(self, request: Request, netns: NetnsId) -> None:
+        """Until nothing that a DEL has left stands in the way of this ADD: a name, an interface, an address."""
+
+        def in_the_way(old: Attachment) -> bool:
+            return (
+                (old.container_id, old.ifname) == (request.container_id, request.ifname)
+                or (old.netns_id, old.ifname) == (netns, request.ifname)
+                or any(address in request.ips for address in old.addresses)
+            )
+
+        if not self._removals.wait_for(in_the_way, REMOVAL_TIMEOUT_S):
+            raise CniError(
+                f"The interface or address that a DEL has left is still not removed after {REMOVAL_TIMEOUT_S:g} s;"
+                " `rdmanet status` says why. Ask again.",
+                CniCode.TRY_AGAIN,
+            )
+
     def _reserve(self, wanted: Attachment, requested: tuple[IPAddress, ...]) -> Attachment:
+        while True:
+            try:
+                return self._choose(wanted, requested)
+            except ExhaustedError:
+                # Addresses come back with the links that are being removed.
+                if not self._removals.wait_for_one(REMOVAL_TIMEOUT_S):
+                    raise
+
+    def _choose(self, wanted: Attachment, requested: tuple[IPAddress, ...]) -> Attachment:
         with self._choosing:
             taken = self._parts.store.taken()
             chosen: dict[int, IPAddress] = {}
@@ -141,13 +181,11 @@ class Attachments:
             )
             everything = ipaddress.ip_network("0.0.0.0/0" if address.version == 4 else "::/0")
             routes.append(Route(destination=everything, gateway=steps.next_hop(subnet)))
-        with RouteSocket.here() as route:
-            link = route.link(attachment.host_ifname)
         return Result(
             interfaces=(
                 Interface(
                     name=attachment.host_ifname,
-                    mac=link.mac if link else "",
+                    mac=GATEWAY_MAC,
                     sandbox="",
                     mtu_bytes=attachment.mtu_bytes,
                 ),
@@ -165,21 +203,26 @@ class Attachments:
     # DEL and GC
 
     def delete(self, container_id: str, ifname: str) -> bool:
-        """Removes an attachment; False when there was none, which is no error (CNI specification, "DEL")."""
+        """Cuts an attachment off and leaves its link to the background (``rdmanet.removal``).
+
+        False when there was none, or another DEL has done this: no error (CNI specification, "DEL").
+        """
         attachment = self._parts.store.find(container_id, ifname)
-        if attachment is None:
+        if attachment is None or self._removals.pending(attachment.id):
             return False
         self._release(attachment)
         return True
 
     def _release(self, attachment: Attachment) -> None:
+        self._cut(attachment)
+        self._removals.put(attachment)
+
+    def _cut(self, attachment: Attachment) -> None:
         self._fault_point("commit releasing")
         self._parts.store.set_state(attachment.id, AttachmentState.RELEASING)
         with self._entered(attachment) as descriptor:
-            steps.undo_all(self._parts, attachment, descriptor, self._fault_point)
-        self._fault_point("forget")
-        self._parts.store.forget(attachment.id)
-        log.info("deleted %s of %s", attachment.host_ifname, attachment.pod)
+            steps.cut(self._parts, attachment, descriptor, self._fault_point)
+        log.info("cut off %s of %s", attachment.host_ifname, attachment.pod)
 
     @contextlib.contextmanager
     def _entered(self, attachment: Attachment) -> Iterator[int | None]:
@@ -201,6 +244,8 @@ class Attachments:
         failures: list[RdmanetError] = []
         for attachment in self._parts.store.attachments():
             if attachment.network != network or (attachment.container_id, attachment.ifname) in keep:
+                continue
+            if self._removals.pending(attachment.id):
                 continue
             try:
                 self._release(attachment)
@@ -276,9 +321,17 @@ class Attachments:
                 address = attachment.ipv4 if space.network.version == 4 else attachment.ipv6
                 if address is not None:
                     space.resume_after(address)
+        left = []
         for attachment in attachments:
             if attachment.state is not AttachmentState.READY or not self._adopt(attachment):
-                self._release(attachment)
+                self._cut(attachment)
+                left.append(attachment)
+        if left:
+            failures = self._removals.remove(left)
+            for attachment in left:
+                if attachment.id in failures:
+                    log.warning("%s is not removed yet: %s", attachment.host_ifname, failures[attachment.id])
+                    self._removals.put(attachment)
         self._forget_strangers()
 
     def _forget_strangers(self) -> None:
@@ -298,16 +351,17 @@ class Attachments:
         with self._entered(attachment) as descriptor:
             if descriptor is None:
                 return False
-            with RouteSocket.here() as host:
-                link = host.link(attachment.host_ifname)
-                names = host.ingress_filter_names(link.index) if link else []
-            if link is None:
+            (found,) = self._parts.host.exchange([messages.get_link(attachment.host_ifname)])
+            if found.errno:
                 return False
-            if "rdmanet/pod" not in names:
+            link = messages.link(found.payloads[0])
+            (filters,) = self._parts.host.exchange([messages.get_ingress_filter(link.index)])
+            if not filters.payloads:
                 log.warning("%s: the filter was missing and is put back", attachment.host_ifname)
             # Also where it is there: it may be of pins that are gone (a bpffs that went with the agent's container),
             # with maps that nobody writes any more. In place, without loss, 0.3 ms.
-            steps.attach_filter(self._parts.datapath, attachment)
+            self._parts.host.send(steps.filter_messages(self._parts.datapath, link.index))
+            self._parts.host_ends.set(attachment.id, link.index)
             own, endpoint = steps.entries(attachment, link.index)
             present = self._parts.datapath.endpoints()
             if self._parts.datapath.attachments().get(link.index) != own or any(
@@ -315,5 +369,7 @@ class Attachments:
             ):
                 log.warning("%s: datapath entries differed and are written again", attachment.host_ifname)
                 steps.set_entries(self._parts.datapath, attachment, link.index)
-            self._parts.listeners.open(attachment, descriptor)
+            listeners = self._parts.listeners
+            listening = namespace.run_inside(descriptor, lambda: listeners.listen(attachment.netns_id))
+            listeners.open(attachment, listening)
         return True

@@ -26,13 +26,21 @@ class Leases(Protocol):
     def counts(self) -> Counts: ...
 
 
+class Removals(Protocol):
+    """``rdmanet.removal.Removals``; safe from any thread."""
+
+    @property
+    def failed(self) -> int: ...
+
+
 class _State(Collector):
     """Read at each scrape from the datapath, the store and the broker, so that nothing is counted twice."""
 
-    def __init__(self, store: Store, datapath: Datapath, leases: Leases):
+    def __init__(self, store: Store, datapath: Datapath, leases: Leases, removals: Removals):
         self._store = store
         self._datapath = datapath
         self._leases = leases
+        self._removals = removals
 
     def collect(self) -> Iterable[Metric]:
         attachments = self._store.attachments()
@@ -41,6 +49,9 @@ class _State(Collector):
         for state in AttachmentState:
             states.add_metric([state], sum(1 for attachment in attachments if attachment.state is state))
         yield states
+        yield CounterMetricFamily(
+            "rdmanet_removals_failed", "Tries to remove a deleted pod's link that failed.", value=self._removals.failed
+        )
         labels = ["pod", "interface", "direction", "path"]
         packets = CounterMetricFamily(
             "rdmanet_pod_packets", "Packets by pod, direction and path (ip or roce).", labels=labels
@@ -94,9 +105,9 @@ class _State(Collector):
 class Metrics:
     """The agent's registry."""
 
-    def __init__(self, store: Store, datapath: Datapath, leases: Leases):
+    def __init__(self, store: Store, datapath: Datapath, leases: Leases, removals: Removals):
         self._registry = CollectorRegistry()
-        self._registry.register(_State(store, datapath, leases))
+        self._registry.register(_State(store, datapath, leases, removals))
         self._cni = Histogram(
             "rdmanet_cni_seconds",
             "Duration of CNI calls, by command and CNI error code (0: success).",

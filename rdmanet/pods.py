@@ -6,7 +6,6 @@ A pod is one network namespace; attachments come and go in worker threads, the b
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import threading
@@ -16,16 +15,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rdmanet.broker.values import PodView
-from rdmanet.errors import KernelError, NotFoundError, UnavailableError
+from rdmanet.errors import NotFoundError, UnavailableError
 from rdmanet.lease import SOCKET_NAME
 from rdmanet.model import Attachment, Device, NetnsId, PodName, address_key
 from rdmanet.netlink import namespace
+from rdmanet.netlink.namespace import Listening
 from rdmanet.rdma.backend import DeviceBackend
 
 log = logging.getLogger(__name__)
 
 #: A thread that waits for the event loop waits at most this long; the loop never blocks.
 LOOP_TIMEOUT_S = 10.0
+TAKEN = "a process in the pod holds the lease socket's name @rdmanet; its leases cannot work"
 
 
 class LeaseServer(Protocol):
@@ -75,29 +76,31 @@ class Pods:
 
     # Listeners, from worker threads
 
-    def open(self, attachment: Attachment, descriptor: int) -> None:
+    def listen(self, netns: NetnsId) -> Listening:
+        """See ``rdmanet.steps.Listeners``."""
+        with self._lock:
+            pod = self._pods.get(netns)
+            if pod is not None and pod.cookie is not None:
+                return Listening()
+        return namespace.listen(SOCKET_NAME.removeprefix("\0"))
+
+    def open(self, attachment: Attachment, listening: Listening) -> None:
         """See ``rdmanet.steps.Listeners``."""
         with self._lock:
             pod = self._pods.setdefault(attachment.netns_id, _Pod())
             pod.attachments = [a for a in pod.attachments if a.id != attachment.id] + [attachment]
             if pod.cookie is not None:
+                listening.close()
                 return
-            pod.degraded = None
-        try:
-            sock = namespace.run_inside(descriptor, lambda: namespace.abstract_listener(SOCKET_NAME.removeprefix("\0")))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise KernelError(
-                    "The lease socket cannot be made inside the pod.", operation="listen", errno=error.errno
-                ) from error
             # The pod's own process took the name: the pod harms itself and nobody else.
-            pod.degraded = "a process in the pod holds the lease socket's name @rdmanet; its leases cannot work"
+            pod.degraded = TAKEN if listening.taken else None
+            if listening.sock is not None:
+                pod.cookie = namespace.cookie(listening.sock)
+        if pod.degraded:
             log.warning("%s: %s", attachment.pod, pod.degraded)
-            return
-        cookie = namespace.cookie(sock)
-        with self._lock:
-            pod.cookie = cookie
-        self._on_loop(lambda server: server.add_listener(sock, cookie))
+        sock, cookie = listening.sock, pod.cookie
+        if sock is not None and cookie is not None:
+            self._on_loop(lambda server: server.add_listener(sock, cookie))
 
     def close(self, attachment: Attachment) -> None:
         """See ``rdmanet.steps.Listeners``."""
@@ -109,11 +112,15 @@ class Pods:
                 if not pod.attachments:
                     cookie = pod.cookie
                     del self._pods[attachment.netns_id]
-        if cookie is not None:
-            self._on_loop(lambda server: server.remove_listener(cookie))
         # Also for an attachment that is not known (any more): its addresses are about to be free for others.
         keys = tuple(address_key(address) for address in attachment.addresses)
-        self._on_loop(lambda server: server.pod_gone(attachment.pod, keys, cookie))
+
+        async def end(server: LeaseServer) -> None:
+            if cookie is not None:
+                await server.remove_listener(cookie)
+            await server.pod_gone(attachment.pod, keys, cookie)
+
+        self._on_loop(end)
 
     def degraded(self) -> dict[NetnsId, str]:
         """Pods whose lease socket could not be made, with the sentence why."""

@@ -1,14 +1,15 @@
 """The steps that make an attachment, in order, each with its idempotent undo.
 
 Undo takes back also what a crash left half-made, and works when the pod's namespace is gone. No step keeps a
-descriptor of the pod's
-namespace.
+descriptor of the pod's namespace. The link, and with it what hangs on it, is removed last and apart
+(``rdmanet.removal``): that takes the kernel long.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,48 +19,102 @@ from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import ConflictError, NotFoundError, UnavailableError
 from rdmanet.model import GATEWAY_MAC, Attachment, GuardMode, IPAddress, NetnsId, address_key
-from rdmanet.netlink import namespace
-from rdmanet.netlink.route import RouteSocket
+from rdmanet.netlink import messages, namespace
+from rdmanet.netlink.batch import BatchSocket, BatchSockets
+from rdmanet.netlink.namespace import Listening
 from rdmanet.node import NodeNetwork
 from rdmanet.rdma.backend import DeviceBackend
 from rdmanet.store import Store
 
 LOOPBACK_INDEX = 1
+FILTER_NAME = "rdmanet/pod"
 LINK_LOCAL_GATEWAY = ipaddress.IPv6Address("fe80::1")
 _EVERYTHING = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
 
 class Listeners(Protocol):
-    """The lease sockets inside the pods' namespaces."""
+    """The lease sockets inside the pods' namespaces (``rdmanet.pods``)."""
 
-    def open(self, attachment: Attachment, descriptor: int) -> None:
-        """Makes sure that the pod has its listener, and knows this attachment."""
+    def listen(self, netns: NetnsId) -> Listening:
+        """Makes the pod's listening socket where it has none; called by a thread inside the namespace."""
+
+    def open(self, attachment: Attachment, listening: Listening) -> None:
+        """Knows the attachment from now on, and serves its pod's socket."""
 
     def close(self, attachment: Attachment) -> None:
         """Forgets the attachment; closes the pod's listener with its last one. Ends leases. Idempotent."""
 
 
+class HostEnds:
+    """Which index the host's end of each attachment has, so that nobody has to look through all entries for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._index: dict[int, int] = {}
+        self._attachment: dict[int, int] = {}
+
+    def set(self, attachment_id: int, ifindex: int) -> None:
+        """Remembers; whoever had the index before has it no more (the kernel may use one again)."""
+        with self._lock:
+            self._index[attachment_id] = ifindex
+            self._attachment[ifindex] = attachment_id
+
+    def get(self, attachment_id: int) -> int | None:
+        """The index, or None where it is not known or another's by now."""
+        with self._lock:
+            ifindex = self._index.get(attachment_id)
+            return ifindex if ifindex is not None and self._attachment.get(ifindex) == attachment_id else None
+
+    def knows(self, attachment_id: int) -> bool:
+        """Whether there ever was one."""
+        with self._lock:
+            return attachment_id in self._index
+
+    def forget(self, attachment_id: int) -> None:
+        """The attachment is gone."""
+        with self._lock:
+            ifindex = self._index.pop(attachment_id, None)
+            if ifindex is not None and self._attachment.get(ifindex) == attachment_id:
+                del self._attachment[ifindex]
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What steps work with."""
+    """What steps work with. ``host`` is rtnetlink of the host's namespace."""
 
     store: Store
     network: NodeNetwork
     datapath: Datapath
     devices: DeviceBackend | None
     listeners: Listeners
+    host: BatchSockets
+    host_ends: HostEnds
+
+
+@dataclass(slots=True)
+class Making:
+    """What the steps of one ADD tell each other: the pod's namespace, the indexes of both ends, the new socket."""
+
+    descriptor: int
+    host_ifindex: int = 0
+    pod_ifindex: int = 0
+    listening: Listening = dataclasses.field(default_factory=Listening)
 
 
 class Step(Protocol):
-    """One effect. ``apply`` may raise; then its own ``undo`` and those of the steps before run."""
+    """One effect, or a group of effects that go together."""
 
     name: str
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
         """Makes the effect; returns the attachment, with what became known."""
 
+
+class Cut(Step, Protocol):
+    """A step that is undone by itself. The others' effects go with the link."""
+
     def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
-        """Takes it back; ``descriptor`` is None where the pod's namespace is gone."""
+        """Takes it back, whatever of it was made; ``descriptor`` is None where the pod's namespace is gone."""
 
 
 class LinkStep:
@@ -67,38 +122,41 @@ class LinkStep:
 
     name = "link"
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
-        def add(host: RouteSocket) -> None:
-            host.add_veth(
-                attachment.host_ifname,
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        name = attachment.host_ifname
+        batch = (
+            messages.add_veth(
+                name,
                 GATEWAY_MAC,
                 attachment.mtu_bytes,
                 peer_name=attachment.ifname,
                 peer_mac=attachment.mac,
-                peer_namespace=descriptor,
-            )
-
-        with RouteSocket.here() as host:
+                peer_namespace=making.descriptor,
+            ),
+            messages.get_link(name),
+        )
+        try:
             try:
-                try:
-                    add(host)
-                except ConflictError:
-                    # Ids are never used twice: a link of this name is left from a database that was lost.
-                    if not host.delete_link(attachment.host_ifname):
-                        raise
-                    add(host)
-            except ConflictError as error:
-                raise ConflictError(
-                    f"The interface {attachment.ifname} exists already in {attachment.netns}.",
-                    operation=error.operation,
-                    subject=attachment.ifname,
-                    errno=error.errno,
-                ) from error
+                _, reply = parts.host.send(batch)
+            except ConflictError:
+                # Ids are never used twice: a link of this name is left from a database that was lost.
+                (left,) = parts.host.exchange([messages.get_link(name)])
+                if left.errno:
+                    raise
+                _, _, reply = parts.host.send((messages.delete_link(name), *batch))
+        except ConflictError as error:
+            raise ConflictError(
+                f"The interface {attachment.ifname} exists already in {attachment.netns}.",
+                operation=error.operation,
+                subject=attachment.ifname,
+                errno=error.errno,
+            ) from error
+        link = messages.link(reply.payloads[0])
+        if link.peer_index is None:
+            raise NotFoundError(f"{attachment.ifname} vanished from the pod.", subject=attachment.ifname)
+        making.host_ifindex, making.pod_ifindex = link.index, link.peer_index
+        parts.host_ends.set(attachment.id, link.index)
         return attachment
-
-    def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
-        with RouteSocket.here() as host:
-            host.delete_link(attachment.host_ifname)
 
 
 def next_hop(subnet: ipam.IPNetwork) -> IPAddress:
@@ -111,62 +169,61 @@ def next_hop(subnet: ipam.IPNetwork) -> IPAddress:
 
 
 class AddressStep:
-    """Addresses, permanent neighbours for the gateways and routes, inside the pod."""
+    """One visit of the pod's namespace: addresses, permanent neighbours for the gateways, routes, and the listening
+    socket."""
 
     name = "addresses"
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
-        network = parts.network
-        with RouteSocket.inside(descriptor) as pod:
-            link = pod.link(attachment.ifname)
-            if link is None:
-                raise NotFoundError(f"{attachment.ifname} vanished from the pod.", subject=attachment.ifname)
-            pod.set_up(LOOPBACK_INDEX)
-            pod.set_up(link.index)
-            default_mtu = None
-            if attachment.mtu_bytes > network.outside_mtu_bytes:
-                default_mtu = network.outside_mtu_bytes
-            for address in attachment.addresses:
-                subnet = network.ipv4_range if address.version == 4 else network.ipv6_range
-                gateway = next_hop(subnet)
-                pod.add_address(link.index, address, address.max_prefixlen)
-                pod.add_permanent_neighbour(link.index, gateway, GATEWAY_MAC)
-                # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound
-                # to another one (an RDMA device is) finds its own.
-                metric = link.index
-                if default_mtu is not None:
-                    # Local pods get the interface's whole MTU, the outside no more than what fits through the uplink.
-                    pod.add_route(subnet, link.index, gateway=gateway, metric=metric)
-                everything = _EVERYTHING[0] if address.version == 4 else _EVERYTHING[1]
-                pod.add_route(everything, link.index, gateway=gateway, mtu_bytes=default_mtu, metric=metric)
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        batch = _inside(parts.network, attachment, making.pod_ifindex)
+
+        def visit() -> Listening:
+            with BatchSocket() as pod:
+                pod.send(batch)
+            return parts.listeners.listen(attachment.netns_id)
+
+        making.listening = namespace.run_inside(making.descriptor, visit)
         return attachment
 
-    def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
-        """They go with the link."""
+
+def _inside(network: NodeNetwork, attachment: Attachment, index: int) -> list[messages.Message]:
+    """What is sent inside the pod."""
+    batch = [messages.set_up(LOOPBACK_INDEX), messages.set_up(index)]
+    default_mtu = network.outside_mtu_bytes if attachment.mtu_bytes > network.outside_mtu_bytes else None
+    for address in attachment.addresses:
+        subnet = network.ipv4_range if address.version == 4 else network.ipv6_range
+        gateway = next_hop(subnet)
+        batch.append(messages.add_address(index, address, address.max_prefixlen))
+        batch.append(messages.add_permanent_neighbour(index, gateway, GATEWAY_MAC))
+        # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound to
+        # another one (an RDMA device is) finds its own.
+        metric = index
+        if default_mtu is not None:
+            # Local pods get the interface's whole MTU, the outside no more than what fits through the uplink.
+            batch.append(messages.add_route(subnet, index, gateway=gateway, metric=metric))
+        everything = _EVERYTHING[0] if address.version == 4 else _EVERYTHING[1]
+        batch.append(messages.add_route(everything, index, gateway=gateway, mtu_bytes=default_mtu, metric=metric))
+    return batch
 
 
 class FilterStep:
-    """The pod hook's dispatcher at the host end's tc ingress."""
+    """The pod hook's dispatcher at the host end's tc ingress, and the host's end up."""
 
     name = "filter"
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
-        attach_filter(parts.datapath, attachment)
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        parts.host.send(filter_messages(parts.datapath, making.host_ifindex))
         return attachment
 
-    def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
-        """It goes with the link."""
 
-
-def attach_filter(datapath: Datapath, attachment: Attachment) -> None:
-    """Puts the dispatcher in place and the host end up; replaces what is there without loss."""
-    with RouteSocket.here() as host:
-        link = host.link(attachment.host_ifname)
-        if link is None:
-            raise NotFoundError(f"{attachment.host_ifname} vanished from the host.", subject=attachment.host_ifname)
-        host.add_clsact(link.index)
-        host.set_ingress_filter(link.index, datapath.dispatcher("pod"), "rdmanet/pod")
-        host.set_up(link.index, link_local=False)
+def filter_messages(datapath: Datapath, host_ifindex: int) -> list[messages.Message]:
+    """Puts the dispatcher in place; replaces what is there without loss. Then the host's end up."""
+    return [
+        messages.add_clsact(host_ifindex),
+        messages.set_ingress_filter(host_ifindex, datapath.dispatcher("pod"), FILTER_NAME),
+        messages.no_link_local(host_ifindex),
+        messages.set_up(host_ifindex),
+    ]
 
 
 class DeviceStep:
@@ -174,7 +231,7 @@ class DeviceStep:
 
     name = "device"
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
         if not attachment.wants_rdma:
             return attachment
         if parts.devices is None:
@@ -183,7 +240,7 @@ class DeviceStep:
                 " in the network"
                 " configuration, or move the pod."
             )
-        device = parts.devices.create(attachment, descriptor)
+        device = parts.devices.create(attachment, making.descriptor)
         parts.store.set_device(attachment.id, device)
         return dataclasses.replace(attachment, device=device)
 
@@ -193,12 +250,13 @@ class DeviceStep:
 
 
 class ListenerStep:
-    """The lease socket in the pod's namespace."""
+    """The lease socket goes to the broker."""
 
     name = "listener"
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
-        parts.listeners.open(attachment, descriptor)
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        listening, making.listening = making.listening, Listening()
+        parts.listeners.open(attachment, listening)
         return attachment
 
     def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
@@ -210,28 +268,23 @@ class EndpointStep:
 
     name = "endpoint"
 
-    def apply(self, parts: Parts, attachment: Attachment, descriptor: int) -> Attachment:
-        with RouteSocket.here() as host:
-            link = host.link(attachment.host_ifname)
-        if link is None:
-            raise NotFoundError(f"{attachment.host_ifname} vanished from the host.", subject=attachment.host_ifname)
-        set_entries(parts.datapath, attachment, link.index)
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        set_entries(parts.datapath, attachment, making.host_ifindex)
         return attachment
 
     def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
         datapath = parts.datapath
-        keys = [address_key(address) for address in attachment.addresses]
-        for key in keys:
-            datapath.delete_endpoint(key)
-        # By content, not by the link's index: the link may be gone and its index another's.
+        for address in attachment.addresses:
+            datapath.delete_endpoint(address_key(address))
+        if parts.host_ends.knows(attachment.id):
+            ifindex = parts.host_ends.get(attachment.id)
+            if ifindex is not None:
+                datapath.delete_attachment(ifindex)
+            return
+        # Left by an earlier agent: by content, as the link may be gone and its index another's.
         for ifindex, entry in datapath.attachments().items():
             if entry.attachment_id == attachment.id:
                 datapath.delete_attachment(ifindex)
-        if attachment.wants_rdma:
-            for address, qpn in datapath.guards():
-                if address in keys:
-                    datapath.delete_guard(address, qpn)
-        datapath.forget(attachment.id)
 
 
 def set_entries(datapath: Datapath, attachment: Attachment, ifindex: int) -> None:
@@ -260,16 +313,17 @@ def entries(attachment: Attachment, ifindex: int) -> tuple[AttachmentEntry, Endp
     return own, endpoint
 
 
-#: In the order of ADD; DEL undoes them in reverse, so traffic is cut first and the link goes last.
+#: In the order in which a DEL undoes them: traffic is cut first.
+CUTS: tuple[Cut, ...] = (EndpointStep(), ListenerStep(), DeviceStep())
+
+#: In the order of ADD.
 STEPS: tuple[Step, ...] = (
     LinkStep(),
     # The host's end comes up here. The pod's end then finds its carrier and can send the moment it is up, instead of
     # when the kernel's link watch gets round to it.
     FilterStep(),
     AddressStep(),
-    DeviceStep(),
-    ListenerStep(),
-    EndpointStep(),
+    *reversed(CUTS),
 )
 
 #: Called with a step's name and "apply" or "undo" before each effect: where tests kill the agent.
@@ -281,24 +335,21 @@ def no_fault(point: str) -> None:
 
 
 def apply_all(parts: Parts, attachment: Attachment, descriptor: int, before: FaultPoint) -> Attachment:
-    """Makes every effect; on failure takes back what was made, in reverse, and raises the first failure."""
-    done: list[Step] = []
+    """Makes every effect. What was made before one failed is the caller's to undo."""
+    making = Making(descriptor)
     try:
         for step in STEPS:
             before(f"apply {step.name}")
-            done.append(step)
-            attachment = step.apply(parts, attachment, descriptor)
-    except BaseException:
-        for step in reversed(done):
-            before(f"undo {step.name}")
-            step.undo(parts, attachment, descriptor)
-        raise
+            attachment = step.apply(parts, attachment, making)
+    finally:
+        making.listening.close()
     return attachment
 
 
-def undo_all(parts: Parts, attachment: Attachment, descriptor: int | None, before: FaultPoint) -> None:
-    """Takes every effect back, whatever of them was made."""
-    for step in reversed(STEPS):
+def cut(parts: Parts, attachment: Attachment, descriptor: int | None, before: FaultPoint) -> None:
+    """Takes back everything but the link, whatever of it was made: no traffic, no leases, no device. The link, and
+    what goes with it, is left to ``rdmanet.removal``."""
+    for step in CUTS:
         before(f"undo {step.name}")
         step.undo(parts, attachment, descriptor)
 

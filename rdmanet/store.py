@@ -208,10 +208,10 @@ class Store:
                 (AttachmentState.READY, json.dumps(result), attachment_id),
             )
 
-    def forget(self, attachment_id: int) -> None:
-        """Removes the row and frees its addresses."""
+    def forget(self, *attachment_ids: int) -> None:
+        """Removes rows and frees their addresses, in one commit."""
         with self._transaction() as db:
-            db.execute("DELETE FROM attachments WHERE id = ?", (attachment_id,))
+            db.executemany("DELETE FROM attachments WHERE id = ?", [(number,) for number in attachment_ids])
 
     def find(self, container_id: str, ifname: str) -> Attachment | None:
         """The attachment of that key, or None."""

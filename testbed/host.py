@@ -295,6 +295,11 @@ class Host:
             )
         return json.loads(text) if "json" in (response.getheader("Content-Type") or "") else text
 
+    def settle(self, *, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Return when the agent, if one runs, has removed every link that DELs have left to it."""
+        if self.agent is not None and self.agent.process.poll() is None:
+            self.api("GET", f"/v1/settled?timeout_s={timeout_s:g}", timeout_s=timeout_s + 5)
+
     def uninstall(self, *, timeout_s: float = READY_TIMEOUT_S) -> Completed:
         """``rdmanet uninstall`` with the last agent's configuration; no agent may run."""
         return self.exec(
@@ -307,7 +312,8 @@ class Host:
         return f"/run/rdmanet-testbed/{session().id}/{self.name}.toml"
 
     def dump(self) -> Dump:
-        """Everything that must be as before once rdmanet is gone (testbed.dump says what)."""
+        """Everything that must be as before once rdmanet is gone (testbed.dump says what), when all has settled."""
+        self.settle()
         dump: Dump = self.exec([sys.executable, "-I", "-S", "-E", str(DUMP)], timeout_s=120).json()
         if self.kind == "scratch":
             del dump["cgroups"]  # the machine's, where others come and go

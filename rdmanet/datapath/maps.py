@@ -27,6 +27,9 @@ from rdmanet.model import GuardEntry
 
 __all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry", "UplinkEntry"]
 
+#: A newer version may have counted reasons that this one has no name for.
+SPARE_DROP_REASONS = 16
+
 
 class Datapath:
     """The pinned maps and programs. Deleting what is not there is no error; writing into a full map is one
@@ -167,10 +170,12 @@ class Datapath:
 
     def forget(self, attachment_id: int) -> None:
         """Removes the counters and drops of an attachment that is gone."""
-        for name, table in (("counters", layout.COUNTER_KEY), ("drops", layout.DROP_KEY)):
-            for key in self._keys(name):
-                if table.unpack(key)[0] == attachment_id:
-                    self._delete(name, key)
+        # By every key that there can be: the maps hold the entries of all attachments.
+        for direction in range(len(DIRECTIONS)):
+            for kind in range(len(KINDS)):
+                self._delete("counters", layout.COUNTER_KEY.pack(attachment_id, direction, kind))
+        for reason in range(1, len(self._pinned.artifact.drop_reasons) + 1 + SPARE_DROP_REASONS):
+            self._delete("drops", layout.DROP_KEY.pack(attachment_id, reason))
 
     # One map
 

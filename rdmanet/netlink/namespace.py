@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -128,6 +129,32 @@ def abstract_listener(name: str) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What came of wanting a listening socket: the socket, or that somebody else has the name, or (neither) that none
+    was needed."""
+
+    sock: socket.socket | None = None
+    taken: bool = False
+
+    def close(self) -> None:
+        """Gives the socket back, if there is one that nobody has taken over."""
+        if self.sock is not None:
+            self.sock.close()
+
+
+def listen(name: str) -> Listening:
+    """``abstract_listener`` without its one expected failure. Raises KernelError for others."""
+    try:
+        return Listening(abstract_listener(name))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Listening(taken=True)
+        raise KernelError(
+            "The lease socket cannot be made inside the pod.", operation="listen", errno=error.errno
+        ) from error
 
 
 def cookie(sock: socket.socket) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,34 +17,27 @@ from pyroute2.netlink.exceptions import NetlinkError as PyrouteError
 from rdmanet.errors import ConflictError, NetlinkError, NotFoundError
 from rdmanet.model import IPAddress
 from rdmanet.netlink import namespace
+from rdmanet.netlink.batch import refused
+from rdmanet.netlink.messages import (
+    ETH_P_ALL,
+    FILTER_HANDLE,
+    FILTER_PRIORITY,
+    IFA_F_NODAD,
+    IFF_UP,
+    IN6_ADDR_GEN_MODE_NONE,
+    RT_TABLE_MAIN,
+    RTNH_F_ONLINK,
+    TC_H_CLSACT_INGRESS,
+    Link,
+)
 
-IFF_UP = 0x1
+__all__ = ["DefaultRoute", "Link", "RouteSocket"]
+
 IFF_NOARP = 0x80
-IFA_F_NODAD = 0x02
-RTNH_F_ONLINK = 4
 RT_SCOPE_LINK = 253
-RT_TABLE_MAIN = 254
-IN6_ADDR_GEN_MODE_NONE = 1
-ETH_P_ALL = 0x0003
-TC_H_CLSACT_INGRESS = 0xFFFFFFF2
 TC_H_CLSACT_EGRESS = 0xFFFFFFF3
-#: Fixed place of our filter on every hook, so that it is found, replaced and removed without touching another's.
-FILTER_PRIORITY = 0x7D0A
-FILTER_HANDLE = 0x1
 
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What the agent needs to know of a netdev."""
-
-    index: int
-    name: str
-    mac: str
-    mtu_bytes: int
-    up: bool
-    kind: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +55,9 @@ def _translated(operation: str, subject: str) -> Iterator[None]:
     try:
         yield
     except PyrouteError as error:
-        number = abs(int(error.code or 0)) or errno.EIO
-        kind: Callable[..., Exception] = NetlinkError
-        if number in (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL):
-            kind = NotFoundError
-        elif number in (errno.EEXIST, errno.EBUSY):
-            kind = ConflictError
-        raise kind(
-            f"The kernel refused {operation} for {subject}.",
-            operation=operation,
-            subject=subject,
-            errno=number,
-        ) from error
+        raise refused(operation, subject, abs(int(error.code or 0)) or errno.EIO) from error
     except OSError as error:
-        raise NetlinkError(
-            f"The kernel refused {operation} for {subject}.",
-            operation=operation,
-            subject=subject,
-            errno=error.errno,
-        ) from error
+        raise refused(operation, subject, error.errno or errno.EIO) from error
 
 
 class RouteSocket:

@@ -144,6 +144,7 @@ def test_two_interfaces_in_one_pod(world: World) -> None:
             succeeded(world.check(attached))
         world.delete(second)
         pod.ifname = "eth0"
+        world.host.settle()
         assert list(links(first)) == ["lo", "eth0"]
         succeeded(world.check(first))
         world.delete(first)
@@ -326,6 +327,7 @@ def test_gc_removes_the_invalid_and_keeps_the_rest(world: World) -> None:
     }
     succeeded(world.check(kept))
     succeeded(world.check(foreign))
+    world.host.settle()
     names = {link["ifname"] for link in world.host.exec(["ip", "-json", "link"]).json()}
     assert names == {"lo", "uplink0", "rdmanet0", "rdmanet1", kept.host_ifname, foreign.host_ifname}
     with world.datapath() as datapath:

@@ -136,7 +136,8 @@ class World:
         return self.host.exec(argv, cwd=str(REPOSITORY), check=check)
 
     def status(self) -> dict[str, Any]:
-        """GET /v1/status."""
+        """GET /v1/status, when nothing is being removed any more."""
+        self.host.settle()
         found: dict[str, Any] = self.host.api("GET", "/v1/status")
         return found
 

@@ -8,7 +8,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -103,9 +103,19 @@ def pending_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def api(attached: Attached, observed: Observed, pending_dir: Path) -> Iterator[Api]:
+def removals() -> list[Future[None]]:
+    """Everybody who waits until nothing is left to remove."""
+    return []
+
+
+@pytest.fixture
+def api(attached: Attached, observed: Observed, pending_dir: Path, removals: list[Future[None]]) -> Iterator[Api]:
     async def status() -> dict[str, object]:
         return {"agent": {}}
+
+    def settled() -> Future[None]:
+        removals.append(Future())
+        return removals[-1]
 
     with ThreadPoolExecutor(8) as executor:
         yield Api(
@@ -116,6 +126,7 @@ def api(attached: Attached, observed: Observed, pending_dir: Path) -> Iterator[A
             swap=dict,
             observer=observed,
             pending_dir=pending_dir,
+            settled=settled,
         )
 
 
@@ -428,3 +439,23 @@ async def test_a_del_is_asked_about_when_its_turn_comes(
     assert [status for status, _ in await asyncio.gather(running, replayed)] == [200, 200]
     assert asked == [["add c1 begins", "add c1 ends"]]
     assert attached.events[2:] == events
+
+
+async def test_settled_answers_when_nothing_is_left(
+    client: aiohttp.ClientSession, removals: list[Future[None]]
+) -> None:
+    async with client.get("/v1/settled", params={"timeout_s": "0.01"}) as answer:
+        assert answer.status == 503
+        assert "Links are still being removed after 0.01 s" in (await answer.json())["error"]
+    (given_up,) = removals
+    assert given_up.cancelled()
+    async with client.get("/v1/settled", params={"timeout_s": "soon"}) as answer:
+        assert answer.status == 400
+
+
+async def test_settled_at_once(client: aiohttp.ClientSession, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: Future[None] = Future()
+    done.set_result(None)
+    monkeypatch.setattr(api, "_settled", lambda: done)
+    async with client.get("/v1/settled") as answer:
+        assert (answer.status, await answer.json()) == (200, {})

@@ -27,6 +27,7 @@ class Numbers:
         self.counted: dict[tuple[int, str, str], Count] = {}
         self.dropped: dict[tuple[int, str], int] = {}
         self.counts = Counts()
+        self.failed = 3  # removals
 
     def counters(self) -> dict[tuple[int, str, str], Count]:
         return self.counted
@@ -52,7 +53,7 @@ def numbers() -> Numbers:
 
 @pytest.fixture
 def metrics(store: Store, numbers: Numbers) -> Metrics:
-    return Metrics(store, numbers, numbers)  # type: ignore[arg-type]
+    return Metrics(store, numbers, numbers, numbers)  # type: ignore[arg-type]
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, Labels], float]:
@@ -75,6 +76,7 @@ def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
     names = {family.name for family in text_string_to_metric_families(metrics.text().decode())}
     assert {name for name in names if not name.endswith("_created")} == {
         "rdmanet_attachments",
+        "rdmanet_removals_failed",
         "rdmanet_pod_packets",
         "rdmanet_pod_bytes",
         "rdmanet_drops",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import itertools
 import socket
@@ -15,9 +14,10 @@ from typing import Any
 import pytest
 
 from rdmanet import pods as module
-from rdmanet.errors import KernelError, UnavailableError
+from rdmanet.errors import UnavailableError
 from rdmanet.model import Attachment, NetnsId, PodName, address_key
 from rdmanet.netlink import namespace
+from rdmanet.netlink.namespace import Listening
 from rdmanet.pods import Pods
 from tests.unit.test_store import DEVICE, wanted
 
@@ -49,16 +49,15 @@ class Server:
 
 
 class Namespaces:
-    """Stands for entering namespaces, which needs root: what ``open`` gets from the kernel."""
+    """Stands for being inside a namespace, which needs root: what ``listen`` gets from the kernel."""
 
     def __init__(self) -> None:
-        self.error: int | None = None
+        self.taken = False
         self._cookies = itertools.count(100)
 
-    def run_inside(self, descriptor: int, function: Callable[[], Any]) -> socket.socket:
-        if self.error is not None:
-            raise OSError(self.error, "refused")
-        return socket.socket(socket.AF_UNIX)
+    def listen(self, name: str) -> Listening:
+        assert name == "rdmanet"
+        return Listening(taken=True) if self.taken else Listening(socket.socket(socket.AF_UNIX))
 
     def cookie(self, sock: socket.socket) -> int:
         return next(self._cookies)
@@ -67,7 +66,7 @@ class Namespaces:
 @pytest.fixture
 def namespaces(monkeypatch: pytest.MonkeyPatch) -> Namespaces:
     found = Namespaces()
-    monkeypatch.setattr(namespace, "run_inside", found.run_inside)
+    monkeypatch.setattr(namespace, "listen", found.listen)
     monkeypatch.setattr(namespace, "cookie", found.cookie)
     return found
 
@@ -99,12 +98,17 @@ def attachment(number: int, **changes: object) -> Attachment:
     return wanted(number, id=number, **changes)
 
 
+def opened(pods: Pods, one: Attachment) -> None:
+    """What an ADD does: first inside the namespace, then outside."""
+    pods.open(one, pods.listen(one.netns_id))
+
+
 def test_one_listener_per_pod_from_first_to_last_attachment(pods: Pods, server: Server) -> None:
     first = attachment(1)
     second = attachment(2, ifname="net1", netns_id=first.netns_id, pod=first.pod)
-    pods.open(first, 0)
-    pods.open(second, 0)
-    pods.open(first, 0)  # again, as after a restart
+    opened(pods, first)
+    opened(pods, second)
+    opened(pods, first)  # again, as after a restart
     assert server.events == [("add", 100)]
     pods.close(first)
     assert server.events == [("add", 100), ("gone", "default/pod-1 None")]
@@ -121,15 +125,15 @@ def test_one_listener_per_pod_from_first_to_last_attachment(pods: Pods, server: 
 
 def test_a_taken_name_degrades_that_pod_alone(pods: Pods, server: Server, namespaces: Namespaces) -> None:
     bad, good = attachment(1), attachment(2)
-    namespaces.error = errno.EADDRINUSE
-    pods.open(bad, 0)
-    namespaces.error = None
-    pods.open(good, 0)
+    namespaces.taken = True
+    opened(pods, bad)
+    namespaces.taken = False
+    opened(pods, good)
     assert server.events == [("add", 100)]
     assert pods.degraded() == {
         bad.netns_id: "a process in the pod holds the lease socket's name @rdmanet; its leases cannot work"
     }
-    pods.open(bad, 0)
+    opened(pods, bad)
     assert pods.degraded() == {}, "the name is free again"
     assert server.events == [("add", 100), ("add", 101)]
     pods.close(bad)
@@ -137,33 +141,36 @@ def test_a_taken_name_degrades_that_pod_alone(pods: Pods, server: Server, namesp
 
 
 def test_a_degraded_pod_ends_without_a_listener(pods: Pods, server: Server, namespaces: Namespaces) -> None:
-    namespaces.error = errno.EADDRINUSE
-    pods.open(attachment(1), 0)
+    namespaces.taken = True
+    opened(pods, attachment(1))
     pods.close(attachment(1))
     assert server.events == [("gone", "default/pod-1 None")]
     assert pods.degraded() == {}
 
 
-def test_another_failure_is_an_error_and_leaves_nothing(pods: Pods, namespaces: Namespaces) -> None:
-    namespaces.error = errno.EMFILE
-    with pytest.raises(KernelError, match="The lease socket cannot be made inside the pod") as caught:
-        pods.open(attachment(1), 0)
-    assert caught.value.errno == errno.EMFILE
-    pods.close(attachment(1))  # the step's undo
-    assert pods.by_name(attachment(1).pod) is None
+def test_of_two_new_sockets_one_is_closed(pods: Pods, server: Server) -> None:
+    """Two attachments of one pod may be made at once."""
+    first = attachment(1)
+    second = attachment(2, ifname="net1", netns_id=first.netns_id, pod=first.pod)
+    made = [pods.listen(one.netns_id) for one in (first, second)]
+    for one, listening in zip((first, second), made, strict=True):
+        pods.open(one, listening)
+    assert server.events == [("add", 100)]
+    assert made[1].sock is not None
+    assert made[1].sock.fileno() == -1
 
 
 def test_a_silent_server_is_an_error(pods: Pods, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOP_TIMEOUT_S", 0.01)
     server.silent = True
     with pytest.raises(UnavailableError, match=r"did not answer within 0\.01 s"):
-        pods.open(attachment(1), 0)
+        opened(pods, attachment(1))
 
 
 def test_lookups(pods: Pods) -> None:
     one, two = attachment(1, wants_rdma=True, device=DEVICE), attachment(2)
-    pods.open(one, 0)
-    pods.open(two, 0)
+    opened(pods, one)
+    opened(pods, two)
     view = pods.by_name(PodName("default", "pod-1"))
     assert view is not None
     assert (view.name, view.device, view.max_leases) == (one.pod, DEVICE, 7)
@@ -182,8 +189,8 @@ def test_lookups(pods: Pods) -> None:
 
 def test_of_two_pods_with_one_name_the_newer_answers(pods: Pods) -> None:
     old, new = attachment(1), attachment(2, pod=attachment(1).pod)
-    pods.open(new, 0)
-    pods.open(old, 0)  # a restart may adopt in any order
+    opened(pods, new)
+    opened(pods, old)  # a restart may adopt in any order
     view = pods.by_name(old.pod)
     assert view is not None
     assert view.addresses == tuple(address_key(address) for address in new.addresses)
@@ -204,12 +211,12 @@ def test_a_pods_addresses_for_leases_are_those_with_the_device(pods: Pods) -> No
         ipv6=None,
         device=DEVICE,
     )
-    pods.open(plain, 0)
+    opened(pods, plain)
     before = pods.by_name(plain.pod)
     assert before is not None
     assert before.device is None
     assert len(before.addresses) == 2
-    pods.open(fast, 0)
+    opened(pods, fast)
     view = pods.by_name(plain.pod)
     assert view is not None
     assert view.device == DEVICE

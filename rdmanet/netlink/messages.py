@@ -1,0 +1,312 @@
+"""rtnetlink messages of every ADD and DEL, packed by hand: a general encoder takes 0.2 to 0.5 ms for each.
+
+Pure; tests read them back with pyroute2's decoder. Layouts are those of include/uapi/linux/{rtnetlink,if_link,if_addr,
+neighbour,pkt_sched,pkt_cls}.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rdmanet.model import IPAddress
+
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+NLM_F_REQUEST = 0x1
+NLM_F_ACK = 0x4
+NLM_F_REPLACE = 0x100
+NLM_F_EXCL = 0x200
+NLM_F_CREATE = 0x400
+
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR = 20
+RTM_NEWROUTE = 24
+RTM_NEWNEIGH = 28
+RTM_NEWQDISC = 36
+RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
+
+IFF_UP = 0x1
+IFA_F_NODAD = 0x02
+NUD_PERMANENT = 0x80
+RTNH_F_ONLINK = 4
+RT_TABLE_MAIN = 254
+RTPROT_STATIC = 4
+RTN_UNICAST = 1
+RTAX_MTU = 2
+IN6_ADDR_GEN_MODE_NONE = 1
+RTEXT_FILTER_SKIP_STATS = 8
+ETH_P_ALL = 0x0003
+TC_H_CLSACT = 0xFFFFFFF1
+TC_H_CLSACT_INGRESS = 0xFFFFFFF2
+TCA_BPF_FLAG_ACT_DIRECT = 1
+#: Fixed place of our filter on every hook, so that it is found, replaced and removed without touching another's.
+FILTER_PRIORITY = 0x7D0A
+FILTER_HANDLE = 0x1
+
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK = 1, 3, 4, 5
+_IFLA_LINKINFO, _IFLA_AF_SPEC, _IFLA_GROUP, _IFLA_NET_NS_FD = 18, 26, 27, 28
+_IFLA_EXT_MASK, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 29, 31, 32
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+_IFLA_INET6_ADDR_GEN_MODE = 8
+_VETH_INFO_PEER = 1
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_NDA_DST, _NDA_LLADDR = 1, 2
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS = 1, 4, 5, 6, 8
+_TCA_KIND, _TCA_OPTIONS = 1, 2
+_TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_ID = 6, 7, 8, 11
+_NLA_F_NESTED = 0x8000
+_NLA_TYPE_MASK = 0x3FFF
+_FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
+_ONE = struct.pack("=I", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One request: ``operation`` and ``subject`` name it in errors; the errnos in ``accepted`` are no error."""
+
+    type: int
+    flags: int
+    body: bytes
+    operation: str
+    subject: str
+    accepted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What the agent needs to know of a netdev. ``peer_index`` is a veth's other end, as its own namespace counts."""
+
+    index: int
+    name: str
+    mac: str
+    mtu_bytes: int
+    up: bool
+    kind: str | None
+    peer_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A bpf filter: its name, and the kernel's number of the program that it runs."""
+
+    name: str
+    program_id: int
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def _number(kind: int, value: int) -> bytes:
+    return struct.pack("=HHI", 8, kind, value)
+
+
+def _text(kind: int, value: str) -> bytes:
+    return _attribute(kind, value.encode() + b"\0")
+
+
+def _nested(kind: int, *parts: bytes) -> bytes:
+    return _attribute(kind | _NLA_F_NESTED, b"".join(parts))
+
+
+def _ifinfo(index: int = 0, flags: int = 0, change: int = 0) -> bytes:
+    return struct.pack("=BxHiII", 0, 0, index, flags, change)
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+# Links
+
+
+def add_veth(
+    name: str, mac: str, mtu_bytes: int, *, peer_name: str, peer_mac: str, peer_namespace: int | None = None
+) -> Message:
+    """A veth pair, both ends down; the peer straight in another namespace where a descriptor is given."""
+    # One queue per CPU is the default and for XDP alone: a veth sends without a lock (NETIF_F_LLTX).
+    both = _number(_IFLA_MTU, mtu_bytes) + _attribute(_IFLA_NUM_TX_QUEUES, _ONE) + _attribute(_IFLA_NUM_RX_QUEUES, _ONE)
+    peer = _ifinfo() + _text(_IFLA_IFNAME, peer_name) + _attribute(_IFLA_ADDRESS, _mac(peer_mac)) + both
+    if peer_namespace is not None:
+        peer += _number(_IFLA_NET_NS_FD, peer_namespace)
+    body = (
+        _ifinfo()
+        + _text(_IFLA_IFNAME, name)
+        + _attribute(_IFLA_ADDRESS, _mac(mac))
+        + both
+        + _nested(
+            _IFLA_LINKINFO,
+            _text(_IFLA_INFO_KIND, "veth"),
+            _nested(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, peer)),
+        )
+    )
+    flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL
+    return Message(RTM_NEWLINK, flags, body, "RTM_NEWLINK", f"{name} and {peer_name}")
+
+
+def get_link(name: str) -> Message:
+    """Asks for a link by name; ``link`` reads the reply. ENODEV where there is none."""
+    body = _ifinfo() + _text(_IFLA_IFNAME, name) + _number(_IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
+    return Message(RTM_GETLINK, NLM_F_REQUEST, body, "RTM_GETLINK", name)
+
+
+def set_up(index: int) -> Message:
+    """Brings a link up."""
+    return Message(RTM_SETLINK, NLM_F_REQUEST, _ifinfo(index, IFF_UP, IFF_UP), "RTM_SETLINK", f"link {index}")
+
+
+def no_link_local(index: int) -> Message:
+    """Keeps the kernel from giving a link an fe80:: address; to be sent before it is up."""
+    mode = _attribute(_IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
+    body = _ifinfo(index) + _nested(_IFLA_AF_SPEC, _nested(_FAMILY[6], mode))
+    return Message(RTM_SETLINK, NLM_F_REQUEST, body, "RTM_SETLINK", f"link {index}")
+
+
+def set_group(name: str, group: int) -> Message:
+    """Puts a link, if it is there, into a link group."""
+    body = _ifinfo() + _text(_IFLA_IFNAME, name) + _number(_IFLA_GROUP, group)
+    return Message(RTM_SETLINK, NLM_F_REQUEST, body, "RTM_SETLINK", name, (errno.ENODEV,))
+
+
+def delete_link(name: str) -> Message:
+    """Removes a link, if it is there, and a veth's peer with it."""
+    body = _ifinfo() + _text(_IFLA_IFNAME, name)
+    return Message(RTM_DELLINK, NLM_F_REQUEST, body, "RTM_DELLINK", name, (errno.ENODEV,))
+
+
+def delete_group(group: int) -> Message:
+    """Removes every link of a group together (net/core/rtnetlink.c, rtnl_group_dellink)."""
+    body = _ifinfo() + _number(_IFLA_GROUP, group)
+    return Message(RTM_DELLINK, NLM_F_REQUEST, body, "RTM_DELLINK", f"link group {group}", (errno.ENODEV,))
+
+
+# Addresses, neighbours, routes
+
+
+def add_address(index: int, address: IPAddress, prefix_length: int) -> Message:
+    """Adds an address without duplicate address detection: ranges are ours, addresses are unique."""
+    flags = IFA_F_NODAD if address.version == 6 else 0
+    body = struct.pack("=BBBBI", _FAMILY[address.version], prefix_length, 0, 0, index)
+    body += _attribute(_IFA_LOCAL, address.packed) + _attribute(_IFA_ADDRESS, address.packed)
+    body += _number(_IFA_FLAGS, flags)
+    what = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
+    return Message(RTM_NEWADDR, what, body, "RTM_NEWADDR", f"{address}/{prefix_length}")
+
+
+def add_permanent_neighbour(index: int, address: IPAddress, mac: str) -> Message:
+    """A neighbour that never expires and is never asked for."""
+    body = struct.pack("=BxxxiHBB", _FAMILY[address.version], index, NUD_PERMANENT, 0, 0)
+    body += _attribute(_NDA_DST, address.packed) + _attribute(_NDA_LLADDR, _mac(mac))
+    return Message(RTM_NEWNEIGH, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, body, "RTM_NEWNEIGH", str(address))
+
+
+def add_route(
+    destination: IPNetwork, index: int, *, gateway: IPAddress, mtu_bytes: int | None = None, metric: int
+) -> Message:
+    """A route through a gateway that is on the link whatever its address."""
+    body = struct.pack(
+        "=BBBBBBBBI",
+        _FAMILY[destination.version],
+        destination.prefixlen,
+        0,
+        0,
+        RT_TABLE_MAIN,
+        RTPROT_STATIC,
+        0,
+        RTN_UNICAST,
+        RTNH_F_ONLINK,
+    )
+    if destination.prefixlen:
+        body += _attribute(_RTA_DST, destination.network_address.packed)
+    body += _number(_RTA_OIF, index) + _attribute(_RTA_GATEWAY, gateway.packed) + _number(_RTA_PRIORITY, metric)
+    if mtu_bytes is not None:
+        body += _nested(_RTA_METRICS, _number(RTAX_MTU, mtu_bytes))
+    what = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
+    return Message(RTM_NEWROUTE, what, body, "RTM_NEWROUTE", str(destination))
+
+
+# tc
+
+
+def _tcmsg(index: int, handle: int, parent: int, info: int) -> bytes:
+    return struct.pack("=BxxxiIII", 0, index, handle, parent, info)
+
+
+def add_clsact(index: int) -> Message:
+    """The clsact qdisc; one that is there already is no error."""
+    body = _tcmsg(index, 0xFFFF0000, TC_H_CLSACT, 0) + _text(_TCA_KIND, "clsact")
+    flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL
+    return Message(RTM_NEWQDISC, flags, body, "RTM_NEWQDISC", f"clsact on link {index}", (errno.EEXIST,))
+
+
+_FILTER_INFO = FILTER_PRIORITY << 16 | socket.htons(ETH_P_ALL)
+
+
+def set_ingress_filter(index: int, program: int, name: str) -> Message:
+    """Puts a direct-action program at our fixed place of the link's ingress; replaces in place without loss."""
+    body = _tcmsg(index, FILTER_HANDLE, TC_H_CLSACT_INGRESS, _FILTER_INFO) + _text(_TCA_KIND, "bpf")
+    body += _nested(
+        _TCA_OPTIONS,
+        _number(_TCA_BPF_FD, program),
+        _text(_TCA_BPF_NAME, name),
+        _number(_TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT),
+    )
+    flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
+    return Message(RTM_NEWTFILTER, flags, body, "RTM_NEWTFILTER", f"{name} on link {index}")
+
+
+def get_ingress_filter(index: int) -> Message:
+    """Asks for the filter at our fixed place; ``bpf_filter`` reads the reply. None there, or no clsact: no reply."""
+    body = _tcmsg(index, FILTER_HANDLE, TC_H_CLSACT_INGRESS, _FILTER_INFO) + _text(_TCA_KIND, "bpf")
+    nothing = (errno.ENOENT, errno.EINVAL, errno.ENODEV)
+    return Message(RTM_GETTFILTER, NLM_F_REQUEST, body, "RTM_GETTFILTER", f"link {index}", nothing)
+
+
+# Replies
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, value) of each attribute in a row of them."""
+    offset, end = 0, len(data)
+    while offset + 4 <= end:
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            return
+        yield kind & _NLA_TYPE_MASK, data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def link(payload: bytes) -> Link:
+    """A link from the payload of RTM_NEWLINK."""
+    index, flags = struct.unpack_from("=iI", payload, 4)
+    found = dict(attributes(payload[16:]))
+    info = dict(attributes(found.get(_IFLA_LINKINFO, b"")))
+    kind = info.get(_IFLA_INFO_KIND)
+    peer = found.get(_IFLA_LINK)
+    return Link(
+        index=index,
+        name=_string(found[_IFLA_IFNAME]),
+        mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
+        mtu_bytes=int(struct.unpack("=I", found[_IFLA_MTU])[0]),
+        up=bool(flags & IFF_UP),
+        kind=None if kind is None else _string(kind),
+        peer_index=None if peer is None else int(struct.unpack("=I", peer)[0]),
+    )
+
+
+def bpf_filter(payload: bytes) -> Filter:
+    """A bpf filter from the payload of RTM_NEWTFILTER."""
+    options = dict(attributes(dict(attributes(payload[20:])).get(_TCA_OPTIONS, b"")))
+    return Filter(
+        name=_string(options.get(_TCA_BPF_NAME, b"")),
+        program_id=int.from_bytes(options.get(_TCA_BPF_ID, b""), "little"),
+    )
+
+
+def _string(value: bytes) -> str:
+    return value.split(b"\0", 1)[0].decode(errors="replace")

@@ -1,0 +1,210 @@
+"""The second half of a DEL, in the background: links go, and with them rows and addresses.
+
+The kernel removes a netdev only after waiting for RCU (20 to 40 ms each, net/core/dev.c, netdev_run_todo). A DEL
+answers before that, when traffic is cut. The row stays ``releasing`` until its link is gone: neither its addresses nor
+its names are given away before.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from rdmanet import steps
+from rdmanet.errors import RdmanetError
+from rdmanet.model import Attachment, address_key
+from rdmanet.netlink import messages
+from rdmanet.netlink.batch import accepted
+
+log = logging.getLogger(__name__)
+
+#: Links that are removed together; the kernel's lock is held for about 1 ms each.
+MAX_TOGETHER = 32
+#: After a failure; doubled after each further one of the same attachment.
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 10.0
+
+Failures = dict[int, RdmanetError]
+
+
+class Removals:
+    """What is still to be removed, and the thread that does it. Thread-safe."""
+
+    def __init__(self, parts: steps.Parts, fault_point: steps.FaultPoint = steps.no_fault):
+        self._parts = parts
+        self._fault_point = fault_point
+        self._changed = threading.Condition()
+        self._queue: dict[int, Attachment] = {}
+        self._failures: dict[int, tuple[int, float, RdmanetError]] = {}  # times, when again, why
+        self._failed = 0
+        self._idle: list[Future[None]] = []
+        self._stop_by_s: float | None = None
+        self._thread: threading.Thread | None = None
+
+    # What others ask for
+
+    def start(self) -> None:
+        """Begins to work in the background."""
+        self._thread = threading.Thread(target=self._work, name="rdmanet-removal", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends what is under way, for so long at most; what is left stays a row ``releasing`` for the next start."""
+        with self._changed:
+            self._stop_by_s = time.monotonic() + timeout_s
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        if self._queue:
+            log.warning("%d removal(s) are left to the next start", len(self._queue))
+
+    def put(self, attachment: Attachment) -> None:
+        """Takes over a row that is ``releasing``, with nothing left of it but its link."""
+        with self._changed:
+            self._queue[attachment.id] = attachment
+            self._changed.notify_all()
+
+    def pending(self, attachment_id: int) -> bool:
+        """Whether an attachment is to be removed still."""
+        with self._changed:
+            return attachment_id in self._queue
+
+    def wait_for(self, concerns: Callable[[Attachment], bool], timeout_s: float) -> bool:
+        """Waits until nothing that concerns the caller is to be removed; False when that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(map(concerns, self._queue.values())), timeout_s)
+
+    def wait_for_one(self, timeout_s: float) -> bool:
+        """Waits until something has been removed; False when there is nothing to wait for, or it takes longer."""
+        with self._changed:
+            before = set(self._queue)
+            return bool(before) and self._changed.wait_for(lambda: not before <= self._queue.keys(), timeout_s)
+
+    def settled(self) -> Future[None]:
+        """Done when nothing is left to remove."""
+        future: Future[None] = Future()
+        with self._changed:
+            if self._queue:
+                self._idle.append(future)
+                return future
+        future.set_result(None)
+        return future
+
+    @property
+    def failed(self) -> int:
+        """How many tries have failed since the start."""
+        return self._failed
+
+    def status(self) -> dict[str, object]:
+        """For ``GET /v1/status``: how many are to be removed, and why some of them are not gone yet."""
+        with self._changed:
+            return {
+                "count": len(self._queue),
+                "failing": {
+                    self._queue[number].host_ifname: str(error)
+                    for number, (_, _, error) in self._failures.items()
+                    if number in self._queue
+                },
+            }
+
+    # The work
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._due() or self._stopping(), self._pause_s())
+                due = self._due()
+                if self._stopping() and (not due or time.monotonic() >= (self._stop_by_s or 0.0)):
+                    return
+            if due:
+                self._take_out(due, self.remove(due))
+
+    def _stopping(self) -> bool:
+        return self._stop_by_s is not None
+
+    def _due(self) -> list[Attachment]:
+        now = time.monotonic()
+        due = [a for a in self._queue.values() if a.id not in self._failures or self._failures[a.id][1] <= now]
+        return due[:MAX_TOGETHER]
+
+    def _pause_s(self) -> float | None:
+        """Until the first failed one is due again; None: until somebody says something."""
+        if self._due():
+            return 0.0
+        times = [when for number, (_, when, _) in self._failures.items() if number in self._queue]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _take_out(self, tried: Sequence[Attachment], failures: Failures) -> None:
+        idle: list[Future[None]] = []
+        with self._changed:
+            for attachment in tried:
+                error = failures.get(attachment.id)
+                if error is None:
+                    self._queue.pop(attachment.id, None)
+                    self._failures.pop(attachment.id, None)
+                    continue
+                self._failed += 1
+                times = self._failures.get(attachment.id, (0, 0.0, error))[0] + 1
+                pause_s = min(FIRST_PAUSE_S * 2 ** (times - 1), LONGEST_PAUSE_S)
+                self._failures[attachment.id] = (times, time.monotonic() + pause_s, error)
+                log.warning("%s is not removed yet, tried %d times: %s", attachment.host_ifname, times, error)
+            if not self._queue:
+                idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for future in idle:
+            # Whoever waited may have given up.
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+
+    def remove(self, attachments: Sequence[Attachment]) -> Failures:
+        """Removes links and rows, in the calling thread; returns what failed, by attachment id. Idempotent."""
+        try:
+            self._fault_point("undo link")
+            failures = self._remove_links(attachments)
+            gone = [attachment for attachment in attachments if attachment.id not in failures]
+            self._forget(gone)
+        except RdmanetError as error:
+            return {attachment.id: error for attachment in attachments}
+        for attachment in gone:
+            log.info("removed %s of %s", attachment.host_ifname, attachment.pod)
+        return failures
+
+    def _remove_links(self, attachments: Sequence[Attachment]) -> Failures:
+        names = [attachment.host_ifname for attachment in attachments]
+        # Together, by way of a link group whose number nobody else can know. One by one what has failed before, so that
+        # no link stands in the way of others.
+        alone = len(attachments) == 1 or any(attachment.id in self._failures for attachment in attachments)
+        if alone:
+            batch = [messages.delete_link(name) for name in names]
+        else:
+            group = 0x40000000 | secrets.randbits(30)
+            batch = [messages.set_group(name, group) for name in names]
+            batch.append(messages.delete_group(group))
+        replies = self._parts.host.exchange(batch)
+        if not alone:
+            accepted(batch[-1:], replies[-1:])
+        failures: Failures = {}
+        for attachment, message, reply in zip(attachments, batch, replies, strict=False):
+            try:
+                accepted([message], [reply])
+            except RdmanetError as error:
+                failures[attachment.id] = error
+        return failures
+
+    def _forget(self, attachments: Sequence[Attachment]) -> None:
+        datapath = self._parts.datapath
+        keys = {address_key(address) for one in attachments if one.wants_rdma for address in one.addresses}
+        if keys:
+            for address, qpn in datapath.guards():
+                if address in keys:
+                    datapath.delete_guard(address, qpn)
+        for attachment in attachments:
+            datapath.forget(attachment.id)
+        self._fault_point("forget")
+        self._parts.store.forget(*(attachment.id for attachment in attachments))
+        for attachment in attachments:
+            self._parts.host_ends.forget(attachment.id)
