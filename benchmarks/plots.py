@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.question import LIMIT, OURS, Question, Record
 from benchmarks.results import Comparison
 
 #: Okabe and Ito's colours: distinct for all eyes.
 WIN, LOSS, EVEN, GOAL, PEER = "#009E73", "#D55E00", "#999999", "#000000", "#56B4E9"
+BAND = "#F3F3F3"
 #: More panels than this do not fit a page; the rest of the cases is in the samples.
 MOST_PANELS = 24
 DOTS_PER_INCH = 120
@@ -38,32 +41,60 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def _ratios(question: Question, comparisons: list[Comparison]) -> Figure:
-    """A row per comparison: the ratio as a dot with its spread, the goal as a tick; 1 is the peer."""
-    rows = [comparison for comparison in comparisons if comparison.ratio]
-    figure = Figure(figsize=(8.5, 1.2 + 0.24 * len(rows)))
-    axes = figure.add_subplot()
-    for position, comparison in enumerate(rows):
-        ratio = comparison.ratio or 0.0
-        verdict = comparison.verdict
-        colour = EVEN if verdict == "even" else WIN if ratio < 1 or verdict.startswith("within") else LOSS
-        if comparison.spread is not None:
-            axes.plot(comparison.spread, (position, position), color=colour, linewidth=2.5, solid_capstyle="butt")
-        axes.plot(ratio, position, "o", color=colour, markersize=5)
-        axes.annotate(f"{ratio:.2f}", (ratio, position), xytext=(6, 3), textcoords="offset points", fontsize=7)
-        if comparison.goal is not None:
-            axes.plot(comparison.goal, position, "|", color=GOAL, markersize=11, markeredgewidth=1.6)
+    """A row per case and peer, a column per statistic: the ratio as a dot with its spread, the goal as a tick."""
+    shown = [comparison for comparison in comparisons if comparison.ratio]
+    rows = list(dict.fromkeys((comparison.case, comparison.peer) for comparison in shown))
+    columns = list(dict.fromkeys(comparison.statistic for comparison in shown))
+    figure = Figure(figsize=(3.6 + 4.9 * len(columns), 1.2 + 0.24 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, statistic in zip(panels, columns, strict=True):
+        for comparison in shown:
+            if comparison.statistic is statistic:
+                _dot(axes, rows.index((comparison.case, comparison.peer)), comparison)
+        _bands(axes, [case for case, _ in rows])
+        _ratio_axis(axes)
+        axes.set_title(str(statistic), fontsize=9)
+    panels[0].set_yticks(range(len(rows)), [f"{case} / {peer}" for case, peer in rows], fontsize=8)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.supxlabel(
+        "rdmanet's cost over the peer's (left of 1: rdmanet wins); | is the goal; bars: 25th to 75th percentile",
+        fontsize=9,
+    )
+    figure.suptitle(question.text, fontsize=10)
+    return figure
+
+
+def _dot(axes: Axes, position: int, comparison: Comparison) -> None:
+    ratio = comparison.ratio or 0.0
+    verdict = comparison.verdict
+    colour = EVEN if verdict == "even" else WIN if ratio < 1 or verdict.startswith("within") else LOSS
+    if comparison.spread is not None:
+        axes.plot(comparison.spread, (position, position), color=colour, linewidth=2.5, solid_capstyle="butt")
+    axes.plot(ratio, position, "o", color=colour, markersize=5)
+    axes.annotate(f"{ratio:.2f}", (ratio, position), xytext=(6, 3), textcoords="offset points", fontsize=7)
+    if comparison.goal is not None:
+        axes.plot(comparison.goal, position, "|", color=GOAL, markersize=11, markeredgewidth=1.6)
+
+
+def _bands(axes: Axes, cases: list[str]) -> None:
+    """Every second case has a grey ground: its rows belong together."""
+    for number, case in enumerate(dict.fromkeys(cases)):
+        if number % 2:
+            first = cases.index(case)
+            axes.axhspan(first - 0.5, first + cases.count(case) - 0.5, color=BAND, linewidth=0, zorder=0)
+
+
+def _ratio_axis(axes: Axes) -> None:
+    """Logarithmic, with as many ticks named as have room."""
     axes.axvline(1, color=EVEN, linewidth=0.8, zorder=0)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = math.log10(high / low)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 4.5 else (1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
-    axes.set_yticks(range(len(rows)), [f"{row.case} {row.statistic} / {row.peer}" for row in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(
-        "rdmanet's cost over the peer's (left of 1: rdmanet wins); | is the goal; bars: 25th to 75th percentile"
-    )
-    axes.set_title(question.text, fontsize=10, loc="left")
-    return figure
+    axes.xaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
+    axes.xaxis.set_minor_formatter("{x:g}" if decades < 0.8 else NullFormatter())
+    axes.tick_params(axis="x", which="both", labelsize=7)
 
 
 def _samples(question: Question, record: Record) -> Figure:
