@@ -7,9 +7,8 @@ import ipaddress
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
@@ -224,4 +223,4 @@ def test_a_pods_addresses_for_leases_are_those_with_the_device(pods: Pods) -> No
 
 
 async def test_holder_of_an_unknown_device(pods: Pods) -> None:
-    assert await pods.holder(DEVICE, 17) is None
+    assert await pods.holders(DEVICE) == {}
