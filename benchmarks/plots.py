@@ -19,6 +19,8 @@ WIN, LOSS, EVEN, GOAL, PEER = "#009E73", "#D55E00", "#999999", "#000000", "#56B4
 BAND = "#F3F3F3"
 #: More panels than this do not fit a page; the rest of the cases is in the samples.
 MOST_PANELS = 24
+#: Fewer samples are drawn as the dots that they are, as well.
+LEAST_FOR_BOX = 5
 DOTS_PER_INCH = 120
 
 
@@ -126,8 +128,11 @@ def _panel(axes: Axes, case: str, unit: str, contenders: dict[str, list[float]])
         medianprops={"color": GOAL},
         widths=0.6,
     )
-    for name, box in zip(names, boxes["boxes"], strict=True):
-        box.set_facecolor({OURS: WIN, LIMIT: EVEN}.get(name, PEER))
+    for position, (name, box) in enumerate(zip(names, boxes["boxes"], strict=True), 1):
+        colour = {OURS: WIN, LIMIT: EVEN}.get(name, PEER)
+        box.set_facecolor(colour)
+        if len(contenders[name]) < LEAST_FOR_BOX:
+            axes.plot(contenders[name], [position] * len(contenders[name]), "o", color=colour, markersize=5)
     axes.set_yticks(range(1, len(names) + 1), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(left=0)

@@ -113,8 +113,7 @@ def settle(path: str) -> None:
         answer = b""
         while more := connection.recv(65536):
             answer += more
-    # 404: an agent that removes everything before it answers DEL, and has nothing to wait for.
-    if answer.split(b" ", 2)[1:2] not in ([b"200"], [b"404"]):
+    if answer.split(b" ", 2)[1:2] != [b"200"]:
         raise OSError(f"the agent does not say whether all is removed: {answer[:200]!r}")
 
 

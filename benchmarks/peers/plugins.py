@@ -160,9 +160,12 @@ class Runtime:
                 pod.result = json.loads(results[-1]["output"])
         return Calls(tuple(outcomes), answer["wall_s"], answer["settled_s"])
 
-    def execute(self, argv: Sequence[str], count: int, at_once: int) -> Calls:
-        """Any other executable, by the same way."""
-        one = {"argv": list(argv), "environment": dict(ENVIRONMENT), "input": dict(self.configuration)}
+    def execute(
+        self, argv: Sequence[str], count: int, at_once: int, environment: Mapping[str, str] | None = None
+    ) -> Calls:
+        """Any other executable, by the same way; reads the configuration as all do."""
+        document = {**self.configuration, "cniVersion": "1.1.0"}
+        one = {"argv": list(argv), "environment": {**ENVIRONMENT, **(environment or {})}, "input": document}
         answer = self._ask({"do": "call", "chains": [[one]] * count, "at_once": at_once, "settled": None})
         outcomes = tuple((self._outcome(argv[0], results[0]),) for results in answer["chains"])
         return Calls(outcomes, answer["wall_s"], answer["settled_s"])
