@@ -71,6 +71,7 @@ class Attachments:
         without the namespace, UnavailableError for RDMA on a host without it, CniError (11) where what it needs is not
         removed in time. Leaves nothing behind on failure.
         """
+        self._removals.linger()
         wants_rdma = request.wants_rdma
         if wants_rdma and self._parts.devices is None:
             raise UnavailableError(
@@ -124,6 +125,7 @@ class Attachments:
                     # The row stays, and the next DEL, GC or start finishes it.
                     log.error("%s is left half-made: %s", attachment.host_ifname, error)
                 raise
+        self._removals.linger()
         log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
         return result
 

@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -217,41 +217,23 @@ class Store:
         """The attachment of that key, or None."""
         with self._lock:
             rows = self._rows("SELECT * FROM attachments WHERE container_id = ? AND ifname = ?", (container_id, ifname))
-            return self._attachment(rows[0]) if rows else None
+            if not rows:
+                return None
+            query = "SELECT address FROM addresses WHERE attachment_id = ?"
+            return _attachment(rows[0], [row["address"] for row in self._rows(query, (rows[0]["id"],))])
 
     def attachments(self) -> list[Attachment]:
         """Every attachment, oldest first."""
         with self._lock:  # rows and their addresses as of one moment
-            return [self._attachment(row) for row in self._rows("SELECT * FROM attachments ORDER BY id")]
+            keys: dict[int, list[bytes]] = {}
+            for row in self._rows("SELECT attachment_id, address FROM addresses"):
+                keys.setdefault(row["attachment_id"], []).append(row["address"])
+            rows = self._rows("SELECT * FROM attachments ORDER BY id")
+            return [_attachment(row, keys.get(row["id"], [])) for row in rows]
 
-    def taken(self) -> set[bytes]:
-        """The address keys in use."""
-        return {row["address"] for row in self._rows("SELECT address FROM addresses")}
-
-    def _attachment(self, row: sqlite3.Row) -> Attachment:
-        keys = self._rows("SELECT address FROM addresses WHERE attachment_id = ?", (row["id"],))
-        addresses: list[IPAddress] = [address_of(key["address"]) for key in keys]
-        device = json.loads(row["device"]) if row["device"] else None
-        if device is not None:
-            device = Device(**{**device, "mode": RdmaMode(device["mode"])})
-        return Attachment(
-            id=row["id"],
-            container_id=row["container_id"],
-            ifname=row["ifname"],
-            network=row["network"],
-            netns=row["netns"],
-            netns_id=NetnsId(dev=row["netns_dev"], ino=row["netns_ino"]),
-            pod=PodName(namespace=row["pod_namespace"], name=row["pod_name"]),
-            state=AttachmentState(row["state"]),
-            mac=row["mac"],
-            mtu_bytes=row["mtu_bytes"],
-            ipv4=next((a for a in addresses if isinstance(a, ipaddress.IPv4Address)), None),
-            ipv6=next((a for a in addresses if isinstance(a, ipaddress.IPv6Address)), None),
-            wants_rdma=bool(row["wants_rdma"]),
-            guard=GuardMode(row["guard"]),
-            device=device,
-            result=json.loads(row["result"]),
-        )
+    def taken(self) -> Container[bytes]:
+        """The address keys in use, asked for one by one: there may be thousands."""
+        return _Taken(self._rows)
 
     # What was done to the host, and which boot this is
 
@@ -282,6 +264,39 @@ class Store:
     def effects(self) -> dict[str, str]:
         """Effects on the host that were recorded and not taken back."""
         return {row["name"]: row["detail"] for row in self._rows("SELECT name, detail FROM host_effects")}
+
+
+class _Taken(Container[bytes]):
+    def __init__(self, rows: Callable[[str, tuple[object, ...]], list[sqlite3.Row]]):
+        self._rows = rows
+
+    def __contains__(self, key: object) -> bool:
+        return bool(self._rows("SELECT 1 FROM addresses WHERE address = ?", (key,)))
+
+
+def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
+    addresses: list[IPAddress] = [address_of(key) for key in keys]
+    device = json.loads(row["device"]) if row["device"] else None
+    if device is not None:
+        device = Device(**{**device, "mode": RdmaMode(device["mode"])})
+    return Attachment(
+        id=row["id"],
+        container_id=row["container_id"],
+        ifname=row["ifname"],
+        network=row["network"],
+        netns=row["netns"],
+        netns_id=NetnsId(dev=row["netns_dev"], ino=row["netns_ino"]),
+        pod=PodName(namespace=row["pod_namespace"], name=row["pod_name"]),
+        state=AttachmentState(row["state"]),
+        mac=row["mac"],
+        mtu_bytes=row["mtu_bytes"],
+        ipv4=next((a for a in addresses if isinstance(a, ipaddress.IPv4Address)), None),
+        ipv6=next((a for a in addresses if isinstance(a, ipaddress.IPv6Address)), None),
+        wants_rdma=bool(row["wants_rdma"]),
+        guard=GuardMode(row["guard"]),
+        device=device,
+        result=json.loads(row["result"]),
+    )
 
 
 @contextmanager

@@ -5,9 +5,10 @@ Synchronous, and safe to call from several threads: the kernel's maps are the on
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -68,6 +69,10 @@ class Datapath:
     def dispatcher(self, hook: str) -> int:
         """The program descriptor for the tc filter of ``pod``, ``host`` or ``uplink``; it stays ours to close."""
         return self._pinned.dispatchers[hook]
+
+    def dispatcher_id(self, hook: str) -> int:
+        """The kernel's number of that program, as filters show it."""
+        return bpf.program_info(self._pinned.dispatchers[hook]).id
 
     def swap(self, artifact: Artifact) -> None:
         """Replaces the programs behind all filters without losing a packet; errors as ``open``."""
@@ -130,6 +135,14 @@ class Datapath:
         """Says who may send to the queue pair ``qpn`` of ``address``; packets and bytes start from the entry's."""
         self._update("guard", layout.encode_guard_key(address, qpn), layout.encode_guard(entry))
 
+    def set_guards(self, entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> None:
+        """``set_guard`` of many in one call, by (address key, QPN). Raises as it does; what comes before the entry that
+        failed has been written."""
+        keys = b"".join([layout.encode_guard_key(address, qpn) for (address, qpn), _ in entries])
+        values = b"".join([layout.encode_guard(entry) for _, entry in entries])
+        with self._full("guard"):
+            bpf.update_batch(self._pinned.maps["guard"], keys, values, len(entries))
+
     def delete_guard(self, address: bytes, qpn: int) -> None:
         """Forgets the queue pair: it is unleased from now on."""
         self._delete("guard", layout.encode_guard_key(address, qpn))
@@ -180,8 +193,14 @@ class Datapath:
     # One map
 
     def _update(self, name: str, key: bytes, value: bytes) -> None:
-        try:
+        with self._full(name):
             bpf.update(self._pinned.maps[name], key, value)
+
+    @contextlib.contextmanager
+    def _full(self, name: str) -> Iterator[None]:
+        """Turns the kernel's answer that a map is full into ExhaustedError."""
+        try:
+            yield
         except BpfError as error:
             if error.errno in (errno.E2BIG, errno.ENOMEM):
                 bound = self._pinned.artifact.maps[name].max_entries
