@@ -34,7 +34,7 @@ check: setup
 	@$(PYTHON) -m testbed.suite --only check
 
 format: setup
-	@.venv/bin/ruff format . && .venv/bin/ruff check --fix . && .venv/bin/clang-format -i bpf/*.[ch] cni/*.[ch]
+	@.venv/bin/ruff format . && .venv/bin/ruff check --fix . && .venv/bin/clang-format -i bpf/*.[ch] cni/*.[ch] benchmarks/*.c
 
 bench: setup
 	@$(PYTHON) -m benchmarks.bench --only "$(ONLY)" --effort $(if $(QUICK),quick,full) $(if $(KEEP),--keep)

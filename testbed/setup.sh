@@ -101,6 +101,7 @@ step_if_changed() { # SENTENCE STAMP HASH COMMAND...
 }
 
 build_cni() { make -C cni OUT=../build/cni; }
+build_load() { make -C benchmarks OUT=../build/bench; }
 build_artifact() {
 	local source
 	source=$(.venv/bin/python -m testbed.headers)
@@ -108,7 +109,10 @@ build_artifact() {
 }
 
 [ -x build/cni/rdmanet ] || rm -f build/cni.made-from
+[ -x build/bench/netload ] || rm -f build/bench.made-from
 [ -d build/artifact ] || rm -f build/artifact.made-from
 step_if_changed "compiling the CNI executable" build/cni.made-from "$(hash_of cni/*.[ch] cni/Makefile)" build_cni
+step_if_changed "compiling the benchmarks' load program" build/bench.made-from \
+	"$(hash_of benchmarks/*.c benchmarks/Makefile)" build_load
 step_if_changed "compiling the datapath" build/artifact.made-from \
 	"$(hash_of bpf/*.[ch] rdmanet/datapath/*.py)" build_artifact
