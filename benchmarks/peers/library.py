@@ -1,0 +1,121 @@
+"""`rdmanet.verbs` inside a pod, timed where it runs: a program for `testbed.peer`.
+
+Requests: ``hello``, answered when all is imported; ``serve`` {service}; ``send`` {target, bytes, rounds} and ``write``
+{target, bytes, rounds} → {each_us}: half of a message there and back, and one RDMA WRITE that is waited for.
+Each connection begins with a message that says what it is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from rdmanet import verbs
+from rdmanet.errors import RdmanetError
+from rdmanet.verbs import RemoteRegion
+from rdmanet.verbs.queue_pair import QueuePair
+
+TIMEOUT_S = 60.0
+
+
+async def answer_messages(qp: QueuePair, rounds: int) -> None:
+    """The listener's side of ``send``: every message goes back."""
+    for _ in range(rounds):
+        await qp.send(await qp.recv())
+
+
+async def serve_connection(qp: QueuePair) -> None:
+    """The listener's side of any connection."""
+    async with qp:
+        wish = json.loads(await qp.recv())
+        if wish["do"] == "send":
+            await answer_messages(qp, wish["rounds"])
+        else:
+            await qp.send(qp.allocate(wish["bytes"], remote_write=True).remote.to_bytes())
+        await qp.recv()  # the connector is done: now the queue pair may go
+
+
+class Program:
+    """Carries out requests, one at a time."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: list[verbs.Listener] = []
+
+    async def hello(self) -> dict[str, Any]:
+        return {}
+
+    async def serve(self, service: str) -> dict[str, Any]:
+        listener = await verbs.listen(service, timeout_s=TIMEOUT_S)
+        self._listeners.append(listener)
+        self._spawn(self._accept(listener))
+        return {}
+
+    async def _accept(self, listener: verbs.Listener) -> None:
+        async for qp in listener:
+            self._spawn(serve_connection(qp))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            print(f"{type(task.exception()).__name__}: {task.exception()}", file=sys.stderr, flush=True)
+
+    async def send(self, target: str, bytes: int, rounds: int) -> dict[str, Any]:
+        message = b"x" * bytes
+        async with await verbs.connect(target, timeout_s=TIMEOUT_S) as qp:
+            await qp.send(json.dumps({"do": "send", "rounds": rounds}).encode())
+            began = time.monotonic_ns()
+            for _ in range(rounds):
+                await qp.send(message)
+                await qp.recv()
+            elapsed_ns = time.monotonic_ns() - began
+            await qp.send(b"done")
+        return {"each_us": elapsed_ns / 1000 / rounds / 2}
+
+    async def write(self, target: str, bytes: int, rounds: int) -> dict[str, Any]:
+        async with await verbs.connect(target, timeout_s=TIMEOUT_S) as qp:
+            await qp.send(json.dumps({"do": "write", "bytes": bytes}).encode())
+            remote = RemoteRegion.from_bytes(await qp.recv())
+            region = qp.allocate(bytes)
+            began = time.monotonic_ns()
+            for _ in range(rounds):
+                await qp.write(region, remote)
+            elapsed_ns = time.monotonic_ns() - began
+            await qp.send(b"done")
+        return {"each_us": elapsed_ns / 1000 / rounds}
+
+    async def answer(self, line: bytes) -> dict[str, Any]:
+        """Carry out one request."""
+        request = json.loads(line)
+        requests: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+            "hello": self.hello,
+            "serve": self.serve,
+            "send": self.send,
+            "write": self.write,
+        }
+        do = requests[request.pop("do")]
+        try:
+            return {**await do(**request), "ok": True}
+        except RdmanetError as error:
+            return {"ok": False, "kind": type(error).__name__, "sentence": str(error)}
+
+
+async def main() -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    program = Program()
+    while line := await reader.readline():
+        print(json.dumps(await program.answer(line)), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,134 @@
+"""perftest (ib_send_lat, ib_write_bw …) between the two pods of a pair; the cost of one operation.
+
+Everything sleeps on completion events (-e), as polling on one processor measures the scheduler. ib_write_bw and
+ib_write_lat cannot: the first runs here while the testbed's cgroup is idle (cpu.idle), so that it polls only when
+nobody else, rxe's workers included, has anything to do; the second, whose two ends both poll, not at all. The latency
+of a WRITE is therefore that of ib_write_bw with one request at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.peers.namespaces import Pair
+from rdmanet.errors import UnavailableError
+from testbed.container import CommandError, Completed, cgroup2_root
+from testbed.demo.rdma import last_figures, wait_for_line
+from testbed.demo.rows import StepError
+from testbed.paths import BUILD
+
+LISTENING = "Waiting for client"
+#: perftest 4.5's latency tests can miss a completion event and then wait for ever, over any path.
+STALLED_S = 20.0
+ATTEMPTS = 4
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """One of perftest's tools, and what it is told."""
+
+    program: str
+    options: tuple[str, ...]
+    polls: bool = False
+
+    @property
+    def latency(self) -> bool:
+        """Whether its table is a latency test's."""
+        return self.program.endswith("_lat")
+
+
+TESTS = {
+    # -C: in cycles, as the conversion measures the clock's rate for 0.2 s at each end.
+    "send-lat": Test("ib_send_lat", ("-e", "-C")),
+    "read-lat": Test("ib_read_lat", ("-e", "-C")),
+    "write-lat": Test("ib_write_bw", ("-t", "1"), polls=True),
+    "send-bw": Test("ib_send_bw", ("-e",)),
+    "read-bw": Test("ib_read_bw", ("-e",)),
+    "write-bw": Test("ib_write_bw", (), polls=True),
+}
+
+
+def cost_us(pair: Pair, name: str, size_bytes: int, iterations: int, version: int = 4) -> float:
+    """Microseconds per operation of `TESTS[name]`: latency tests' average, or the time per message of a stream.
+
+    Addresses of IP `version` are used. A run that stalls is made again; UnavailableError when all do, CommandError
+    when a tool fails.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            with _idle() if TESTS[name].polls else contextlib.nullcontext():
+                done = _run(pair, TESTS[name], size_bytes, iterations, version)
+            break
+        except (TimeoutError, CommandError) as error:
+            if isinstance(error, CommandError) and error.completed.returncode is not None:
+                raise
+    else:
+        raise UnavailableError(f"{TESTS[name].program} stalled {ATTEMPTS} times in a row", subject=name)
+    try:
+        figures = last_figures(done)
+    except StepError as error:
+        raise CommandError(f"printed no figures: {done.stdout[-500:]!r}", done) from error
+    if TESTS[name].latency:
+        return figures[5] / _clock_mhz()
+    mib_s, million_per_s = figures[3], figures[4]
+    # They are printed with two and six digits: take the one with more of them.
+    return 1 / million_per_s if million_per_s * 1e6 > mib_s * 1e2 else size_bytes / (1 << 20) / mib_s * 1e6
+
+
+def _run(pair: Pair, test: Test, size_bytes: int, iterations: int, version: int) -> Completed:
+    """Both ends, once; what the client printed. TimeoutError or CommandError (status None) when it stalls."""
+    ends = []
+    for end in (pair.server, pair.client):
+        # The GID by its index: the first one is link-local, which does not get through a router.
+        argv = [test.program, "-d", end.device, "-x", str(end.gid_index(version)), "-F", *test.options]
+        ends.append([*argv, "-s", str(size_bytes), "-n", str(iterations)])
+    (BUILD / "peers").mkdir(parents=True, exist_ok=True)
+    with (
+        (BUILD / "peers" / f"{test.program}.log").open("wb") as log,
+        # Line by line: what says that the server listens would else stay in its buffer.
+        pair.server.pod.popen(["stdbuf", "-oL", *ends[0]], stdout=subprocess.PIPE, stderr=log.fileno()) as server,
+    ):
+        wait_for_line(server, LISTENING, STALLED_S)
+        while True:
+            done = pair.client.pod.exec([*ends[1], pair.server.addresses[4]], timeout_s=STALLED_S, check=False)
+            # It says that it waits just before it listens.
+            early = done.returncode != 0 and "connect" in done.stdout + done.stderr and server.poll() is None
+            if not early:
+                break
+        if done.returncode is None:
+            raise CommandError("stalled", done)
+        if done.returncode != 0:
+            raise CommandError(f"ended with status {done.returncode}", done)
+        server.wait(STALLED_S)
+    return done
+
+
+@contextlib.contextmanager
+def _idle() -> Iterator[None]:
+    """Everything of the testbed's yields to everybody else (Documentation/admin-guide/cgroup-v2.rst, cpu.idle).
+
+    A process's own SCHED_IDLE counts within its cgroup only. Nothing changes where the cpu controller is elsewhere.
+    """
+    switch = cgroup2_root() / "rdmanet-testbed/cpu.idle"
+    if not switch.exists():
+        yield
+        return
+    before = switch.read_text()
+    switch.write_text("1")
+    try:
+        yield
+    finally:
+        switch.write_text(before)
+
+
+def _clock_mhz() -> float:
+    """What perftest takes as the rate of its cycles."""
+    for line in CPUINFO.read_text().splitlines():
+        if line.startswith("cpu MHz"):
+            return float(line.split(":")[1])
+    raise UnavailableError("this machine does not say how fast its clock is", subject=str(CPUINFO))
