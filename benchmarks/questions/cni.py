@@ -132,7 +132,7 @@ def _with_device(run: Run) -> None:
             contender.call(["ADD", "DEL"], pods, 1)
         for _ in run.rounds(5, 2):
             for name, contender in run.turns(contenders):
-                for _ in range(run.pick(3, 1, 1)):
+                for _ in range(run.pick(4, 1, 1)):
                     if name == OURS:
                         _ours_with_device(run, contender)
                     else:
