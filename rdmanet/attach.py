@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator
 
-from rdmanet import ipam, steps
+from rdmanet import adoption, ipam, steps
 from rdmanet.cni import CniCode, CniError, Interface, IpConfig, Request, Result, Route
 from rdmanet.errors import (
     ConflictError,
@@ -33,7 +33,7 @@ from rdmanet.model import (
     address_key,
     address_of,
 )
-from rdmanet.netlink import messages, namespace
+from rdmanet.netlink import namespace
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.removal import Removals
 
@@ -86,7 +86,7 @@ class Attachments:
                     f"{request.netns} is the host's own network namespace; rdmanet attaches pods only.",
                     subject=request.netns,
                 )
-            self._wait_for_removals(request, identity)
+            self._wait_for_removals(request)
             existing = self._parts.store.find(request.container_id, request.ifname)
             if existing is not None:
                 raise ConflictError(
@@ -114,7 +114,8 @@ class Attachments:
             attachment = self._reserve(wanted, request.ips)
             try:
                 self._fault_point("reserved")
-                attachment = steps.apply_all(self._parts, attachment, descriptor, self._fault_point)
+                making = steps.Making(descriptor, lambda: self._make_room(identity, request.ifname))
+                attachment = steps.apply_all(self._parts, attachment, making, self._fault_point)
                 result = self._result(attachment)
                 self._fault_point("commit ready")
                 self._parts.store.set_ready(attachment.id, result.to_json("1.1.0"))
@@ -129,22 +130,30 @@ class Attachments:
         log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
         return result
 
-    def _wait_for_removals(self, request: Request, netns: NetnsId) -> None:
-        """Until nothing that a DEL has left stands in the way of this ADD: a name, an interface, an address."""
+    def _wait_for_removals(self, request: Request) -> None:
+        """Until nothing that a DEL has left holds a name or an address that this ADD asks for."""
+        key = (request.container_id, request.ifname)
 
         def in_the_way(old: Attachment) -> bool:
-            return (
-                (old.container_id, old.ifname) == (request.container_id, request.ifname)
-                or (old.netns_id, old.ifname) == (netns, request.ifname)
-                or any(address in request.ips for address in old.addresses)
-            )
+            return (old.container_id, old.ifname) == key or any(address in request.ips for address in old.addresses)
 
         if not self._removals.wait_for(in_the_way, REMOVAL_TIMEOUT_S):
             raise CniError(
-                f"The interface or address that a DEL has left is still not removed after {REMOVAL_TIMEOUT_S:g} s;"
+                f"What a DEL has left of this interface or address is still there after {REMOVAL_TIMEOUT_S:g} s;"
                 " `rdmanet status` says why. Ask again.",
                 CniCode.TRY_AGAIN,
             )
+
+    def _make_room(self, netns: NetnsId, ifname: str) -> bool:
+        """Whether a DEL has left an interface of that name in the namespace, which is gone now.
+
+        Asked only where there is an interface: the kernel soon gives a new namespace the number of one that is gone.
+        """
+
+        def in_the_way(old: Attachment) -> bool:
+            return (old.netns_id, old.ifname) == (netns, ifname)
+
+        return self._removals.any(in_the_way) and self._removals.wait_for(in_the_way, REMOVAL_TIMEOUT_S)
 
     def _reserve(self, wanted: Attachment, requested: tuple[IPAddress, ...]) -> Attachment:
         while True:
@@ -224,7 +233,7 @@ class Attachments:
         self._parts.store.set_state(attachment.id, AttachmentState.RELEASING)
         with self._entered(attachment) as descriptor:
             steps.cut(self._parts, attachment, descriptor, self._fault_point)
-        log.info("cut off %s of %s", attachment.host_ifname, attachment.pod)
+        log.debug("cut off %s of %s", attachment.host_ifname, attachment.pod)
 
     @contextlib.contextmanager
     def _entered(self, attachment: Attachment) -> Iterator[int | None]:
@@ -323,11 +332,11 @@ class Attachments:
                 address = attachment.ipv4 if space.network.version == 4 else attachment.ipv6
                 if address is not None:
                     space.resume_after(address)
-        left = []
-        for attachment in attachments:
-            if attachment.state is not AttachmentState.READY or not self._adopt(attachment):
-                self._cut(attachment)
-                left.append(attachment)
+        ready = [attachment for attachment in attachments if attachment.state is AttachmentState.READY]
+        adopted = adoption.adopt(self._parts, ready)
+        left = [attachment for attachment in attachments if attachment.id not in adopted]
+        for attachment in left:
+            self._cut(attachment)
         if left:
             failures = self._removals.remove(left)
             for attachment in left:
@@ -348,30 +357,3 @@ class Attachments:
         for ifindex, entry in datapath.attachments().items():
             if entry.attachment_id not in numbers:
                 datapath.delete_attachment(ifindex)
-
-    def _adopt(self, attachment: Attachment) -> bool:
-        with self._entered(attachment) as descriptor:
-            if descriptor is None:
-                return False
-            (found,) = self._parts.host.exchange([messages.get_link(attachment.host_ifname)])
-            if found.errno:
-                return False
-            link = messages.link(found.payloads[0])
-            (filters,) = self._parts.host.exchange([messages.get_ingress_filter(link.index)])
-            if not filters.payloads:
-                log.warning("%s: the filter was missing and is put back", attachment.host_ifname)
-            # Also where it is there: it may be of pins that are gone (a bpffs that went with the agent's container),
-            # with maps that nobody writes any more. In place, without loss, 0.3 ms.
-            self._parts.host.send(steps.filter_messages(self._parts.datapath, link.index))
-            self._parts.host_ends.set(attachment.id, link.index)
-            own, endpoint = steps.entries(attachment, link.index)
-            present = self._parts.datapath.endpoints()
-            if self._parts.datapath.attachments().get(link.index) != own or any(
-                present.get(address_key(address)) != endpoint for address in attachment.addresses
-            ):
-                log.warning("%s: datapath entries differed and are written again", attachment.host_ifname)
-                steps.set_entries(self._parts.datapath, attachment, link.index)
-            listeners = self._parts.listeners
-            listening = namespace.run_inside(descriptor, lambda: listeners.listen(attachment.netns_id))
-            listeners.open(attachment, listening)
-        return True

@@ -84,23 +84,30 @@ class Pods:
                 return Listening()
         return namespace.listen(SOCKET_NAME.removeprefix("\0"))
 
-    def open(self, attachment: Attachment, listening: Listening) -> None:
+    def open(self, *opened: tuple[Attachment, Listening]) -> None:
         """See ``rdmanet.steps.Listeners``."""
-        with self._lock:
-            pod = self._pods.setdefault(attachment.netns_id, _Pod())
-            pod.attachments = [a for a in pod.attachments if a.id != attachment.id] + [attachment]
-            if pod.cookie is not None:
-                listening.close()
-                return
-            # The pod's own process took the name: the pod harms itself and nobody else.
-            pod.degraded = TAKEN if listening.taken else None
-            if listening.sock is not None:
-                pod.cookie = namespace.cookie(listening.sock)
-        if pod.degraded:
-            log.warning("%s: %s", attachment.pod, pod.degraded)
-        sock, cookie = listening.sock, pod.cookie
-        if sock is not None and cookie is not None:
-            self._on_loop(lambda server: server.add_listener(sock, cookie))
+        new: list[tuple[socket.socket, int]] = []
+        for attachment, listening in opened:
+            with self._lock:
+                pod = self._pods.setdefault(attachment.netns_id, _Pod())
+                pod.attachments = [a for a in pod.attachments if a.id != attachment.id] + [attachment]
+                if pod.cookie is not None:
+                    listening.close()
+                    continue
+                # The pod's own process took the name: the pod harms itself and nobody else.
+                pod.degraded = TAKEN if listening.taken else None
+                if listening.sock is not None:
+                    pod.cookie = namespace.cookie(listening.sock)
+                    new.append((listening.sock, pod.cookie))
+            if pod.degraded:
+                log.warning("%s: %s", attachment.pod, pod.degraded)
+
+        async def serve(server: LeaseServer) -> None:
+            for sock, cookie in new:
+                await server.add_listener(sock, cookie)
+
+        if new:
+            self._on_loop(serve)
 
     def close(self, attachment: Attachment) -> None:
         """See ``rdmanet.steps.Listeners``."""

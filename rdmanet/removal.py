@@ -88,6 +88,11 @@ class Removals:
         with self._changed:
             return attachment_id in self._queue
 
+    def any(self, concerns: Callable[[Attachment], bool]) -> bool:
+        """Whether something that concerns the caller is to be removed still."""
+        with self._changed:
+            return any(map(concerns, self._queue.values()))
+
     def wait_for(self, concerns: Callable[[Attachment], bool], timeout_s: float) -> bool:
         """Waits until nothing that concerns the caller is to be removed; False when that takes longer."""
         with self._changed:

@@ -38,8 +38,8 @@ class Listeners(Protocol):
     def listen(self, netns: NetnsId) -> Listening:
         """Makes the pod's listening socket where it has none; called by a thread inside the namespace."""
 
-    def open(self, attachment: Attachment, listening: Listening) -> None:
-        """Knows the attachment from now on, and serves its pod's socket."""
+    def open(self, *opened: tuple[Attachment, Listening]) -> None:
+        """Knows the attachments from now on, and serves their pods' sockets."""
 
     def close(self, attachment: Attachment) -> None:
         """Forgets the attachment; closes the pod's listener with its last one. Ends leases. Idempotent."""
@@ -93,9 +93,13 @@ class Parts:
 
 @dataclass(slots=True)
 class Making:
-    """What the steps of one ADD tell each other: the pod's namespace, the indexes of both ends, the new socket."""
+    """What the steps of one ADD tell each other: the pod's namespace, the indexes of both ends, the new socket.
+
+    ``make_room`` waits until what a DEL has left of the pod's interface is gone; False where there is nothing.
+    """
 
     descriptor: int
+    make_room: Callable[[], bool]
     host_ifindex: int = 0
     pod_ifindex: int = 0
     listening: Listening = dataclasses.field(default_factory=Listening)
@@ -139,11 +143,13 @@ class LinkStep:
             try:
                 _, reply = parts.host.send(batch)
             except ConflictError:
-                # Ids are never used twice: a link of this name is left from a database that was lost.
                 (left,) = parts.host.exchange([messages.get_link(name)])
-                if left.errno:
+                if not left.errno:
+                    # Ids are never used twice: a link of this name is left from a database that was lost.
+                    parts.host.send([messages.delete_link(name)])
+                elif not making.make_room():
                     raise
-                _, _, reply = parts.host.send((messages.delete_link(name), *batch))
+                _, reply = parts.host.send(batch)
         except ConflictError as error:
             raise ConflictError(
                 f"The interface {attachment.ifname} exists already in {attachment.netns}.",
@@ -256,7 +262,7 @@ class ListenerStep:
 
     def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
         listening, making.listening = making.listening, Listening()
-        parts.listeners.open(attachment, listening)
+        parts.listeners.open((attachment, listening))
         return attachment
 
     def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
@@ -334,9 +340,8 @@ def no_fault(point: str) -> None:
     """The fault point of a running agent."""
 
 
-def apply_all(parts: Parts, attachment: Attachment, descriptor: int, before: FaultPoint) -> Attachment:
+def apply_all(parts: Parts, attachment: Attachment, making: Making, before: FaultPoint) -> Attachment:
     """Makes every effect. What was made before one failed is the caller's to undo."""
-    making = Making(descriptor)
     try:
         for step in STEPS:
             before(f"apply {step.name}")

@@ -65,6 +65,11 @@ CREATE INDEX addresses_by_attachment ON addresses (attachment_id);
 CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
 """
 
+_COLUMNS = (
+    "id, container_id, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name, state, mac, mtu_bytes,"
+    " wants_rdma, guard, device"
+)
+
 
 class Store:
     """One database file. ``close`` when done."""
@@ -220,15 +225,16 @@ class Store:
             if not rows:
                 return None
             query = "SELECT address FROM addresses WHERE attachment_id = ?"
-            return _attachment(rows[0], [row["address"] for row in self._rows(query, (rows[0]["id"],))])
+            found = _attachment(rows[0], [row["address"] for row in self._rows(query, (rows[0]["id"],))])
+            return dataclasses.replace(found, result=json.loads(rows[0]["result"]))
 
     def attachments(self) -> list[Attachment]:
-        """Every attachment, oldest first."""
+        """Every attachment, oldest first, without the results: there may be thousands."""
         with self._lock:  # rows and their addresses as of one moment
             keys: dict[int, list[bytes]] = {}
             for row in self._rows("SELECT attachment_id, address FROM addresses"):
                 keys.setdefault(row["attachment_id"], []).append(row["address"])
-            rows = self._rows("SELECT * FROM attachments ORDER BY id")
+            rows = self._rows(f"SELECT {_COLUMNS} FROM attachments ORDER BY id")
             return [_attachment(row, keys.get(row["id"], [])) for row in rows]
 
     def taken(self) -> Container[bytes]:
@@ -295,7 +301,6 @@ def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
         wants_rdma=bool(row["wants_rdma"]),
         guard=GuardMode(row["guard"]),
         device=device,
-        result=json.loads(row["result"]),
     )
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,23 +78,57 @@ def run_inside(descriptor: int, function: Callable[[], T]) -> T:
 
     The thread ends afterwards, so no thread of a pool is ever left in a pod's namespace.
     """
+
+    def inside() -> T:
+        _enter(descriptor)
+        return function()
+
+    return _in_fresh_thread(inside)
+
+
+def visit(places: Iterable[tuple[str, NetnsId]], function: Callable[[NetnsId], T]) -> list[T | None]:
+    """Runs ``function`` inside each namespace, one after another in one fresh thread; raises what it raises.
+
+    None where the path leads nowhere (any more), or to another namespace.
+    """
+
+    def round_trip() -> list[T | None]:
+        results: list[T | None] = []
+        for path, identity in places:
+            try:
+                with opened(path) as descriptor:
+                    right = identify(descriptor) == identity
+                    if right:
+                        _enter(descriptor)
+                    results.append(function(identity) if right else None)
+            except (NotFoundError, RequestError):
+                results.append(None)
+        return results
+
+    return _in_fresh_thread(round_trip)
+
+
+def _enter(descriptor: int) -> None:
+    if _libc.setns(descriptor, CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise KernelError(
+            "The pod's network namespace cannot be entered; the agent needs CAP_SYS_ADMIN.",
+            operation="setns",
+            errno=number,
+        )
+
+
+def _in_fresh_thread(function: Callable[[], T]) -> T:
     results: list[T] = []
     failures: list[BaseException] = []
 
-    def enter() -> None:
+    def run() -> None:
         try:
-            if _libc.setns(descriptor, CLONE_NEWNET) != 0:
-                number = ctypes.get_errno()
-                raise KernelError(
-                    "The pod's network namespace cannot be entered; the agent needs CAP_SYS_ADMIN.",
-                    operation="setns",
-                    errno=number,
-                )
             results.append(function())
         except BaseException as error:  # noqa: BLE001 - carried over to the calling thread, which raises it
             failures.append(error)
 
-    thread = threading.Thread(target=enter, name="rdmanet-netns")
+    thread = threading.Thread(target=run, name="rdmanet-netns")
     thread.start()
     thread.join()
     if failures:

@@ -17,7 +17,7 @@ from pyroute2.netlink.exceptions import NetlinkError as PyrouteError
 from rdmanet.errors import ConflictError, NetlinkError, NotFoundError
 from rdmanet.model import IPAddress
 from rdmanet.netlink import namespace
-from rdmanet.netlink.batch import refused
+from rdmanet.netlink.batch import SOL_NETLINK, refused
 from rdmanet.netlink.messages import (
     ETH_P_ALL,
     FILTER_HANDLE,
@@ -33,6 +33,7 @@ from rdmanet.netlink.messages import (
 
 __all__ = ["DefaultRoute", "Link", "RouteSocket"]
 
+NETLINK_GET_STRICT_CHK = 12  # include/uapi/linux/netlink.h, since Linux 4.20
 IFF_NOARP = 0x80
 RT_SCOPE_LINK = 253
 TC_H_CLSACT_EGRESS = 0xFFFFFFF3
@@ -60,6 +61,13 @@ def _translated(operation: str, subject: str) -> Iterator[None]:
         raise refused(operation, subject, error.errno or errno.EIO) from error
 
 
+def _socket() -> socket.socket:
+    sock = namespace.netlink_socket(socket.NETLINK_ROUTE)
+    # The kernel then dumps the routes of the table that is asked for, and not several for each of a thousand links.
+    sock.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+    return sock
+
+
 class RouteSocket:
     """rtnetlink of one namespace. Belongs to the thread that made it; use as a context manager."""
 
@@ -73,12 +81,12 @@ class RouteSocket:
     @classmethod
     def here(cls) -> RouteSocket:
         """Of the agent's own namespace, the host's."""
-        return cls(namespace.netlink_socket(socket.NETLINK_ROUTE))
+        return cls(_socket())
 
     @classmethod
     def inside(cls, descriptor: int) -> RouteSocket:
         """Of the namespace that ``descriptor`` stands for (pyroute2's own way forks a process for 9 ms)."""
-        return cls(namespace.run_inside(descriptor, lambda: namespace.netlink_socket(socket.NETLINK_ROUTE)))
+        return cls(namespace.run_inside(descriptor, _socket))
 
     def __enter__(self) -> RouteSocket:
         return self
@@ -95,6 +103,15 @@ class RouteSocket:
         try:
             with _translated("RTM_GETLINK", name):
                 found = list(self._route.link("get", ifname=name))
+        except NotFoundError:
+            return None
+        return self._as_link(found[0]) if found else None
+
+    def link_at(self, index: int) -> Link | None:
+        """The link of that index, or None."""
+        try:
+            with _translated("RTM_GETLINK", f"link {index}"):
+                found = list(self._route.link("get", index=index))
         except NotFoundError:
             return None
         return self._as_link(found[0]) if found else None

@@ -99,7 +99,7 @@ def attachment(number: int, **changes: object) -> Attachment:
 
 def opened(pods: Pods, one: Attachment) -> None:
     """What an ADD does: first inside the namespace, then outside."""
-    pods.open(one, pods.listen(one.netns_id))
+    pods.open((one, pods.listen(one.netns_id)))
 
 
 def test_one_listener_per_pod_from_first_to_last_attachment(pods: Pods, server: Server) -> None:
@@ -153,7 +153,7 @@ def test_of_two_new_sockets_one_is_closed(pods: Pods, server: Server) -> None:
     second = attachment(2, ifname="net1", netns_id=first.netns_id, pod=first.pod)
     made = [pods.listen(one.netns_id) for one in (first, second)]
     for one, listening in zip((first, second), made, strict=True):
-        pods.open(one, listening)
+        pods.open((one, listening))
     assert server.events == [("add", 100)]
     assert made[1].sock is not None
     assert made[1].sock.fileno() == -1
