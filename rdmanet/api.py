@@ -34,6 +34,7 @@ from rdmanet.cni import (
     CniError,
     Command,
     Request,
+    Result,
     error_json,
     variables_of_headers,
 )
@@ -236,15 +237,17 @@ class Api:
             return None
         async with self._together(), self._locks.hold(call.container_id):
             if call.command is Command.ADD:
-                if await self._blocking(pending.superseded, self._pending, call.container_id, call.ifname):
-                    await self._blocking(self._attachments.delete, call.container_id, call.ifname)
-                result = await self._blocking(self._attachments.add, call)
-                return call.answer(result)
+                return call.answer(await self._blocking(self._add, call))
             if call.command is Command.CHECK:
                 await self._blocking(self._attachments.check, call)
             elif still_wanted():
                 await self._blocking(self._attachments.delete, call.container_id, call.ifname)
             return None
+
+    def _add(self, call: Request) -> Result:
+        if pending.superseded(self._pending, call.container_id, call.ifname):
+            self._attachments.delete(call.container_id, call.ifname)
+        return self._attachments.add(call)
 
     @contextlib.asynccontextmanager
     async def _together(self) -> AsyncIterator[None]:
