@@ -5,6 +5,9 @@ protocol"). A request carries ``id`` and is answered by ``reply`` or ``error`` w
 ``revoked`` are pushed. Every message is a frozen dataclass whose FIELDS say how each attribute is read and
 written; the JSON keys are the attributes' names.
 
+Leases are asked for in batches of 1 to :data:`MAX_BATCH` queue pairs. ``lease`` of a batch's messages is its first
+lease; the others follow it without a gap, in the order of the queue pairs.
+
 Parsing is strict: unknown or repeated keys, wrong types and values out of bounds raise RequestError with a
 sentence. Lease ids are written as 16 hexadecimal digits, since JSON numbers above 2**53 are not safe everywhere;
 GIDs as 32, being address keys. Only the standard library is needed: a pod needs nothing of the agent.
@@ -14,19 +17,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
+from rdmanet.codec import Codec, Fields, integer, optional, pair_of, text_like, tuple_of
+from rdmanet.codec import Json as Json
 from rdmanet.errors import RequestError
 from rdmanet.model import DEFAULT_NAMESPACE, IPAddress, PodName, address_key, address_of
 
 #: Version of this protocol; a broker refuses a ``hello`` with another one.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 #: Longest message either side sends or reads.
 MAX_MESSAGE_BYTES = 4096
-#: Most leases in one ``claim``; a library with more sends several.
-MAX_CLAIMS = 64
+#: Most queue pairs in one ``connect``, and leases in one ``claim``, ``release`` or ``revoked``; more need several.
+MAX_BATCH = 64
 #: Longest sentence in a message, in characters.
 MAX_SENTENCE = 512
 #: The socket's name: abstract, so it exists per network namespace and nowhere in a file system (unix(7)).
@@ -39,8 +44,6 @@ MTUS_BYTES = (256, 512, 1024, 2048, 4096)
 _POD_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,252}")
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
 _LEASE_ID = re.compile(r"[0-7][0-9a-f]{15}")
-
-Json = dict[str, object]
 
 
 def sentence_of(text: str) -> str:
@@ -76,49 +79,6 @@ def no_device(name: PodName) -> str:
     )
 
 
-class _Codec(NamedTuple):
-    """How one value is read from JSON (raising RequestError that begins with ``what``) and written."""
-
-    decode: Callable[[object, str], Any]
-    encode: Callable[[Any], object] = lambda value: value
-
-
-def _integer(low: int, high: int) -> _Codec:
-    def decode(value: object, what: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise RequestError(f"{what} must be an integer from {low} to {high}")
-        return value
-
-    return _Codec(decode)
-
-
-def _text(pattern: str) -> _Codec:
-    compiled = re.compile(pattern)
-
-    def decode(value: object, what: str) -> str:
-        if not isinstance(value, str) or not compiled.fullmatch(value):
-            raise RequestError(f"{what} must be a string that matches {pattern}")
-        return value
-
-    return _Codec(decode)
-
-
-def _optional(codec: _Codec) -> _Codec:
-    return _Codec(
-        lambda value, what: None if value is None else codec.decode(value, what),
-        lambda value: None if value is None else codec.encode(value),
-    )
-
-
-def _tuple_of(codec: _Codec, most: int) -> _Codec:
-    def decode(value: object, what: str) -> tuple[Any, ...]:
-        if not isinstance(value, list) or len(value) > most:
-            raise RequestError(f"{what} must be a list of at most {most}")
-        return tuple(codec.decode(item, f"an item of {what}") for item in value)
-
-    return _Codec(decode, lambda values: [codec.encode(value) for value in values])
-
-
 def _decode_sentence(value: object, what: str) -> str:
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= MAX_SENTENCE:
         raise RequestError(f"{what} must be one printable line of 1 to {MAX_SENTENCE} characters")
@@ -146,40 +106,17 @@ def _decode_address(value: object, what: str) -> IPAddress:
         raise RequestError(f"{what} must be an IP address: {error}"[:200]) from error
 
 
-_ID = _integer(0, 2**53 - 1)
+_ID = integer(0, 2**53 - 1)
 #: QPN 0 and 1 are management, 0xffffff is multicast (InfiniBand 3.5.10).
-_QPN = _integer(2, 2**24 - 2)
-_LEASE = _Codec(_decode_lease, lease_text)
-_SENTENCE = _Codec(_decode_sentence, sentence_of)
-_POD = _Codec(_decode_pod, str)
-_NAME = _text(_SERVICE.pattern)
-_ADDRESS = _Codec(_decode_address, str)
-_GID = _Codec(lambda value, what: bytes.fromhex(_text(r"[0-9a-f]{32}").decode(value, what)), lambda gid: gid.hex())
-
-_Fielded = TypeVar("_Fielded", bound="_Fields")
-
-
-class _Fields:
-    """A value whose attributes are read and written by the codecs in FIELDS."""
-
-    TYPE: ClassVar[str]
-    FIELDS: ClassVar[dict[str, _Codec]]
-
-    def to_json(self) -> Json:
-        return {key: codec.encode(getattr(self, key)) for key, codec in self.FIELDS.items()}
-
-    @classmethod
-    def from_json(cls: type[_Fielded], value: object) -> _Fielded:
-        """Raises RequestError unless ``value`` is an object with exactly the keys of FIELDS, all well formed."""
-        if not isinstance(value, dict):
-            raise RequestError(f"{cls.TYPE} must be a JSON object")
-        missing = sorted(cls.FIELDS.keys() - value.keys())
-        unknown = sorted(value.keys() - cls.FIELDS.keys())
-        if missing:
-            raise RequestError(f"{cls.TYPE} lacks {', '.join(map(repr, missing))}")
-        if unknown:
-            raise RequestError(f"{cls.TYPE} has unknown keys: {', '.join(map(repr, unknown))}"[:300])
-        return cls(**{key: codec.decode(value[key], f"{key!r} of {cls.TYPE}") for key, codec in cls.FIELDS.items()})
+_QPN = integer(2, 2**24 - 2)
+_PSN = integer(0, 2**24 - 1)  # packet sequence number
+_LEASE = Codec(_decode_lease, lease_text)
+_LEASES = tuple_of(_LEASE, MAX_BATCH, 1)
+_SENTENCE = Codec(_decode_sentence, sentence_of)
+_POD = Codec(_decode_pod, str)
+_NAME = text_like(_SERVICE.pattern)
+_ADDRESS = Codec(_decode_address, str)
+_GID = Codec(lambda value, what: bytes.fromhex(text_like(r"[0-9a-f]{32}").decode(value, what)), lambda gid: gid.hex())
 
 
 @dataclass(frozen=True)
@@ -214,45 +151,61 @@ def _decode_target(value: object, what: str) -> Target:
     return Target.parse(value)
 
 
-@dataclass(frozen=True)
-class End(_Fields):
-    """One end of a lease: what the other end needs to reach this queue pair."""
+def _decode_mtu(value: object, what: str) -> object:
+    if not isinstance(value, int) or value not in MTUS_BYTES:
+        raise RequestError(f"{what} must be one of {', '.join(map(str, MTUS_BYTES))}")
+    return value
 
-    TYPE = "end"
+
+class Pair(NamedTuple):
+    """A queue pair and the first packet sequence number that it sends."""
+
+    qpn: int
+    psn: int
+
+
+@dataclass(frozen=True)
+class Ends(Fields):
+    """One side of a batch of leases: what the other needs to reach these queue pairs."""
+
+    TYPE = "ends"
     FIELDS: ClassVar = {
         "gid": _GID,
-        "qpn": _QPN,
-        "psn": _integer(0, 2**24 - 1),
-        "mtu_bytes": _integer(MTUS_BYTES[0], MTUS_BYTES[-1]),
+        "mtu_bytes": Codec(_decode_mtu),
+        "pairs": tuple_of(pair_of(Pair, qpn=_QPN, psn=_PSN), MAX_BATCH, 1),
     }
     gid: bytes  # 16 bytes: the pod's address key, which is its RoCE GID
-    qpn: int
-    psn: int  # first packet sequence number that this end sends
-    mtu_bytes: int  # largest path MTU of this end; the smaller of both is used
+    mtu_bytes: int  # largest path MTU of this side; the smaller of both is used
+    pairs: tuple[Pair, ...]  # one per lease
 
     @classmethod
-    def from_json(cls, value: object) -> End:
-        end = super().from_json(value)
-        if end.mtu_bytes not in MTUS_BYTES:
-            raise RequestError(f"'mtu_bytes' of end must be one of {', '.join(map(str, MTUS_BYTES))}")
-        return end
+    def from_json(cls, value: object) -> Ends:
+        ends = super().from_json(value)
+        if len({qpn for qpn, _ in ends.pairs}) != len(ends.pairs):
+            raise RequestError("'pairs' of ends names a queue pair twice")
+        return ends
+
+    @property
+    def keys(self) -> tuple[tuple[bytes, int], ...]:
+        """(address key, QPN) of each."""
+        return tuple((self.gid, qpn) for qpn, _ in self.pairs)
 
 
-_END = _Codec(lambda value, _: End.from_json(value), End.to_json)
+_ENDS = Codec(lambda value, _: Ends.from_json(value), Ends.to_json)
 
 
 @dataclass(frozen=True)
-class Hello(_Fields):
+class Hello(Fields):
     """First message on a connection; answered with HelloReply."""
 
     TYPE = "hello"
-    FIELDS: ClassVar = {"id": _ID, "version": _integer(0, 2**31 - 1)}
+    FIELDS: ClassVar = {"id": _ID, "version": integer(0, 2**31 - 1)}
     id: int
     version: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True)
-class Listen(_Fields):
+class Listen(Fields):
     """Let others connect to ``service`` of this pod."""
 
     TYPE = "listen"
@@ -269,29 +222,30 @@ class Unlisten(Listen):
 
 
 @dataclass(frozen=True)
-class Connect(_Fields):
-    """Ask for a lease to ``target``; answered with ConnectReply when its listener has accepted."""
+class Connect(Fields):
+    """Ask for a lease per queue pair to ``target``, all or none; answered with ConnectReply when its listener has
+    accepted."""
 
     TYPE = "connect"
-    FIELDS: ClassVar = {"id": _ID, "target": _Codec(_decode_target, str), "end": _END}
+    FIELDS: ClassVar = {"id": _ID, "target": Codec(_decode_target, str), "ends": _ENDS}
     id: int
     target: Target
-    end: End
+    ends: Ends
 
 
 @dataclass(frozen=True)
-class Accept(_Fields):
-    """Answer to Incoming: this end is ready to receive."""
+class Accept(Fields):
+    """Answer to Incoming: these ends, as many as were asked for, are ready to receive."""
 
     TYPE = "accept"
-    FIELDS: ClassVar = {"id": _ID, "lease": _LEASE, "end": _END}
+    FIELDS: ClassVar = {"id": _ID, "lease": _LEASE, "ends": _ENDS}
     id: int
     lease: int
-    end: End
+    ends: Ends
 
 
 @dataclass(frozen=True)
-class Reject(_Fields):
+class Reject(Fields):
     """Answer to Incoming: no, and why."""
 
     TYPE = "reject"
@@ -301,37 +255,31 @@ class Reject(_Fields):
     sentence: str
 
 
-@dataclass(frozen=True)
-class ClaimItem(_Fields):
+class ClaimItem(NamedTuple):
     """A lease and the QPN of the claimer's queue pair."""
 
-    TYPE = "a lease of claim"
-    FIELDS: ClassVar = {"lease": _LEASE, "qpn": _QPN}
     lease: int
     qpn: int
 
 
 @dataclass(frozen=True)
-class Claim(_Fields):
+class Claim(Fields):
     """After the agent came back: these leases are mine. Answered with ClaimReply."""
 
     TYPE = "claim"
-    FIELDS: ClassVar = {
-        "id": _ID,
-        "leases": _tuple_of(_Codec(lambda v, _: ClaimItem.from_json(v), ClaimItem.to_json), MAX_CLAIMS),
-    }
+    FIELDS: ClassVar = {"id": _ID, "leases": tuple_of(pair_of(ClaimItem, lease=_LEASE, qpn=_QPN), MAX_BATCH)}
     id: int
     leases: tuple[ClaimItem, ...]
 
 
 @dataclass(frozen=True)
-class Release(_Fields):
-    """Give a lease back; the peer is told that it is revoked."""
+class Release(Fields):
+    """Give leases back; their peers are told that they are revoked. Those that have ended already are passed over."""
 
     TYPE = "release"
-    FIELDS: ClassVar = {"id": _ID, "lease": _LEASE}
+    FIELDS: ClassVar = {"id": _ID, "leases": _LEASES}
     id: int
-    lease: int
+    leases: tuple[int, ...]
 
 
 Request = Hello | Listen | Unlisten | Connect | Accept | Reject | Claim | Release
@@ -355,35 +303,35 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Refusal(_Fields):
+class Refusal(Fields):
     """The request ``id`` was refused. ``id`` None: the message was too malformed to know which."""
 
     TYPE = "error"
-    FIELDS: ClassVar = {"id": _optional(_ID), "kind": _text(r"[a-z_]{1,32}"), "sentence": _SENTENCE}
+    FIELDS: ClassVar = {"id": optional(_ID), "kind": text_like(r"[a-z_]{1,32}"), "sentence": _SENTENCE}
     id: int | None
     kind: str  # a rdmanet.broker.core.Reason; also the metric's label
     sentence: str
 
 
 @dataclass(frozen=True)
-class Incoming(_Fields):
+class Incoming(Fields):
     """Pushed: somebody connects to ``service``; answer with Accept or Reject."""
 
     TYPE = "incoming"
-    FIELDS: ClassVar = {"lease": _LEASE, "peer": _POD, "service": _NAME, "end": _END}
+    FIELDS: ClassVar = {"lease": _LEASE, "peer": _POD, "service": _NAME, "ends": _ENDS}
     lease: int
     peer: PodName
     service: str
-    end: End
+    ends: Ends
 
 
 @dataclass(frozen=True)
-class Revoked(_Fields):
-    """Pushed: the lease is over and its packets are dropped."""
+class Revoked(Fields):
+    """Pushed: these leases are over and their packets are dropped."""
 
     TYPE = "revoked"
-    FIELDS: ClassVar = {"lease": _LEASE, "sentence": _SENTENCE}
-    lease: int
+    FIELDS: ClassVar = {"leases": _LEASES, "sentence": _SENTENCE}
+    leases: tuple[int, ...]
     sentence: str
 
 
@@ -391,15 +339,15 @@ Answer = Reply | Refusal | Incoming | Revoked
 
 
 @dataclass(frozen=True)
-class HelloReply(_Fields):
+class HelloReply(Fields):
     """Who the caller is and what it may use."""
 
     TYPE = "reply to hello"
     FIELDS: ClassVar = {
         "pod": _POD,
-        "device": _optional(_text(r"[A-Za-z0-9_.\-]{1,63}")),
-        "addresses": _tuple_of(_ADDRESS, 16),
-        "max_leases": _integer(0, 2**31 - 1),
+        "device": optional(text_like(r"[A-Za-z0-9_.\-]{1,63}")),
+        "addresses": tuple_of(_ADDRESS, 16),
+        "max_leases": integer(0, 2**31 - 1),
     }
     pod: PodName
     device: str | None  # name of its RDMA device
@@ -408,22 +356,22 @@ class HelloReply(_Fields):
 
 
 @dataclass(frozen=True)
-class ConnectReply(_Fields):
-    """The lease is granted; ``end`` is the peer's."""
+class ConnectReply(Fields):
+    """The leases are granted; ``ends`` are the peer's."""
 
     TYPE = "reply to connect"
-    FIELDS: ClassVar = {"lease": _LEASE, "end": _END, "peer": _POD}
+    FIELDS: ClassVar = {"lease": _LEASE, "ends": _ENDS, "peer": _POD}
     lease: int
-    end: End
+    ends: Ends
     peer: PodName
 
 
 @dataclass(frozen=True)
-class ClaimReply(_Fields):
+class ClaimReply(Fields):
     """Which leases live on, and which are gone."""
 
     TYPE = "reply to claim"
-    FIELDS: ClassVar = {"claimed": _tuple_of(_LEASE, MAX_CLAIMS), "lost": _tuple_of(_LEASE, MAX_CLAIMS)}
+    FIELDS: ClassVar = {"claimed": tuple_of(_LEASE, MAX_BATCH), "lost": tuple_of(_LEASE, MAX_BATCH)}
     claimed: tuple[int, ...]
     lost: tuple[int, ...]
 
@@ -433,17 +381,13 @@ _ANSWERS = {m.TYPE: m for m in (Reply, Refusal, Incoming, Revoked)}
 
 
 def dump(message: Request | Answer) -> str:
-    """The JSON text of a message: ASCII only, hence as many bytes as characters."""
-    return json.dumps({"type": message.TYPE, **message.to_json()}, separators=(",", ":"))
+    """The JSON text of a message. Not in ASCII: escaped, the longest sentence would not fit."""
+    return json.dumps({"type": message.TYPE, **message.to_json()}, separators=(",", ":"), ensure_ascii=False)
 
 
 def parse_request(text: str) -> Request:
     """What a pod sent. Raises RequestError."""
-    value = _load(text)
-    kind = value.pop("type", None)
-    if not isinstance(kind, str) or kind not in _REQUESTS:
-        raise RequestError(f"'type' must be one of {', '.join(sorted(_REQUESTS))}")
-    request: Request = _REQUESTS[kind].from_json(value)
+    request: Request = _parse(text, _REQUESTS)
     if isinstance(request, Claim) and len(set(request.leases)) != len(request.leases):
         raise RequestError("'leases' of claim names a queue pair twice")
     return request
@@ -452,20 +396,23 @@ def parse_request(text: str) -> Request:
 def request_id(text: str) -> int | None:
     """The id in a message that parse_request refused, where there is a usable one: errors carry it back."""
     try:
-        number: int = _ID.decode(_load(text).get("id"), "'id'")
+        return int(_ID.decode(_load(text).get("id"), "'id'"))
     except RequestError:
         return None
-    return number
 
 
 def parse_answer(text: str) -> Answer:
     """What the broker sent. Raises RequestError."""
+    answer: Answer = _parse(text, _ANSWERS)
+    return answer
+
+
+def _parse(text: str, kinds: Mapping[str, Any]) -> Any:
     value = _load(text)
     kind = value.pop("type", None)
-    if not isinstance(kind, str) or kind not in _ANSWERS:
-        raise RequestError(f"'type' must be one of {', '.join(sorted(_ANSWERS))}")
-    answer: Answer = _ANSWERS[kind].from_json(value)
-    return answer
+    if not isinstance(kind, str) or kind not in kinds:
+        raise RequestError(f"'type' must be one of {', '.join(sorted(kinds))}")
+    return kinds[kind].from_json(value)
 
 
 def _load(text: str) -> Json:
@@ -482,8 +429,7 @@ def _load(text: str) -> Json:
 
 
 def _no_repeated_keys(pairs: list[tuple[str, object]]) -> Json:
-    value = dict(pairs)
-    if len(value) != len(pairs):
+    if len(value := dict(pairs)) != len(pairs):
         raise RequestError("a message repeats a key")
     return value
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -167,19 +167,19 @@ class Pods:
 
     # QueuePairs, from the event loop
 
-    async def holder(self, device: Device, qpn: int) -> int | None:
-        """The host's pid of the process that made a queue pair on a pod's device."""
+    async def holders(self, device: Device) -> Mapping[int, int]:
+        """The host's pids of the threads that made the queue pairs on a pod's device, by QPN."""
         with self._lock:
             paths = [a.netns for p in self._pods.values() for a in p.attachments if a.device == device]
         if not paths or self._devices is None:
-            return None
+            return {}
         devices = self._devices
 
-        def ask() -> int | None:
+        def ask() -> Mapping[int, int]:
             try:
                 with namespace.opened(paths[0]) as descriptor:
-                    return devices.holder(device, qpn, descriptor)
+                    return devices.holders(device, descriptor)
             except NotFoundError:
-                return None
+                return {}
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, ask)

@@ -8,6 +8,9 @@ does the effects that come back, in their order. A lease goes pending → writin
   hears of a lease whose packets the datapath would drop;
 * ``granted``: until one side releases it, disconnects, or its pod goes.
 
+The leases that one connect asks for are a batch: they go this way together, and none is granted alone. Granted, each
+is a lease like any other.
+
 Entries that an earlier agent left become leases without connections, until their processes claim them. Revoked
 entries stay in the guard for a while (rdmanet.broker.revoked).
 """
@@ -15,12 +18,12 @@ entries stay in the guard for a while (rdmanet.broker.revoked).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from rdmanet import lease as wire
 from rdmanet.broker import rules
 from rdmanet.broker.revoked import RevokedEnds, queries
-from rdmanet.broker.table import Claiming, Connection, Lease, LeaseTable, Phase, Side
+from rdmanet.broker.table import Batch, Claiming, Connection, Lease, LeaseTable, Phase, Side, adoptable
 from rdmanet.broker.values import (
     Cause,
     Close,
@@ -28,7 +31,7 @@ from rdmanet.broker.values import (
     DeleteGuard,
     Directory,
     Effect,
-    FindHolder,
+    FindHolders,
     Granted,
     Key,
     LeaseView,
@@ -43,7 +46,7 @@ from rdmanet.broker.values import (
 )
 from rdmanet.errors import RequestError
 from rdmanet.lease import pod_text
-from rdmanet.model import GuardEntry, GuardState, PodName, address_of
+from rdmanet.model import Device, GuardEntry, GuardState, PodName, address_of
 
 
 class BrokerCore:
@@ -111,14 +114,13 @@ class BrokerCore:
             case wire.Connect():
                 return self._connect(connection, state, view, request, now_s)
             case wire.Accept() | wire.Reject():
-                lease = self._leases.get(request.lease)
-                pending = lease is not None and lease.phase is Phase.PENDING
-                if lease is None or not pending or lease.listener.connection != connection:
+                batch = self._pending_batch(request.lease)
+                if batch is None or batch.first.listener.connection != connection:
                     sentence = rules.unknown_lease(request.lease)
                     return [error(connection, request.id, Reason.UNKNOWN_LEASE, sentence)]
                 if isinstance(request, wire.Accept):
-                    return self._accept(connection, view, lease, request, now_s)
-                return self._reject(connection, lease, request, now_s)
+                    return self._accept(connection, view, batch, request, now_s)
+                return self._reject(connection, batch, request, now_s)
             case wire.Claim():
                 return self._claim(connection, state, request)
             case wire.Release():
@@ -131,68 +133,59 @@ class BrokerCore:
             return []
         for service in list(state.services):
             self._unlisten(state, service)
-        effects: list[Effect] = []
         sentence = f"{pod_text(state.pod)} closed its end: its process ended or left the agent"
-        for number in sorted(state.leases):
-            lease = self._leases.get(number)
-            if lease is not None:
-                effects += self._end(lease, Cause.DISCONNECTED, Reason.PEER_GONE, sentence, now_s)
-        return effects
+        found = [lease for number in sorted(state.leases) if (lease := self._leases.get(number)) is not None]
+        return self._end(found, Cause.DISCONNECTED, Reason.PEER_GONE, sentence, now_s)
 
     def guard_written(self, number: int, failure: str | None, now_s: float) -> list[Effect]:
         """The entries of a SetGuard are in the map, or are not and ``failure`` says why."""
         lease = self._leases.get(number)
-        if lease is None or lease.phase is not Phase.WRITING:
+        batch = None if lease is None else lease.batch
+        if batch is None or batch.phase is not Phase.WRITING or batch.ends is None:
             return []  # ended meanwhile; what was written is being revoked
         if failure is not None:
             sentence = f"the datapath could not take the lease: {failure}"
-            return self._end(lease, Cause.INCOMPLETE, Reason.UNAVAILABLE, sentence, now_s)
-        connector, listener = lease.sides
+            return self._end(batch.leases, Cause.INCOMPLETE, Reason.UNAVAILABLE, sentence, now_s)
+        connector, listener = batch.first.sides
         assert connector.connection is not None
         assert listener.connection is not None
-        assert listener.end is not None
-        lease.phase = Phase.GRANTED
-        seconds, lease.since_s = now_s - lease.since_s, now_s
-        self.counts.granted += 1
-        answer = wire.ConnectReply(number, listener.end, listener.pod)
+        seconds = now_s - batch.first.since_s
+        for lease in batch.leases:
+            lease.batch, lease.since_s = None, now_s
+        self.counts.granted += len(batch.leases)
+        answer = wire.ConnectReply(number, batch.ends, listener.pod)
         return [
-            reply(listener.connection, lease.accept_id),
-            reply(connector.connection, lease.connect_id, answer.to_json()),
+            reply(listener.connection, batch.accept_id),
+            reply(connector.connection, batch.connect_id, answer.to_json()),
             Granted(seconds),
         ]
 
-    def holder_found(self, query: int, pid: int | None, now_s: float) -> list[Effect]:
-        """The answer to FindHolder: the pid of the queue pair's creator, 0 when the kernel does not know it (the thread
-        has ended), None when there is no such queue pair."""
-        claim = self._claims.pop(query, None)
-        if claim is None:
-            return self._revoked.holder_found(query, pid, now_s)
-        lease, side = claim.waiting.pop(query)
-        state = self._connections.get(claim.connection)
-        if state is None:
-            return []
-        # Where the kernel cannot say whose the queue pair is, pod, QPN and the lease's secret id have to do.
-        if pid in (state.pid, 0) and lease.id in self._leases and side.connection is None:
-            side.connection, side.pid = claim.connection, state.pid
-            state.leases.add(lease.id)
-            claim.claimed.append(lease.id)
-            self.counts.claimed += 1
-            if all(s.connection is not None for s in lease.sides):
-                self._leases.no_deadline(lease)
-        else:
-            claim.lost.append(lease.id)
-        return self._claim_answer(claim)
+    def holders_found(self, holders: Mapping[int, int | None], now_s: float) -> list[Effect]:
+        """The answers to FindHolders, by query: the pid of the queue pair's creator, 0 when the kernel does not know it
+        (the thread has ended), None when there is no such queue pair."""
+        effects: list[Effect] = []
+        gone = []
+        for query, pid in holders.items():
+            claim = self._claims.pop(query, None)
+            if claim is not None:
+                effects += self._claim_decided(claim, query, pid)
+            elif (key := self._revoked.holder_found(query, pid, now_s)) is not None:
+                gone.append(key)
+        return [*effects, DeleteGuard(tuple(gone))] if gone else effects
 
-    def holder_unknown(self, query: int, now_s: float) -> list[Effect]:
-        """FindHolder could not be answered: what depends on it is asked again later."""
-        claim = self._claims.pop(query, None)
-        if claim is None:
-            self._revoked.holder_unknown(query, now_s)
-            return []
-        for other in claim.waiting:
-            self._claims.pop(other, None)
+    def holders_unknown(self, queries: Iterable[int], now_s: float) -> list[Effect]:
+        """FindHolders could not be answered: what depends on it is asked again later."""
+        effects: list[Effect] = []
         sentence = "the kernel's list of queue pairs could not be read; claim again"
-        return [error(claim.connection, claim.request_id, Reason.UNAVAILABLE, sentence)]
+        for query in queries:
+            claim = self._claims.pop(query, None)
+            if claim is not None:
+                for other in claim.waiting:
+                    self._claims.pop(other, None)
+                effects.append(error(claim.connection, claim.request_id, Reason.UNAVAILABLE, sentence))
+            else:
+                self._revoked.holder_unknown(query, now_s)
+        return effects
 
     def adopt(self, guards: Mapping[Key, GuardEntry], now_s: float) -> list[Effect]:
         """Take over what an earlier agent left in the guard map; before the first connection."""
@@ -202,10 +195,10 @@ class BrokerCore:
                 continue  # came with its other end
             view = self._directory.by_address(key[0])
             if view is None:
-                effects.append(DeleteGuard(*key))
+                effects.append(DeleteGuard((key,)))
                 continue
-            lease = self._adoptable(guards, key, entry, view, now_s)
-            if lease is not None:
+            lease = adoptable(guards, key, self._directory, now_s, now_s + self._limits.grace_s)
+            if lease is not None and lease.id not in self._leases:
                 self._leases.add(lease)
                 self.counts.adopted += 1
                 continue
@@ -216,36 +209,13 @@ class BrokerCore:
             self._revoked.add(key, view.device, None, now_s)
         return effects
 
-    def _adoptable(
-        self, guards: Mapping[Key, GuardEntry], key: Key, entry: GuardEntry, view: PodView, now_s: float
-    ) -> Lease | None:
-        """The lease that this entry and its peer's make, None unless each names the other and both can go on."""
-        peer_key = (entry.peer_address, entry.peer_qpn)
-        peer, peer_view = guards.get(peer_key), self._directory.by_address(peer_key[0])
-        if peer is None or peer_view is None or view.device is None or peer_view.device is None:
-            return None
-        mutual = peer_key != key and (peer.lease, peer.peer_address, peer.peer_qpn) == (entry.lease, *key)
-        granted = entry.state is peer.state is GuardState.GRANTED
-        if not mutual or not granted or entry.lease in self._leases:
-            return None
-        return Lease(
-            entry.lease,
-            Side(view.name, view.device, None, None, key, None),
-            Side(peer_view.name, peer_view.device, None, None, peer_key, None),
-            None,
-            Phase.GRANTED,
-            now_s,
-            deadline_s=now_s + self._limits.grace_s,
-        )
-
     def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None, now_s: float) -> list[Effect]:
         """A pod loses these addresses (address keys) and, with a cookie, its network namespace: nothing of them stays,
         so that others can have them. Not by name: a new pod of that name may be there already."""
         effects: list[Effect] = []
         sentence = f"{pod_text(name)} has been deleted"
-        for lease in self._leases:
-            if any(side.key is not None and side.key[0] in addresses for side in lease.sides):
-                effects += self._end(lease, Cause.POD_GONE, Reason.PEER_GONE, sentence, now_s)
+        gone = [x for x in self._leases if any(s.key is not None and s.key[0] in addresses for s in x.sides)]
+        effects += self._end(gone, Cause.POD_GONE, Reason.PEER_GONE, sentence, now_s)
         for connection, state in list(self._connections.items()):
             if state.cookie == cookie:
                 effects += [*self.disconnected(connection, now_s), Close(connection, sentence)]
@@ -255,14 +225,14 @@ class BrokerCore:
         """Time has passed: end what is overdue, ask the kernel about revoked queue pairs."""
         effects: list[Effect] = []
         limits = self._limits
-        for lease in self._leases.overdue(now_s):
-            if lease.phase is Phase.GRANTED:
-                sentence = f"nobody claimed the other end within {limits.grace_s:g} s of the agent's start"
-                effects += self._end(lease, Cause.UNCLAIMED, Reason.PEER_GONE, sentence, now_s)
-            else:
-                place = f"{pod_text(lease.listener.pod)}:{lease.service}"
-                sentence = f"{place} did not answer within {limits.pending_s:g} s"
-                effects += self._end(lease, Cause.RELEASED, Reason.TIMED_OUT, sentence, now_s)
+        overdue = self._leases.overdue(now_s)
+        sentence = f"nobody claimed the other end within {limits.grace_s:g} s of the agent's start"
+        unclaimed = [lease for lease in overdue if lease.batch is None]
+        effects += self._end(unclaimed, Cause.UNCLAIMED, Reason.PEER_GONE, sentence, now_s)
+        for batch in [lease.batch for lease in overdue if lease.batch is not None]:
+            place = f"{pod_text(batch.first.listener.pod)}:{batch.first.service}"
+            sentence = f"{place} did not answer within {limits.pending_s:g} s"
+            effects += self._end(batch.leases, Cause.RELEASED, Reason.TIMED_OUT, sentence, now_s)
         return effects + self._revoked.due(now_s)
 
     def next_deadline_s(self) -> float | None:
@@ -319,13 +289,13 @@ class BrokerCore:
     ) -> list[Effect]:
         target, service = request.target.pod_name(view.name), request.target.service
         peer = self._directory.by_name(target)
-        key = (request.end.gid, request.end.qpn)
+        keys = request.ends.keys
         refusal = rules.connect_refusal(
             view,
             peer,
             target,
             service,
-            key,
+            keys,
             leases=self._leases,
             listening=self._listening,
             limits=self._limits,
@@ -337,70 +307,70 @@ class BrokerCore:
         assert peer is not None
         assert peer.device is not None
         assert view.device is not None
-        effects = self._supersede(key, view, now_s)
+        effects = self._supersede(keys, view, now_s)
         listening = self._listening[target, service]
-        lease = Lease(
-            self._leases.new_id(),
-            Side(view.name, view.device, connection, state.pid, key, request.end),
-            Side(peer.name, peer.device, listening, self._connections[listening].pid, None, None),
-            service,
-            Phase.PENDING,
-            now_s,
-            deadline_s=now_s + self._limits.pending_s,
-            connect_id=request.id,
-        )
-        self._leases.add(lease)
-        state.leases.add(lease.id)
-        self._connections[listening].leases.add(lease.id)
-        return [*effects, Send(listening, wire.Incoming(lease.id, view.name, service, request.end))]
+        listener = self._connections[listening]
+        batch = Batch(request.id)
+        for number, key in zip(self._leases.new_ids(len(keys)), keys, strict=True):
+            connecting = Side(view.name, view.device, connection, state.pid, key)
+            accepting = Side(peer.name, peer.device, listening, listener.pid, None)
+            batch.leases.append(Lease(number, connecting, accepting, service, now_s, batch))
+        batch.first.deadline_s = now_s + self._limits.pending_s
+        self._leases.add_batch(batch)
+        numbers = [lease.id for lease in batch.leases]
+        state.leases.update(numbers)
+        listener.leases.update(numbers)
+        return [*effects, Send(listening, wire.Incoming(batch.first.id, view.name, service, request.ends))]
 
-    def _accept(self, connection: int, view: PodView, lease: Lease, request: wire.Accept, now_s: float) -> list[Effect]:
-        connector, listener = lease.sides
-        assert connector.key is not None
-        key = (request.end.gid, request.end.qpn)
-        problem = rules.foreign_gid(view, key[0])
-        if problem is None and address_of(key[0]).version != address_of(connector.key[0]).version:
-            problem = "the two ends use addresses of different families"
-        if problem is None and self._leases.is_held(key):
-            problem = f"queue pair {key[1]} of {pod_text(view.name)} has a lease already"
+    def _pending_batch(self, number: int) -> Batch | None:
+        """The batch whose first lease this is, while its listener has not answered."""
+        lease = self._leases.get(number)
+        batch = None if lease is None else lease.batch
+        return batch if batch is not None and batch.first is lease and batch.phase is Phase.PENDING else None
+
+    def _accept(self, connection: int, view: PodView, batch: Batch, request: wire.Accept, now_s: float) -> list[Effect]:
+        listener = batch.first.listener
+        problem = rules.accept_refusal(view, batch, request.ends, self._leases)
         if problem is not None:
             return [
                 error(connection, request.id, Reason.CONFLICT, problem),
-                *self._end(lease, Cause.RELEASED, Reason.REJECTED, problem, now_s, by=listener),
+                *self._end(batch.leases, Cause.RELEASED, Reason.REJECTED, problem, now_s, by=listener.connection),
             ]
-        effects = self._supersede(key, view, now_s)
-        self._leases.answered(lease, key)
-        listener.end, lease.accept_id = request.end, request.id
-        for own in (key, connector.key):
-            self._revoked.forget(own)
-        entries = (
-            (connector.key, GuardEntry(lease.id, *key, GuardState.GRANTED)),
-            (key, GuardEntry(lease.id, *connector.key, GuardState.GRANTED)),
-        )
-        return [*effects, SetGuard(lease.id, entries)]
+        effects = self._supersede(request.ends.keys, view, now_s)
+        self._leases.answered(batch, request.ends)
+        batch.accept_id = request.id
+        entries = []
+        for lease in batch.leases:
+            for own, peer in (lease.sides, lease.sides[::-1]):
+                assert own.key is not None
+                assert peer.key is not None
+                self._revoked.forget(own.key)
+                entries.append((own.key, GuardEntry(lease.id, *peer.key, GuardState.GRANTED)))
+        return [*effects, SetGuard(batch.first.id, tuple(entries))]
 
-    def _reject(self, connection: int, lease: Lease, request: wire.Reject, now_s: float) -> list[Effect]:
-        sentence = f"{pod_text(lease.listener.pod)}:{lease.service} refused: {request.sentence}"
+    def _reject(self, connection: int, batch: Batch, request: wire.Reject, now_s: float) -> list[Effect]:
+        listener = batch.first.listener
+        sentence = f"{pod_text(listener.pod)}:{batch.first.service} refused: {request.sentence}"
         return [
             reply(connection, request.id),
-            *self._end(lease, Cause.RELEASED, Reason.REJECTED, sentence, now_s, by=lease.listener),
+            *self._end(batch.leases, Cause.RELEASED, Reason.REJECTED, sentence, now_s, by=listener.connection),
         ]
 
     def _release(self, connection: int, state: Connection, request: wire.Release, now_s: float) -> list[Effect]:
-        lease = self._leases.get(request.lease)
-        if lease is None or lease.id not in state.leases or lease.phase is not Phase.GRANTED:
-            sentence = rules.unknown_lease(request.lease)
+        held = [self._leases.get(number) for number in dict.fromkeys(request.leases) if number in state.leases]
+        found = [lease for lease in held if lease is not None and lease.phase is Phase.GRANTED]
+        if not found:
+            sentence = rules.unknown_lease(request.leases[0])
             return [error(connection, request.id, Reason.UNKNOWN_LEASE, sentence)]
-        side = next(side for side in lease.sides if side.connection == connection)
         sentence = f"{pod_text(state.pod)} closed its end"
         return [
-            *self._end(lease, Cause.RELEASED, Reason.PEER_GONE, sentence, now_s, by=side),
+            *self._end(found, Cause.RELEASED, Reason.PEER_GONE, sentence, now_s, by=connection),
             reply(connection, request.id),
         ]
 
     def _claim(self, connection: int, state: Connection, request: wire.Claim) -> list[Effect]:
         claim = Claiming(connection, request.id, {})
-        effects: list[Effect] = []
+        asked: dict[Device, list[tuple[int, int]]] = {}
         for item in request.leases:
             lease = self._leases.get(item.lease)
             side = next(
@@ -417,8 +387,26 @@ class BrokerCore:
             query = next(self._queries)
             claim.waiting[query] = (lease, side)
             self._claims[query] = claim
-            effects.append(FindHolder(query, side.device, item.qpn))
+            asked.setdefault(side.device, []).append((query, item.qpn))
+        effects: list[Effect] = [FindHolders(device, tuple(queries)) for device, queries in asked.items()]
         return effects + self._claim_answer(claim)
+
+    def _claim_decided(self, claim: Claiming, query: int, pid: int | None) -> list[Effect]:
+        lease, side = claim.waiting.pop(query)
+        state = self._connections.get(claim.connection)
+        if state is None:
+            return []
+        # Where the kernel cannot say whose the queue pair is, pod, QPN and the lease's secret id have to do.
+        if pid in (state.pid, 0) and lease.id in self._leases and side.connection is None:
+            side.connection, side.pid = claim.connection, state.pid
+            state.leases.add(lease.id)
+            claim.claimed.append(lease.id)
+            self.counts.claimed += 1
+            if all(s.connection is not None for s in lease.sides):
+                self._leases.no_deadline(lease)
+        else:
+            claim.lost.append(lease.id)
+        return self._claim_answer(claim)
 
     def _claim_answer(self, claim: Claiming) -> list[Effect]:
         if claim.waiting:
@@ -428,54 +416,70 @@ class BrokerCore:
 
     # How leases end
 
-    def _supersede(self, key: Key, view: PodView, now_s: float) -> list[Effect]:
+    def _supersede(self, keys: Iterable[Key], view: PodView, now_s: float) -> list[Effect]:
         """An unclaimed lease ends when its QPN is named for a new one: the old queue pair cannot exist any more."""
-        old = self._leases.by_end(key)
-        if old is None:
-            return []
+        old = {lease.id: lease for key in keys if (lease := self._leases.by_end(key)) is not None}
         sentence = f"{pod_text(view.name)} uses the queue pair for another lease"
-        return self._end(old, Cause.SUPERSEDED, Reason.PEER_GONE, sentence, now_s)
+        return self._end(list(old.values()), Cause.SUPERSEDED, Reason.PEER_GONE, sentence, now_s)
 
     def _end(
         self,
-        lease: Lease,
+        leases: Sequence[Lease],
         cause: Cause,
         reason: Reason,
         sentence: str,
         now_s: float,
         *,
-        by: Side | None = None,
+        by: int | None = None,
     ) -> list[Effect]:
-        """The lease is over. Its packets are dropped first; then whoever is left and did not end it is told."""
-        self._leases.remove(lease)
-        for side in lease.sides:
-            state = self._connections.get(side.connection) if side.connection is not None else None
-            if state is not None:
-                state.leases.discard(lease.id)
+        """These leases are over; of a batch that is not granted yet all are, or none. Their packets are dropped first;
+        then whoever is left is told, except the side of connection ``by``, which ended them."""
+        entries: list[tuple[Key, GuardEntry]] = []
+        told: dict[int, list[int]] = {}
         effects: list[Effect] = []
-        if lease.phase is not Phase.PENDING:
-            effects.append(self._revoke(lease, now_s))
-        if lease.phase is Phase.GRANTED:
-            self.counts.revoked[cause] += 1
-        else:
-            self.counts.refused[reason] += 1
-        for side in lease.sides:
-            if side is by or side.connection is None or side.connection not in self._connections:
+        for lease in leases:
+            self._leases.remove(lease)
+            for side in lease.sides:
+                state = None if side.connection is None else self._connections.get(side.connection)
+                if state is not None:
+                    state.leases.discard(lease.id)
+            if lease.phase is not Phase.PENDING:
+                entries += self._revoke(lease, now_s)
+            if lease.batch is not None:
+                if lease is lease.batch.first:
+                    self.counts.refused[reason] += 1
+                    effects += self._batch_ended(lease.batch, reason, sentence, by)
                 continue
-            if lease.phase is not Phase.GRANTED and side is lease.connector:
-                effects.append(error(side.connection, lease.connect_id, reason, sentence))
-            elif lease.phase is Phase.WRITING:
-                effects.append(error(side.connection, lease.accept_id, reason, sentence))
+            self.counts.revoked[cause] += 1
+            # A process that leases to itself is told of its other end.
+            silent = None if by is None else next((s for s in lease.sides if s.connection == by), None)
+            for side in lease.sides:
+                if side is not silent and side.connection is not None and side.connection in self._connections:
+                    told.setdefault(side.connection, []).append(lease.id)
+        for connection, numbers in told.items():
+            for first in range(0, len(numbers), wire.MAX_BATCH):
+                some = tuple(numbers[first : first + wire.MAX_BATCH])
+                effects.append(Send(connection, wire.Revoked(some, sentence)))
+        return [SetGuard(leases[0].id, tuple(entries)), *effects] if entries else effects
+
+    def _batch_ended(self, batch: Batch, reason: Reason, sentence: str, by: int | None) -> list[Effect]:
+        """What to say about a batch that is never granted; ``by`` is its listener's connection or None."""
+        effects: list[Effect] = []
+        connector, listener = (side.connection for side in batch.first.sides)
+        if connector is not None and connector in self._connections:
+            effects.append(error(connector, batch.connect_id, reason, sentence))
+        if by is None and listener is not None and listener in self._connections:
+            if batch.phase is Phase.WRITING:
+                effects.append(error(listener, batch.accept_id, reason, sentence))
             else:
-                effects.append(Send(side.connection, wire.Revoked(lease.id, sentence)))
+                effects.append(Send(listener, wire.Revoked(tuple(lease.id for lease in batch.leases), sentence)))
         return effects
 
-    def _revoke(self, lease: Lease, now_s: float) -> SetGuard:
-        first, second = lease.sides
+    def _revoke(self, lease: Lease, now_s: float) -> list[tuple[Key, GuardEntry]]:
         entries = []
-        for side, peer in ((first, second), (second, first)):
+        for side, peer in (lease.sides, lease.sides[::-1]):
             assert side.key is not None
             assert peer.key is not None
             entries.append((side.key, GuardEntry(lease.id, *peer.key, GuardState.REVOKED)))
             self._revoked.add(side.key, side.device, side.pid, now_s)
-        return SetGuard(lease.id, tuple(entries))
+        return entries

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from rdmanet.broker.values import DeleteGuard, Effect, FindHolder, Key, Limits
+from rdmanet.broker.values import DeleteGuard, Effect, FindHolders, Key, Limits
 from rdmanet.model import Device
 
 
@@ -49,11 +49,11 @@ class RevokedEnds:
         keys = [key for key in self._ends if key[0] in addresses]
         for key in keys:
             del self._ends[key]
-        return [DeleteGuard(*key) for key in keys]
+        return [DeleteGuard(tuple(keys))] if keys else []
 
     def due(self, now_s: float) -> list[Effect]:
         """What to ask the kernel now."""
-        effects: list[Effect] = []
+        asked: dict[Device, list[tuple[int, int]]] = {}
         for key, end in self._ends.items():
             if end.query is not None or end.check_s > now_s:
                 continue
@@ -62,20 +62,20 @@ class RevokedEnds:
                 continue
             end.query = next(self._queries)
             self._asked[end.query] = key
-            effects.append(FindHolder(end.query, end.device, key[1]))
-        return effects
+            asked.setdefault(end.device, []).append((end.query, key[1]))
+        return [FindHolders(device, tuple(queries)) for device, queries in asked.items()]
 
-    def holder_found(self, query: int, pid: int | None, now_s: float) -> list[Effect]:
-        """None: there is no such queue pair; 0: there is one, of nobody knows whom."""
+    def holder_found(self, query: int, pid: int | None, now_s: float) -> Key | None:
+        """None: there is no such queue pair; 0: there is one, of nobody knows whom. Returns what to delete."""
         key, end = self._answered(query)
         if key is None or end is None:
-            return []
+            return None
         if pid is None or (pid and end.pid and pid != end.pid):
             del self._ends[key]
-            return [DeleteGuard(*key)]
+            return key
         end.pid = pid or end.pid
         self._later(end, now_s)
-        return []
+        return None
 
     def holder_unknown(self, query: int, now_s: float) -> None:
         _, end = self._answered(query)
@@ -98,5 +98,5 @@ class RevokedEnds:
 
 
 def queries() -> Iterator[int]:
-    """Numbers for FindHolder, shared by everybody who asks."""
+    """Numbers for FindHolders, shared by everybody who asks."""
     return itertools.count(1)

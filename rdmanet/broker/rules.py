@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from rdmanet.broker.table import LeaseTable
+from rdmanet.broker.table import Batch, LeaseTable
 from rdmanet.broker.values import Key, Limits, PodView, Reason
-from rdmanet.lease import lease_text, no_device, pod_text
+from rdmanet.lease import Ends, lease_text, no_device, pod_text
 from rdmanet.model import PodName, address_of
 
 
@@ -32,14 +32,15 @@ def connect_refusal(
     peer: PodView | None,
     target: PodName,
     service: str,
-    key: Key,
+    keys: Sequence[Key],
     *,
     leases: LeaseTable,
     listening: Mapping[tuple[PodName, str], int],
     limits: Limits,
     permits: Callable[[PodView, PodView], str | None],
 ) -> tuple[Reason, str] | None:
-    """Why ``view`` gets no lease to ``service`` of ``target`` for its queue pair ``key``; None when it may."""
+    """Why ``view`` gets no leases to ``service`` of ``target`` for its queue pairs ``keys``, which are all of one
+    address; None when it gets one for each."""
     caller, name = pod_text(view.name), pod_text(target)
     if view.device is None:
         return Reason.NO_DEVICE, no_device(view.name)
@@ -52,20 +53,43 @@ def connect_refusal(
         return Reason.POLICY, denied
     if (target, service) not in listening:
         return Reason.NOT_LISTENING, f"no process of {name} listens on {service}"
-    foreign = foreign_gid(view, key[0])
+    address = keys[0][0]
+    foreign = foreign_gid(view, address)
     if foreign is not None:
         return Reason.FOREIGN_GID, foreign
-    family = address_of(key[0]).version
-    if all(address_of(address).version != family for address in peer.addresses):
+    family = address_of(address).version
+    if all(address_of(own).version != family for own in peer.addresses):
         sentence = f"{name} has no IPv{family} address, and {caller} connects from one"
         return Reason.ADDRESS_FAMILY, sentence
-    if leases.is_held(key):
-        return Reason.CONFLICT, f"queue pair {key[1]} of {caller} has a lease already; create another"
+    held = leases.held(keys)
+    if held is not None:
+        return Reason.CONFLICT, f"queue pair {held[1]} of {caller} has a lease already; create another"
     if leases.pending_of(view.name) >= limits.pending_per_pod:
         return Reason.LIMIT, f"{caller} waits for {limits.pending_per_pod} leases already, the most"
     for pod in (view, peer):
         # A lease of a pod with itself needs two of its ends.
-        if leases.ends_of(pod.name) + (view.name == target) >= pod.max_leases:
-            sentence = f"{pod_text(pod.name)} has all its {pod.max_leases} leases in use; close some"
+        wanted = 2 * len(keys) if view.name == target else len(keys)
+        left = pod.max_leases - leases.ends_of(pod.name)
+        if left < wanted:
+            sentence = (
+                f"{pod_text(pod.name)} has all its {pod.max_leases} leases in use; close some"
+                if left <= 0
+                else f"{pod_text(pod.name)} has {left} of its {pod.max_leases} leases left, and {wanted} are needed"
+            )
             return Reason.LIMIT, sentence
     return None
+
+
+def accept_refusal(view: PodView, batch: Batch, ends: Ends, leases: LeaseTable) -> str | None:
+    """Why the listening pod ``view`` cannot accept ``batch`` with these ends; None when it can."""
+    connector = batch.first.connector
+    assert connector.key is not None
+    if len(ends.pairs) != len(batch.leases):
+        return f"{len(batch.leases)} queue pairs were asked for and {len(ends.pairs)} accepted"
+    foreign = foreign_gid(view, ends.gid)
+    if foreign is not None:
+        return foreign
+    if address_of(ends.gid).version != address_of(connector.key[0]).version:
+        return "the two ends use addresses of different families"
+    held = leases.held(ends.keys)
+    return None if held is None else f"queue pair {held[1]} of {pod_text(view.name)} has a lease already"

@@ -20,7 +20,7 @@ import logging
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from rdmanet.broker.values import (
     DeleteGuard,
     Directory,
     Effect,
-    FindHolder,
+    FindHolders,
     Granted,
     Key,
     LeaseView,
@@ -68,6 +68,9 @@ _ACCEPT_PAUSE_S = 1.0
 class Guard(Protocol):
     """The guard map (rdmanet.datapath); synchronous, called from a thread."""
 
+    def set_guards(self, entries: Sequence[tuple[Key, GuardEntry]]) -> None:
+        """Writes them in order; what comes before the one that fails has been written."""
+
     def set_guard(self, address: bytes, qpn: int, entry: GuardEntry) -> None: ...
 
     def delete_guard(self, address: bytes, qpn: int) -> None:
@@ -79,9 +82,9 @@ class Guard(Protocol):
 class QueuePairs(Protocol):
     """The kernel's list of queue pairs (rdmanet.netlink.nldev)."""
 
-    async def holder(self, device: Device, qpn: int) -> int | None:
-        """The pid, as the agent sees pids, of the thread that created the queue pair; 0: there is one, and the kernel
-        does not say whose (the thread has ended); None: there is no such queue pair."""
+    async def holders(self, device: Device) -> Mapping[int, int]:
+        """Of each queue pair of the device, by QPN, the pid, as the agent sees pids, of the thread that created it; 0
+        where the kernel does not say whose it is (the thread has ended)."""
 
 
 def netns_cookie(sock: socket.socket) -> int:
@@ -94,14 +97,18 @@ def peer_pid(sock: socket.socket) -> int:
     return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
-def _process_of(thread: int) -> int:
-    """The process that a thread belongs to: the kernel records who made a queue pair by thread
+def _processes_of(threads: Mapping[int, int | None]) -> dict[int, int | None]:
+    """The process of each thread: the kernel records who made a queue pair by thread
     (drivers/infiniband/core/restrack.c), and who connected a socket by process. 0 when the thread has ended."""
-    try:
-        status = Path(f"/proc/{thread}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(status.split("\nTgid:", 1)[1].split(None, 1)[0])
+    processes: dict[int, int] = {}
+    for thread in {thread for thread in threads.values() if thread}:
+        try:
+            status = Path(f"/proc/{thread}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            processes[thread] = 0
+        else:
+            processes[thread] = int(status.split("\nTgid:", 1)[1].split(None, 1)[0])
+    return {query: processes[thread] if thread else thread for query, thread in threads.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -343,12 +350,12 @@ class BrokerServer:
                     if connection is not None:
                         _put(connection, wire.dump(message))
                 case SetGuard(lease, entries):
-                    failure = await loop.run_in_executor(self._thread, self._set_guard, entries)
+                    failure = await loop.run_in_executor(self._thread, self._set_guards, entries)
                     self._apply(self._core.guard_written(lease, failure, loop.time()))
-                case DeleteGuard(address, qpn):
-                    await loop.run_in_executor(self._thread, self._delete_guard, address, qpn)
-                case FindHolder(query, device, qpn):
-                    lookup = loop.create_task(self._find_holder(query, device, qpn))
+                case DeleteGuard(keys):
+                    await loop.run_in_executor(self._thread, self._delete_guards, keys)
+                case FindHolders(device, queries):
+                    lookup = loop.create_task(self._find_holders(device, queries))
                     self._lookups.add(lookup)
                     lookup.add_done_callback(self._lookups.discard)
                 case Close(number, sentence):
@@ -360,35 +367,41 @@ class BrokerServer:
                 case _Barrier(reached):
                     reached.set_result(None)
 
-    def _set_guard(self, entries: tuple[tuple[Key, GuardEntry], ...]) -> str | None:
+    def _set_guards(self, entries: tuple[tuple[Key, GuardEntry], ...]) -> str | None:
+        try:
+            self._guard.set_guards(entries)
+            return None
+        except RdmanetError as error:
+            _log.warning("guard entries are written one by one: %s", error)
         failure = None
         for key, entry in entries:
             try:
                 self._guard.set_guard(*key, entry)
             except RdmanetError as error:
-                # The other entry is written all the same: when both are to be revoked, one is better than none.
+                # The others are written all the same: when leases are to be revoked, some are better than none.
                 self._guard_failures += 1
                 _log.error("guard entry of lease %s: %s", wire.lease_text(entry.lease), error)
                 failure = str(error)
         return failure
 
-    def _delete_guard(self, address: bytes, qpn: int) -> None:
-        try:
-            self._guard.delete_guard(address, qpn)
-        except RdmanetError as error:
-            self._guard_failures += 1
-            _log.error("guard entry of queue pair %d could not be deleted: %s", qpn, error)
+    def _delete_guards(self, keys: tuple[Key, ...]) -> None:
+        for key in keys:
+            try:
+                self._guard.delete_guard(*key)
+            except RdmanetError as error:
+                self._guard_failures += 1
+                _log.error("guard entry of queue pair %d could not be deleted: %s", key[1], error)
 
-    async def _find_holder(self, query: int, device: Device, qpn: int) -> None:
+    async def _find_holders(self, device: Device, queries: tuple[tuple[int, int], ...]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            thread = await self._queue_pairs.holder(device, qpn)
-            pid = await asyncio.to_thread(_process_of, thread) if thread else thread
+            threads = await self._queue_pairs.holders(device)
+            holders = await asyncio.to_thread(_processes_of, {query: threads.get(qpn) for query, qpn in queries})
         except RdmanetError as error:
-            _log.warning("the holder of queue pair %d of %s is not known: %s", qpn, device.name, error)
-            self._apply(self._core.holder_unknown(query, loop.time()))
+            _log.warning("the holders of queue pairs of %s are not known: %s", device.name, error)
+            self._apply(self._core.holders_unknown([query for query, _ in queries], loop.time()))
         else:
-            self._apply(self._core.holder_found(query, pid, loop.time()))
+            self._apply(self._core.holders_found(holders, loop.time()))
 
 
 def _status(view: LeaseView, guards: Mapping[Key, GuardEntry]) -> dict[str, object]:

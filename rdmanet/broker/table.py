@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rdmanet import lease as wire
-from rdmanet.broker.values import EndView, Key, LeaseView
+from rdmanet.broker.values import Directory, EndView, Key, LeaseView
 from rdmanet.lease import lease_text
-from rdmanet.model import Device, PodName
+from rdmanet.model import Device, GuardEntry, GuardState, PodName
 
 
 class Phase(enum.Enum):
@@ -30,7 +30,21 @@ class Side:
     connection: int | None  # None: left by an earlier agent, and nobody has claimed it yet
     pid: int | None
     key: Key | None  # None: a listener that has not answered
-    end: wire.End | None  # None also for adopted leases: PSN and MTU are not in the guard
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Leases that one connect asked for: granted together or not at all, and each on its own from then on."""
+
+    connect_id: int
+    phase: Phase = Phase.PENDING
+    leases: list[Lease] = field(default_factory=list)  # with consecutive ids, in the order of the queue pairs
+    accept_id: int = 0
+    ends: wire.Ends | None = None  # the listener's, when it has answered
+
+    @property
+    def first(self) -> Lease:
+        return self.leases[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -41,11 +55,13 @@ class Lease:
     connector: Side
     listener: Side
     service: str | None  # None for adopted leases, whose connector and listener are not told apart either
-    phase: Phase
     since_s: float
-    deadline_s: float | None = None  # when a pending lease times out, or an unclaimed one is revoked
-    connect_id: int = 0
-    accept_id: int = 0
+    batch: Batch | None  # None: granted
+    deadline_s: float | None = None  # of a batch's first: when it times out; unclaimed: when it is revoked
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.GRANTED if self.batch is None else self.batch.phase
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -99,11 +115,13 @@ class LeaseTable:
         number = self._by_end.get(key)
         return None if number is None else self._leases[number]
 
-    def new_id(self) -> int:
-        """A random id that is not in use: nobody can guess another's, and a new agent cannot repeat one."""
-        while (number := self._random_id()) in self._leases or number == 0:
-            pass
-        return number
+    def new_ids(self, count: int) -> range:
+        """Consecutive random ids that are not in use: nobody can guess another's, and a new agent cannot repeat one."""
+        while True:
+            first = self._random_id()
+            numbers = range(first, first + count)
+            if first > 0 and numbers[-1] < 1 << 63 and not any(number in self._leases for number in numbers):
+                return numbers
 
     def add(self, lease: Lease) -> None:
         """Enter a lease, pending or adopted, with the keys its sides have by now."""
@@ -112,38 +130,47 @@ class LeaseTable:
             self._per_pod[side.pod] += 1
             if side.key is not None:
                 self._by_end[side.key] = lease.id
-        if lease.phase is Phase.PENDING:
-            self._pending_per_pod[lease.connector.pod] += 1
         if lease.deadline_s is not None:
             self._with_deadline.add(lease.id)
 
-    def answered(self, lease: Lease, key: Key) -> None:
-        """The listener has accepted with this end: pending → writing."""
-        lease.phase = Phase.WRITING
-        lease.listener.key = key
-        self._by_end[key] = lease.id
-        self._pending_per_pod[lease.connector.pod] -= 1
-        self.no_deadline(lease)
+    def add_batch(self, batch: Batch) -> None:
+        """Enter a pending batch."""
+        for lease in batch.leases:
+            self.add(lease)
+        self._pending_per_pod[batch.first.connector.pod] += 1
+
+    def answered(self, batch: Batch, ends: wire.Ends) -> None:
+        """The listener has accepted with these ends: pending → writing."""
+        batch.phase, batch.ends = Phase.WRITING, ends
+        for lease, key in zip(batch.leases, ends.keys, strict=True):
+            lease.listener.key = key
+            self._by_end[key] = lease.id
+        self._pending_per_pod[batch.first.connector.pod] -= 1
+        self.no_deadline(batch.first)
 
     def no_deadline(self, lease: Lease) -> None:
         lease.deadline_s = None
         self._with_deadline.discard(lease.id)
 
     def remove(self, lease: Lease) -> None:
+        """Forget a lease; of a batch that is not granted all must go."""
         del self._leases[lease.id]
         for side in lease.sides:
             self._per_pod[side.pod] -= 1
             if side.key is not None:
                 del self._by_end[side.key]
-        if lease.phase is Phase.PENDING:
+        if lease.batch is not None and lease.phase is Phase.PENDING and lease is lease.batch.first:
             self._pending_per_pod[lease.connector.pod] -= 1
         self._with_deadline.discard(lease.id)
 
-    def is_held(self, key: Key) -> bool:
-        """Whether this end is in a lease of a living connection. An unclaimed one gives way: its QPN is in the
-        hands of whoever names it now."""
-        lease = self.by_end(key)
-        return lease is not None and not any(s.key == key and s.connection is None for s in lease.sides)
+    def held(self, keys: Iterable[Key]) -> Key | None:
+        """The first of these ends that is in a lease of a living connection. An unclaimed one gives way: its QPN is in
+        the hands of whoever names it now."""
+        for key in keys:
+            lease = self.by_end(key)
+            if lease is not None and not any(s.key == key and s.connection is None for s in lease.sides):
+                return key
+        return None
 
     def ends_of(self, pod: PodName) -> int:
         """How many of the pod's leases are in use, pending ones included."""
@@ -179,4 +206,28 @@ def _view(lease: Lease, now_s: float) -> LeaseView:
         listener=EndView(str(listener.pod), listener.key),
         service=lease.service,
         age_s=now_s - lease.since_s,
+    )
+
+
+def adoptable(
+    guards: Mapping[Key, GuardEntry], key: Key, directory: Directory, now_s: float, deadline_s: float
+) -> Lease | None:
+    """The lease that this entry of an earlier agent and its peer's make, None unless each names the other and both can
+    go on."""
+    entry = guards[key]
+    peer_key = (entry.peer_address, entry.peer_qpn)
+    peer, view, peer_view = guards.get(peer_key), directory.by_address(key[0]), directory.by_address(peer_key[0])
+    if peer is None or view is None or peer_view is None or view.device is None or peer_view.device is None:
+        return None
+    mutual = peer_key != key and (peer.lease, peer.peer_address, peer.peer_qpn) == (entry.lease, *key)
+    if not mutual or not entry.state is peer.state is GuardState.GRANTED:
+        return None
+    return Lease(
+        entry.lease,
+        Side(view.name, view.device, None, None, key),
+        Side(peer_view.name, peer_view.device, None, None, peer_key),
+        None,
+        now_s,
+        None,
+        deadline_s=deadline_s,
     )

@@ -74,7 +74,7 @@ class Limits:
 
     connections_per_pod: int = 64
     listeners_per_pod: int = 64
-    pending_per_pod: int = 64
+    pending_per_pod: int = 64  # connects, whatever their batches' sizes
     pending_s: float = 30.0  # how long a listener may take to answer
     grace_s: float = 30.0  # how long leases of an earlier agent wait to be claimed
     first_check_s: float = 0.5  # after a revocation, until the kernel is asked whether the queue pair is gone
@@ -89,7 +89,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class SetGuard:
-    """Write these entries, then report ``core.guard_written(lease, ...)``."""
+    """Write these entries, then report ``core.guard_written(lease, ...)``; of a batch ``lease`` is the first."""
 
     lease: int
     entries: tuple[tuple[Key, GuardEntry], ...]
@@ -97,17 +97,15 @@ class SetGuard:
 
 @dataclass(frozen=True, slots=True)
 class DeleteGuard:
-    address: bytes
-    qpn: int
+    keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class FindHolder:
-    """Ask the kernel who holds a queue pair, then report ``core.holder_found`` or ``holder_unknown``."""
+class FindHolders:
+    """Ask the kernel who holds queue pairs of one device, then report ``core.holders_found`` or ``holders_unknown``."""
 
-    query: int
     device: Device
-    qpn: int
+    queries: tuple[tuple[int, int], ...]  # query, QPN
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A lease became usable; ``seconds`` is from the connect message until its guard was written."""
+    """A batch of leases became usable; ``seconds`` is from the connect message until its guard was written."""
 
     seconds: float
 
@@ -138,7 +136,7 @@ def dismiss(connection: int, reason: Reason, sentence: str) -> list[Effect]:
     return [error(connection, None, reason, sentence), Close(connection, sentence)]
 
 
-Effect = Send | SetGuard | DeleteGuard | FindHolder | Close | Granted
+Effect = Send | SetGuard | DeleteGuard | FindHolders | Close | Granted
 
 
 @dataclass(slots=True)

@@ -77,6 +77,5 @@ class DeviceBackend(Protocol):
     def present(self, device: Device, descriptor: int) -> bool:
         """Whether the pod still has the device that ``create`` returned."""
 
-    def holder(self, device: Device, qpn: int, descriptor: int) -> int | None:
-        """The host's pid of the thread that made a queue pair; 0 where there is one and the kernel does not say whose,
-        None where there is none."""
+    def holders(self, device: Device, descriptor: int) -> dict[int, int]:
+        """Of each queue pair, by QPN, the host's pid of the thread that made it; 0 where the kernel does not say."""

@@ -116,7 +116,7 @@ class RxeBackend:
             found = pod.device(device.name)
         return found is not None and found.index == device.index
 
-    def holder(self, device: Device, qpn: int, descriptor: int) -> int | None:
+    def holders(self, device: Device, descriptor: int) -> dict[int, int]:
         """See ``DeviceBackend``."""
         with self._namespaces.inside(descriptor) as pod:
-            return next((pair.pid or 0 for pair in pod.queue_pairs(device.index) if pair.qpn == qpn), None)
+            return {pair.qpn: pair.pid or 0 for pair in pod.queue_pairs(device.index)}

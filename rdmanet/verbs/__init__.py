@@ -22,9 +22,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rdmanet.errors import LeaseRefusedError, LeaseRevokedError, UnavailableError, VerbsError
+from rdmanet.verbs.listener import Listener
 from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
 from rdmanet.verbs.options import Options
-from rdmanet.verbs.session import Listener, Session, connect, listen
+from rdmanet.verbs.session import Session, connect, listen
 
 if TYPE_CHECKING:
     from rdmanet.verbs.queue_pair import QueuePair

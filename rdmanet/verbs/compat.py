@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import logging
+import operator
 import os
 import threading
 from collections.abc import Iterator
@@ -46,8 +48,25 @@ _CONSTANTS = {
     "IBV_ACCESS_REMOTE_WRITE": "ibv_access_flags",
     "IBV_GID_TYPE_ROCE_V2": "ibv_gid_type",
     "IBV_QPS_ERR": "ibv_qp_state",
+    "IBV_QPS_INIT": "ibv_qp_state",
+    "IBV_QPS_RTR": "ibv_qp_state",
+    "IBV_QPS_RTS": "ibv_qp_state",
     "IBV_QPT_RC": "ibv_qp_type",
     "IBV_QP_STATE": "ibv_qp_attr_mask",
+    "IBV_QP_ACCESS_FLAGS": "ibv_qp_attr_mask",
+    "IBV_QP_PKEY_INDEX": "ibv_qp_attr_mask",
+    "IBV_QP_PORT": "ibv_qp_attr_mask",
+    "IBV_QP_AV": "ibv_qp_attr_mask",
+    "IBV_QP_PATH_MTU": "ibv_qp_attr_mask",
+    "IBV_QP_DEST_QPN": "ibv_qp_attr_mask",
+    "IBV_QP_RQ_PSN": "ibv_qp_attr_mask",
+    "IBV_QP_MAX_DEST_RD_ATOMIC": "ibv_qp_attr_mask",
+    "IBV_QP_MIN_RNR_TIMER": "ibv_qp_attr_mask",
+    "IBV_QP_TIMEOUT": "ibv_qp_attr_mask",
+    "IBV_QP_RETRY_CNT": "ibv_qp_attr_mask",
+    "IBV_QP_RNR_RETRY": "ibv_qp_attr_mask",
+    "IBV_QP_SQ_PSN": "ibv_qp_attr_mask",
+    "IBV_QP_MAX_QP_RD_ATOMIC": "ibv_qp_attr_mask",
     "IBV_WR_RDMA_READ": "ibv_wr_opcode",
     "IBV_WR_RDMA_WRITE": "ibv_wr_opcode",
     "IBV_WR_SEND": "ibv_wr_opcode",
@@ -84,9 +103,12 @@ except ImportError as error:
 __all__ = [
     "CQ",
     "GID",
+    "INIT_MASK",
     "MR",
     "PD",
     "QP",
+    "RTR_MASK",
+    "RTS_MASK",
     "AHAttr",
     "CompChannel",
     "Context",
@@ -103,6 +125,16 @@ __all__ = [
     "next_event",
     "verbs_error",
 ]
+
+
+def _mask(*attributes: str) -> int:
+    return functools.reduce(operator.or_, (getattr(enums, f"IBV_QP_{name}") for name in ("STATE", *attributes)), 0)
+
+
+#: What an RC queue pair needs on its way (ibv_modify_qp(3)). QP.to_rtr and its like compute these anew each time.
+INIT_MASK = _mask("PKEY_INDEX", "PORT", "ACCESS_FLAGS")
+RTR_MASK = _mask("AV", "PATH_MTU", "DEST_QPN", "RQ_PSN", "MAX_DEST_RD_ATOMIC", "MIN_RNR_TIMER")
+RTS_MASK = _mask("TIMEOUT", "RETRY_CNT", "RNR_RETRY", "SQ_PSN", "MAX_QP_RD_ATOMIC")
 
 _CHANNEL_LINK = "anon_inode:[infinibandevent]"
 _channel_lock = threading.Lock()

@@ -53,13 +53,14 @@ class OpenDevice:
         with compat.call(f"port {PORT} of {self.name} cannot be queried", "ibv_query_port", self.name):
             return self.context.query_port(PORT)
 
-    def mtu_bytes(self) -> int:
-        """The path MTU that the port's network interface allows now."""
-        return _MTU_BYTES[int(self.port().active_mtu)]
+    @staticmethod
+    def mtu_bytes(port: Any) -> int:
+        """The path MTU that the port's network interface allows, by the port's attributes."""
+        return _MTU_BYTES[int(port.active_mtu)]
 
-    def gid_index(self, gid: bytes) -> int:
+    def gid_index(self, gid: bytes, port: Any) -> int:
         """The index of the RoCE v2 GID that is this address key. Never a guess: indexes differ from pod to pod."""
-        entries = int(self.port().gid_tbl_len)
+        entries = int(port.gid_tbl_len)
         with compat.call(f"the GID table of {self.name} cannot be read", "ibv_query_gid_table", self.name):
             table = self.context.query_gid_table(entries)
         for entry in table:

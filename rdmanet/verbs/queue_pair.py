@@ -1,44 +1,34 @@
 """One leased queue pair (RC): WRITE, READ, SEND and RECEIVE as coroutines.
 
-pyverbs never releases the GIL, so nothing here waits in a verb: the completion channel's descriptor is non-blocking and
-the event loop watches it. Every queue pair has its own completion queue and channel, so one that overflows or breaks
-harms no other.
+It is made by a batch (rdmanet.verbs.batch), which also brings its completions.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdmanet.errors import InputError, LeaseRevokedError, RdmanetError, UnavailableError, VerbsError
-from rdmanet.lease import End, lease_text, pod_text
-from rdmanet.model import PodName, address_of
+from rdmanet.lease import lease_text, pod_text
+from rdmanet.model import PodName
 from rdmanet.verbs import compat, memory
-from rdmanet.verbs.device import PORT, OpenDevice
+from rdmanet.verbs.device import OpenDevice
 from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
 from rdmanet.verbs.options import Options
+
+if TYPE_CHECKING:
+    from rdmanet.verbs.batch import Batch
 
 _log = logging.getLogger(__name__)
 
 #: Work request numbers from here on are receives; the rest of the number is the slot.
 _RECEIVE = 1 << 62
-#: Completions handled in one turn of the loop, so that others get theirs.
-_COMPLETIONS_PER_TURN = 256
-#: 4.096 us * 2**16 = 0.27 s until a retry. rxe takes a retry count of 7 as endless; 6 fails after about 2 s.
-_TIMEOUT = 16
-_RETRY_COUNT = 6
-#: 7 is endless: a peer that is slow to receive slows the sender down and breaks nothing (InfiniBand 9.7.5.2.8).
-_RNR_RETRY = 7
-#: 0.64 ms (InfiniBand table 45).
-_MIN_RNR_TIMER = 12
-_HOP_LIMIT = 64
-_READS_IN_FLIGHT = 4
-_READS_ANSWERED = 16
+#: Receives that a new queue pair has. The others follow when the first message has come: many queue pairs never see
+#: one, and posting the receives costs more than the whole connection does.
+FIRST_RECEIVES = 4
 
 #: What a work completion's status means for a person (ibv_wc_status; InfiniBand 11.6.2).
 _STATUS = {
@@ -82,10 +72,13 @@ class QueuePair:
     pair for good: later operations raise the same error. Messages that have arrived can still be received.
     """
 
-    def __init__(self, device: OpenDevice, gid: bytes, options: Options):
+    def __init__(self, batch: Batch, device: OpenDevice, options: Options, verbs_qp: Any):
+        self.verbs_qp = verbs_qp
+        self.qpn = int(verbs_qp.qp_num)
+        self.mtu_bytes = 0
+        self._batch = batch
         self._device = device
         self._options = options
-        self._loop = asyncio.get_running_loop()
         self._failure: Callable[[], RdmanetError] | None = None
         self._closed = False
         self._numbers = 0
@@ -96,88 +89,28 @@ class QueuePair:
         self._arrivals = asyncio.Semaphore(0)
         self._regions: set[MemoryRegion] = set()
         self._receives: list[compat.RecvRequest] = []
-        self._send = compat.SendRequest()
-        self._gid_index = device.gid_index(gid)
+        self._receive_places: list[tuple[MemoryRegion, int]] = []  # slot → region, offset
+        self._receives_complete = False
+        self._send: compat.SendRequest | None = None
+        self._send_slots: MemoryRegion | None = None
+        self._free_slots: deque[int] = deque()
         self._on_close: Callable[[QueuePair], Awaitable[None]] | None = None
         #: The lease's id, the peer pod and its end; set when the lease is granted.
         self.lease = 0
         self.peer: PodName | None = None
         self.service = ""
-        self._create(gid)
 
-    def _create(self, gid: bytes) -> None:
-        options, device = self._options, self._device
-        entries = options.window + options.messages
-        if max(options.window, options.messages) > device.max_wr or entries > device.max_cqe:
-            raise InputError(f"{device.name} has room for {device.max_wr} requests; choose smaller Options")
-        size = options.message_bytes
-        # One registered buffer: first the slots to send from, one per request in flight, then those to receive into.
-        self._slots = device.register(memory.allocate(entries * size), remote_read=False, remote_write=False)
-        self._free_slots = deque(range(options.window))
-        try:
-            self._create_on_device(gid)
-        except VerbsError as error:
-            self.destroy()
-            if error.errno == errno.EAGAIN:
-                raise VerbsError(
-                    "the pod's limit of RDMA objects is reached (rdma.max of its cgroup); close queue pairs",
-                    operation=error.operation,
-                    subject=device.name,
-                    errno=error.errno,
-                ) from error
-            raise
-        self._loop.add_reader(self._descriptor, self._on_event)
+    # The batch's and the session's side
 
-    def _create_on_device(self, gid: bytes) -> None:
-        options, device, enums = self._options, self._device, compat.enums
-        self._channel, self._descriptor = compat.completion_channel(device.context)
-        entries = options.window + options.messages
-        with compat.call("no queue pair could be made", "ibv_create_qp", device.name):
-            self._cq = compat.CQ(device.context, entries, None, self._channel, 0)
-            capacity = compat.QPCap(max_send_wr=options.window, max_recv_wr=options.messages)
-            request = compat.QPInitAttr(
-                qp_type=enums.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=capacity, sq_sig_all=1
-            )
-            # QP() moves it to INIT with the rights in this attribute: without them a WRITE is refused.
-            attributes = compat.QPAttr(port_num=PORT)
-            attributes.qp_access_flags = (
-                enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE | enums.IBV_ACCESS_REMOTE_READ
-            )
-            self._qp = compat.QP(device.pd, request, attributes)
-        self.end = End(gid, int(self._qp.qp_num), secrets.randbits(24), device.mtu_bytes())
-        self.mtu_bytes = self.end.mtu_bytes
-        with compat.call("no receive could be posted", "ibv_post_recv", device.name):
-            for slot in range(options.messages):
-                address = self._slots.address + (options.window + slot) * options.message_bytes
-                receive = compat.RecvRequest(_RECEIVE | slot, address, options.message_bytes, self._slots.lkey)
-                self._receives.append(receive)
-                receive.post(self._qp)
-            self._cq.req_notify()
-
-    # The session's side
-
-    def ready(self, peer: End) -> None:
-        """Move to RTR and RTS towards the peer's end; from here on it may send, and be sent to."""
-        self.mtu_bytes = min(self.end.mtu_bytes, peer.mtu_bytes)
-        route = compat.GlobalRoute(
-            dgid=compat.GID(address_text(peer.gid)), sgid_index=self._gid_index, hop_limit=_HOP_LIMIT
-        )
-        attributes = compat.QPAttr(port_num=PORT)
-        attributes.ah_attr = compat.AHAttr(is_global=1, port_num=PORT, gr=route)
-        attributes.path_mtu = self.mtu_bytes.bit_length() - 8  # ibv_mtu: 256 bytes are 1
-        attributes.dest_qp_num = peer.qpn
-        attributes.rq_psn = peer.psn
-        attributes.sq_psn = self.end.psn
-        attributes.max_dest_rd_atomic = min(_READS_ANSWERED, self._device.max_read_atomic)
-        attributes.max_rd_atomic = min(_READS_IN_FLIGHT, self._device.max_read_atomic)
-        attributes.min_rnr_timer = _MIN_RNR_TIMER
-        attributes.timeout = _TIMEOUT
-        attributes.retry_cnt = _RETRY_COUNT
-        attributes.rnr_retry = _RNR_RETRY
-        where = f"towards {address_of(peer.gid)}"
-        with compat.call(f"the queue pair could not be connected {where}", "ibv_modify_qp", self._device.name):
-            self._qp.to_rtr(attributes)
-            self._qp.to_rts(attributes)
+    def add_receives(self, region: MemoryRegion, offset: int, count: int) -> None:
+        """Post ``count`` more receives into ``region`` from ``offset`` on; raises PyverbsError."""
+        size = self._options.message_bytes
+        for place in range(offset, offset + count * size, size):
+            slot = len(self._receives)
+            receive = compat.RecvRequest(_RECEIVE | slot, region.address + place, size, region.lkey)
+            self._receives.append(receive)
+            self._receive_places.append((region, place))
+            receive.post(self.verbs_qp)
 
     def granted(
         self, lease: int, peer: PodName, service: str, on_close: Callable[[QueuePair], Awaitable[None]]
@@ -191,22 +124,22 @@ class QueuePair:
             return
         lease = lease_text(self.lease)
         try:
-            self._poll()  # what has arrived by now has arrived
+            self._batch.poll()  # what has arrived by now has arrived
             self._to_error()
         except VerbsError as error:  # the device may be gone as well, and the lease is over all the same
             _log.warning("queue pair %d of a revoked lease: %s", self.qpn, error)
-        self._fail(lambda: LeaseRevokedError(sentence, operation="lease", subject=lease))
+        self.fail(lambda: LeaseRevokedError(sentence, operation="lease", subject=lease))
 
     # The application's side
-
-    @property
-    def qpn(self) -> int:
-        return self.end.qpn
 
     @property
     def broken(self) -> bool:
         """Whether an operation has failed, the lease was revoked or the queue pair is closed."""
         return self._failure is not None
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def register(self, buffer: Any, *, remote_read: bool = False, remote_write: bool = False) -> MemoryRegion:
         """Let the device use ``buffer`` (writable, contiguous), and the peer as far as the flags say.
@@ -265,10 +198,11 @@ class QueuePair:
         transfer = _Transfer()
         async with self._order:
             await self._admitted()
+            slots = self._send_slots or self._new_send_slots()
             slot = self._free_slots.popleft()
             offset = slot * self._options.message_bytes
-            self._slots.buffer[offset : offset + size] = message
-            place = (self._slots.address + offset, size, self._slots.lkey)
+            slots.buffer[offset : offset + size] = message
+            place = (slots.address + offset, size, slots.lkey)
             self._post(transfer, compat.enums.IBV_WR_SEND, place, None, slot)
         transfer.all_posted = True
         transfer.settle()
@@ -282,25 +216,29 @@ class QueuePair:
             self._check()
             raise AssertionError("woken without a message and without a failure")
         slot, size = self._arrived.popleft()
-        offset = (self._options.window + slot) * self._options.message_bytes
-        message = bytes(self._slots.buffer[offset : offset + size])
+        region, offset = self._receive_places[slot]
+        message = bytes(region.buffer[offset : offset + size])
         if self._failure is None:
             with compat.call("no receive could be posted", "ibv_post_recv", self._device.name):
-                self._receives[slot].post(self._qp)
+                self._receives[slot].post(self.verbs_qp)
         return message
 
     async def close(self) -> None:
         """Destroy the queue pair, deregister its memory and give the lease back. Idempotent."""
         if self._closed:
             return
-        self._closed = True
-        self._fail(lambda: UnavailableError("the queue pair has been closed", operation="close"))
-        self._arrived.clear()
         try:
-            self.destroy()
+            self.shut()
         finally:
             if self._on_close is not None:
                 await self._on_close(self)
+
+    def shut(self) -> None:
+        """``close`` without giving the lease back: the session's part, which does so for many at once."""
+        self._closed = True
+        self.fail(lambda: UnavailableError("the queue pair has been closed", operation="close"))
+        self._arrived.clear()
+        self.destroy()
 
     async def __aenter__(self) -> QueuePair:
         return self
@@ -351,6 +289,33 @@ class QueuePair:
         if self._failure is not None:
             raise self._failure()
 
+    def _new_send_slots(self) -> MemoryRegion:
+        """Registered with the first message: many queue pairs never send one."""
+        window, size = self._options.window, self._options.message_bytes
+        try:
+            slots = self._device.register(memory.allocate(window * size), remote_read=False, remote_write=False)
+        except VerbsError:
+            self._window.release()
+            raise
+        self._send_slots = slots
+        self._free_slots.extend(range(window))
+        return slots
+
+    def _complete_receives(self) -> None:
+        """The rest of the receives, when messages come at all."""
+        self._receives_complete = True
+        count, size = self._options.messages - len(self._receives), self._options.message_bytes
+        if count <= 0:
+            return
+        try:
+            region = self._device.register(memory.allocate(count * size), remote_read=False, remote_write=False)
+            self._regions.add(region)
+            with compat.call("no receive could be posted", "ibv_post_recv", self._device.name):
+                self.add_receives(region, 0, count)
+        except VerbsError as error:  # it works with those it has
+            have = len(self._receives)
+            _log.warning("queue pair %d goes on with %d receives: %s", self.qpn, have, error)
+
     async def _admitted(self) -> None:
         """Wait for room in the send queue."""
         self._check()
@@ -368,39 +333,19 @@ class QueuePair:
         slot: int | None,
     ) -> None:
         self._numbers += 1
+        if self._send is None:
+            self._send = compat.SendRequest()
         try:
             with compat.call("a request could not be posted", "ibv_post_send", self._device.name):
-                self._send.post(self._qp, opcode, self._numbers, local, remote)
+                self._send.post(self.verbs_qp, opcode, self._numbers, local, remote)
         except VerbsError as error:
-            self._fail(_again(error))
+            self.fail(again(error))
             raise
         transfer.waiting += 1
         self._transfers[self._numbers] = (transfer, slot)
 
-    def _on_event(self) -> None:
-        if self._closed:
-            return
-        try:
-            if compat.next_event(self._channel, self._cq):
-                with compat.call("completions can no longer be waited for", "ibv_req_notify_cq"):
-                    self._cq.req_notify()
-            self._poll()
-        except VerbsError as error:
-            self._fail(_again(error))
-            self._loop.remove_reader(self._descriptor)
-
-    def _poll(self) -> None:
-        """Handle what has completed; after req_notify, so that nothing is missed in between."""
-        if self._closed:
-            return
-        with compat.call("completions can no longer be read", "ibv_poll_cq", self._device.name):
-            count, completions = self._cq.poll(_COMPLETIONS_PER_TURN)
-        for completion in completions:
-            self._completed(int(completion.wr_id), int(completion.status), int(completion.byte_len))
-        if count == _COMPLETIONS_PER_TURN:
-            self._loop.call_soon(self._on_event)
-
-    def _completed(self, number: int, status: int, size: int) -> None:
+    def completed(self, number: int, status: int, size: int) -> None:
+        """A work completion has come: the batch's part."""
         transfer, slot = self._transfers.pop(number, (None, None))
         if transfer is not None:
             transfer.waiting -= 1
@@ -409,7 +354,7 @@ class QueuePair:
                 self._free_slots.append(slot)
         if status != 0:
             if self._failure is None:  # else flushed because of what failed first
-                self._fail(_again(_completion_error(status, self._device.name)))
+                self.fail(again(_completion_error(status, self._device.name)))
             if transfer is not None:
                 transfer.fail(self._failure)
         elif transfer is not None:
@@ -417,8 +362,10 @@ class QueuePair:
         elif number & _RECEIVE:
             self._arrived.append((number & ~_RECEIVE, size))
             self._arrivals.release()
+            if not self._receives_complete:
+                self._complete_receives()
 
-    def _fail(self, failure: Callable[[], RdmanetError]) -> None:
+    def fail(self, failure: Callable[[], RdmanetError]) -> None:
         """The queue pair is broken; wake everybody who waits. Revocation replaces an earlier error: it is the cause."""
         self._failure, first = failure, self._failure is None
         for transfer, _ in self._transfers.values():
@@ -430,29 +377,25 @@ class QueuePair:
     def _to_error(self) -> None:
         attributes = compat.QPAttr(qp_state=compat.enums.IBV_QPS_ERR)
         with compat.call("the queue pair could not be stopped", "ibv_modify_qp", self._device.name):
-            self._qp.modify(attributes, compat.enums.IBV_QP_STATE)
+            self.verbs_qp.modify(attributes, compat.enums.IBV_QP_STATE)
 
     def destroy(self) -> None:
-        """Free everything, in order: pyverbs closes children with parents, but not every parent knows its children."""
+        """Free everything that is not the batch's. Idempotent."""
         self._closed = True
-        if hasattr(self, "_descriptor"):
-            self._loop.remove_reader(self._descriptor)
-        with compat.call("the queue pair could not be destroyed", "ibv_destroy_qp", self._device.name):
-            for name in ("_qp", "_cq", "_channel"):
-                if hasattr(self, name):
-                    getattr(self, name).close()
-        self._send.close()
+        try:
+            with compat.call("the queue pair could not be destroyed", "ibv_destroy_qp", self._device.name):
+                self.verbs_qp.close()
+        finally:
+            self._batch.left(self)
+        if self._send is not None:
+            self._send.close()
+            self._send = None
         for receive in self._receives:
             receive.close()
-        for region in list(self._regions):
-            region.close()
-        self._slots.close()
-
-
-def address_text(gid: bytes) -> str:
-    """A GID as pyverbs reads it: eight groups of four digits."""
-    digits = gid.hex()
-    return ":".join(digits[i : i + 4] for i in range(0, 32, 4))
+        self._receives.clear()
+        for region in [*self._regions, self._send_slots]:
+            if region is not None:
+                region.close()
 
 
 def _completion_error(status: int, device: str) -> VerbsError:
@@ -460,7 +403,7 @@ def _completion_error(status: int, device: str) -> VerbsError:
     return VerbsError(sentence, operation=f"work completion, status {status}", subject=device, status=status)
 
 
-def _again(error: VerbsError) -> Callable[[], RdmanetError]:
+def again(error: VerbsError) -> Callable[[], RdmanetError]:
     """Makes equal errors: one instance raised in several places would collect all their tracebacks."""
     return lambda: VerbsError(
         error.sentence,

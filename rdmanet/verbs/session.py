@@ -13,11 +13,12 @@ import asyncio
 import functools
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, overload
 
 from rdmanet import lease as wire
 from rdmanet.errors import (
+    InputError,
     LeaseRefusedError,
     RdmanetError,
     RequestError,
@@ -27,92 +28,22 @@ from rdmanet.errors import (
 from rdmanet.lease import pod_text
 from rdmanet.model import IPAddress, PodName, address_key, address_of
 from rdmanet.verbs.link import Link, LinkLostError
+from rdmanet.verbs.listener import BACKLOG, Listener
 from rdmanet.verbs.options import Options
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from rdmanet.verbs.batch import Batch
     from rdmanet.verbs.device import OpenDevice
     from rdmanet.verbs.queue_pair import QueuePair
 
 _log = logging.getLogger(__name__)
 
-#: Accepted and not taken by ``accept``; more are rejected.
-_BACKLOG = 16
 #: Between claims when the agent could not read the kernel's queue pairs.
 _CLAIM_AGAIN_S = 0.5
 #: How long a farewell may take.
 _COURTESY_S = 5.0
-
-
-class Listener:
-    """A service that other pods connect to. ``accept`` gives a queue pair per connection, as ``async for`` does."""
-
-    def __init__(self, session: Session, service: str, options: Options):
-        self.service = service
-        self.options = options
-        self.established = False
-        self._session = session
-        self._ready: asyncio.Queue[QueuePair | None] = asyncio.Queue()
-        self._failure: LeaseRefusedError | None = None
-        self._closed = False
-
-    async def accept(self) -> QueuePair:
-        """The next queue pair, connected and ready; raises UnavailableError once the listener is closed."""
-        qp = await self._ready.get()
-        if qp is None:
-            self._ready.put_nowait(None)  # for the others that wait
-            if self._failure is not None:
-                raise LeaseRefusedError(self._failure.sentence, operation="listen", subject=self.service)
-            raise UnavailableError("the listener has been closed", operation="accept", subject=self.service)
-        return qp
-
-    async def __aiter__(self) -> AsyncIterator[QueuePair]:
-        while not self._closed:
-            qp = await self._ready.get()
-            if qp is None:
-                self._ready.put_nowait(None)
-                break
-            yield qp
-
-    @property
-    def full(self) -> bool:
-        return self._ready.qsize() >= _BACKLOG
-
-    def deliver(self, qp: QueuePair) -> bool:
-        """Hand a queue pair to ``accept``; False when the listener is closed."""
-        if not self._closed:
-            self._ready.put_nowait(qp)
-        return not self._closed
-
-    def fail(self, failure: LeaseRefusedError) -> None:
-        """The agent came back and does not let this service listen again."""
-        self._failure = failure
-        self._ready.put_nowait(None)
-
-    async def close(self) -> None:
-        """Stop listening; queue pairs that nobody accepted are closed, accepted ones live on. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        waiting = []
-        while not self._ready.empty():
-            waiting.append(self._ready.get_nowait())
-        self._ready.put_nowait(None)
-        try:
-            for qp in waiting:
-                if qp is not None:
-                    await qp.close()
-        finally:
-            await self._session.forget(self)
-
-    async def __aenter__(self) -> Listener:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class Session:
@@ -127,6 +58,8 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._users = 0
         self._closed = False
+        self._returned: list[int] = []  # leases to release
+        self._returning: asyncio.Future[None] | None = None
         #: Called when the last listener, queue pair and attempt to connect is gone.
         self.on_idle: Callable[[], Coroutine[None, None, None]] | None = None
 
@@ -157,7 +90,7 @@ class Session:
         wire.service_name(service)
         if service in self._listeners:
             raise LeaseRefusedError("this process listens there already", operation="listen", subject=service)
-        listener = Listener(self, service, options or Options())
+        listener = Listener(service, options or Options(), self._forget)
         self._users += 1
         self._listeners[service] = listener
         try:
@@ -171,6 +104,7 @@ class Session:
         listener.established = True
         return listener
 
+    @overload
     async def connect(
         self,
         target: str,
@@ -178,18 +112,46 @@ class Session:
         address: IPAddress | None = None,
         options: Options | None = None,
         timeout_s: float | None = 10.0,
-    ) -> QueuePair:
+    ) -> QueuePair: ...
+
+    @overload
+    async def connect(
+        self,
+        target: str,
+        *,
+        count: int,
+        address: IPAddress | None = None,
+        options: Options | None = None,
+        timeout_s: float | None = 10.0,
+    ) -> list[QueuePair]: ...
+
+    async def connect(
+        self,
+        target: str,
+        *,
+        count: int | None = None,
+        address: IPAddress | None = None,
+        options: Options | None = None,
+        timeout_s: float | None = 10.0,
+    ) -> QueuePair | list[QueuePair]:
         """Lease a queue pair to [namespace/]pod:service; returns it ready to send.
 
+        With ``count`` (1 to 64) lease so many at once and return them as a list: all or none, for much less than as
+        many single ones cost. Each is a queue pair like any other afterwards.
+
         ``address`` chooses among this pod's own addresses (default: the first, IPv4 where there is one). Raises
-        RequestError for a malformed target, LeaseRefusedError with the broker's sentence, UnavailableError when agent
-        or device are not there, VerbsError when the device fails.
+        RequestError for a malformed target, InputError for another count, LeaseRefusedError with the broker's sentence,
+        UnavailableError when agent or device are not there, VerbsError when the device fails.
         """
         parsed = wire.Target.parse(target)
+        if count is not None and not 1 <= count <= wire.MAX_BATCH:
+            raise InputError(
+                f"a batch has 1 to {wire.MAX_BATCH} queue pairs, not {count}; connect several times for more"
+            )
         self._users += 1
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._connect(parsed, address, options or Options())
+                qps = await self._connect(parsed, address, options or Options(), 1 if count is None else count)
         except TimeoutError as error:
             await self._link.up(0)  # else this is the reason
             raise LeaseRefusedError(
@@ -197,6 +159,7 @@ class Session:
             ) from error
         finally:
             await self._left()
+        return qps[0] if count is None else qps
 
     async def close(self) -> None:
         """Close every listener and queue pair, the device and the connection. Idempotent."""
@@ -210,9 +173,7 @@ class Session:
         await asyncio.gather(*tasks, return_exceptions=True)
         for listener in list(self._listeners.values()):
             await listener.close()
-        for qps in list(self._leases.values()):
-            for qp in list(qps):
-                await qp.close()
+        await self._close_all([qp for qps in self._leases.values() for qp in qps])
         if self._device is not None:
             self._device.close()
         await self._link.close()
@@ -228,7 +189,9 @@ class Session:
 
     # Parts of connect and listen
 
-    async def _connect(self, target: wire.Target, address: IPAddress | None, options: Options) -> QueuePair:
+    async def _connect(
+        self, target: wire.Target, address: IPAddress | None, options: Options, count: int
+    ) -> list[QueuePair]:
         await self._link.up(None)
         assert self._hello is not None
         own = self._hello.addresses
@@ -238,30 +201,33 @@ class Session:
         if address is None or address not in own:
             listed = ", ".join(map(str, own)) or "none"
             raise RequestError(f"{address} is not an address of this pod, which has: {listed}")
-        from rdmanet.verbs.queue_pair import QueuePair
+        from rdmanet.verbs.batch import Batch
 
-        qp = QueuePair(device, address_key(address), options)
+        batch = Batch(device, address_key(address), options, count)
         granted: list[wire.ConnectReply] = []
 
         def answered(values: wire.Json) -> None:
-            # At once, so that a revocation that follows finds the queue pair.
+            # At once, so that a revocation that follows finds the queue pairs.
             reply = wire.ConnectReply.from_json(values)
             granted.append(reply)
-            self._hold(qp, reply.lease, reply.peer, target.service)
+            self._hold(batch, reply.lease, reply.peer, target.service)
 
         def too_late(values: wire.Json) -> None:
-            number = wire.ConnectReply.from_json(values).lease
-            self._spawn(self._give_back(number))
+            first = wire.ConnectReply.from_json(values).lease
+            self._spawn(self._give_back(*range(first, first + count)))
 
         try:
             await self._persistent(
-                lambda number: wire.Connect(number, target, qp.end), None, answered=answered, too_late=too_late
+                lambda number: wire.Connect(number, target, batch.ends), None, answered=answered, too_late=too_late
             )
-            qp.ready(granted[0].end)
+            batch.ready(granted[0].ends)
         except BaseException:
-            await qp.close()
+            if granted:
+                await self._close_all(batch.qps)
+            else:
+                batch.destroy()
             raise
-        return qp
+        return batch.qps
 
     async def _persistent(
         self,
@@ -290,10 +256,11 @@ class Session:
             self._device = OpenDevice(self._hello.device)
         return self._device
 
-    def _hold(self, qp: QueuePair, number: int, peer: PodName, service: str) -> None:
-        qp.granted(number, peer, service, self._qp_closed)
-        self._leases.setdefault(number, []).append(qp)
-        self._users += 1
+    def _hold(self, batch: Batch, first: int, peer: PodName, service: str) -> None:
+        for number, qp in enumerate(batch.qps, first):
+            qp.granted(number, peer, service, self._qp_closed)
+            self._leases.setdefault(number, []).append(qp)
+        self._users += len(batch.qps)
 
     def _is_held(self, qp: QueuePair) -> bool:
         return qp in self._leases.get(qp.lease, [])
@@ -308,13 +275,36 @@ class Session:
             del self._leases[qp.lease]
         return True
 
-    async def _qp_closed(self, qp: QueuePair) -> None:
-        if self._let_go(qp):
-            await self._give_back(qp.lease)
-        await self._left()
+    async def _qp_closed(self, *qps: QueuePair) -> None:
+        numbers = [qp.lease for qp in qps if self._let_go(qp)]
+        if numbers:
+            await self._give_back(*numbers)
+        await self._left(len(qps))
 
-    async def _give_back(self, number: int) -> None:
-        await self._tell(lambda request: wire.Release(request, number))
+    async def _close_all(self, qps: Iterable[QueuePair]) -> None:
+        closed: list[QueuePair] = []
+        try:
+            for qp in qps:
+                if not qp.closed:
+                    closed.append(qp)
+                    qp.shut()
+        finally:
+            if closed:
+                await self._qp_closed(*closed)
+
+    async def _give_back(self, *numbers: int) -> None:
+        """Release leases; those that are given back in the same turn of the loop go together."""
+        self._returned += numbers
+        if self._returning is None:
+            self._returning = asyncio.ensure_future(self._release())
+        await asyncio.shield(self._returning)
+
+    async def _release(self) -> None:
+        await asyncio.sleep(0)
+        numbers, self._returned, self._returning = self._returned, [], None
+        for first in range(0, len(numbers), wire.MAX_BATCH):
+            some = tuple(numbers[first : first + wire.MAX_BATCH])
+            await self._tell(functools.partial(wire.Release, leases=some))
 
     async def _tell(self, make: Callable[[int], wire.Request]) -> None:
         """A request that is a courtesy: the lease or the listener may have ended by itself, and the agent may be away,
@@ -325,15 +315,15 @@ class Session:
         except (LeaseRefusedError, LinkLostError, TimeoutError) as error:
             _log.debug("not needed any more: %s", error)
 
-    async def forget(self, listener: Listener) -> None:
+    async def _forget(self, listener: Listener) -> None:
         """The listener's part of closing."""
         if self._listeners.get(listener.service) is listener:
             del self._listeners[listener.service]
             await self._tell(lambda number: wire.Unlisten(number, listener.service))
         await self._left()
 
-    async def _left(self) -> None:
-        self._users -= 1
+    async def _left(self, users: int = 1) -> None:
+        self._users -= users
         if self._users == 0 and self.on_idle is not None:
             await self.on_idle()
 
@@ -348,64 +338,67 @@ class Session:
         if isinstance(message, wire.Incoming):
             self._spawn(self._answer(message))
             return
-        for qp in self._leases.pop(message.lease, []):
-            qp.revoke(message.sentence)
+        for number in message.leases:
+            for qp in self._leases.pop(number, []):
+                qp.revoke(message.sentence)
 
     async def _answer(self, incoming: wire.Incoming) -> None:
         """Make the listening end and accept; whatever goes wrong is told to the connector."""
         listener = self._listeners.get(incoming.service)
         if listener is None or listener.full:
-            why = "nobody listens any more" if listener is None else f"{_BACKLOG} connections wait to be accepted"
+            why = "nobody listens any more" if listener is None else f"{BACKLOG} connections wait to be accepted"
             await self._reject(incoming, why)
             return
         try:
-            qp = self._listening_end(incoming, listener.options)
+            batch = self._listening_ends(incoming, listener.options)
         except RdmanetError as error:
             _log.error("%s could not be accepted: %s", pod_text(incoming.peer), error)
             await self._reject(incoming, error.sentence)
             return
-        # Held before it is accepted: should the agent go away now, this end can be claimed.
-        self._hold(qp, incoming.lease, incoming.peer, incoming.service)
+        # Held before they are accepted: should the agent go away now, these ends can be claimed.
+        self._hold(batch, incoming.lease, incoming.peer, incoming.service)
+        qps = batch.qps
         try:
-            await self._link.request(lambda number: wire.Accept(number, incoming.lease, qp.end))
+            await self._link.request(lambda number: wire.Accept(number, incoming.lease, batch.ends))
         except LinkLostError:
             await self._link.up(None)  # claims first
-            if not self._is_held(qp):  # the new agent does not know it; the connector was probably never told
-                await qp.close()
+            if not all(map(self._is_held, qps)):  # the new agent does not know them; the connector was hardly told
+                await self._close_all(qps)
                 return
         except LeaseRefusedError as error:
             _log.info("%s gave up: %s", pod_text(incoming.peer), error.sentence)
-            await self._drop(qp)
+            await self._drop(qps)
             return
         except BaseException:
-            await self._drop(qp)
+            await self._drop(qps)
             raise
-        # Delivered even when it is broken by now: the connector may have sent, failed and closed before this task's
-        # turn came. Whoever accepts it receives what has arrived, and then the reason.
-        if not listener.deliver(qp):
-            await qp.close()
+        # Delivered even when they are broken by now: the connector may have sent, failed and closed before this task's
+        # turn came. Whoever accepts them receives what has arrived, and then the reason.
+        if not listener.deliver(qps):
+            await self._close_all(qps)
 
-    async def _drop(self, qp: QueuePair) -> None:
-        """Close a queue pair whose lease never was: there is nothing to give back."""
-        self._let_go(qp)
-        await qp.close()
+    async def _drop(self, qps: list[QueuePair]) -> None:
+        """Close queue pairs whose leases never were: there is nothing to give back."""
+        for qp in qps:
+            self._let_go(qp)
+        await self._close_all(qps)
 
-    def _listening_end(self, incoming: wire.Incoming, options: Options) -> QueuePair:
-        from rdmanet.verbs.queue_pair import QueuePair
+    def _listening_ends(self, incoming: wire.Incoming, options: Options) -> Batch:
+        from rdmanet.verbs.batch import Batch
 
         assert self._hello is not None
-        family = address_of(incoming.end.gid).version
+        family = address_of(incoming.ends.gid).version
         address = next((a for a in self._hello.addresses if a.version == family), None)
         if address is None:
             raise UnavailableError(f"{pod_text(self._hello.pod)} has no IPv{family} address")
-        qp = QueuePair(self._opened_device(), address_key(address), options)
+        batch = Batch(self._opened_device(), address_key(address), options, len(incoming.ends.pairs))
         try:
             # Receives are posted by now: the connector may send as soon as it is told.
-            qp.ready(incoming.end)
+            batch.ready(incoming.ends)
         except VerbsError:
-            qp.destroy()
+            batch.destroy()
             raise
-        return qp
+        return batch
 
     async def _reject(self, incoming: wire.Incoming, sentence: str) -> None:
         await self._tell(lambda number: wire.Reject(number, incoming.lease, sentence))
@@ -427,8 +420,8 @@ class Session:
 
     async def _claim_all(self) -> None:
         items = [wire.ClaimItem(number, qp.qpn) for number, qps in self._leases.items() for qp in qps]
-        for first in range(0, len(items), wire.MAX_CLAIMS):
-            batch = tuple(items[first : first + wire.MAX_CLAIMS])
+        for first in range(0, len(items), wire.MAX_BATCH):
+            batch = tuple(items[first : first + wire.MAX_BATCH])
             while True:
                 try:
                     values = await self._link.request(functools.partial(wire.Claim, leases=batch))
@@ -470,13 +463,37 @@ async def listen(service: str, *, options: Options | None = None, timeout_s: flo
     return await session.listen(service, options=options, timeout_s=timeout_s)
 
 
+@overload
 async def connect(
     target: str,
     *,
     address: IPAddress | None = None,
     options: Options | None = None,
     timeout_s: float | None = 10.0,
-) -> QueuePair:
+) -> QueuePair: ...
+
+
+@overload
+async def connect(
+    target: str,
+    *,
+    count: int,
+    address: IPAddress | None = None,
+    options: Options | None = None,
+    timeout_s: float | None = 10.0,
+) -> list[QueuePair]: ...
+
+
+async def connect(
+    target: str,
+    *,
+    count: int | None = None,
+    address: IPAddress | None = None,
+    options: Options | None = None,
+    timeout_s: float | None = 10.0,
+) -> QueuePair | list[QueuePair]:
     """Session.connect of the event loop's shared session."""
     session = _shared_session()
-    return await session.connect(target, address=address, options=options, timeout_s=timeout_s)
+    if count is None:
+        return await session.connect(target, address=address, options=options, timeout_s=timeout_s)
+    return await session.connect(target, count=count, address=address, options=options, timeout_s=timeout_s)

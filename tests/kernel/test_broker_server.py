@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,12 @@ class MemoryGuard:
         self.may_write.set()
         self.failure: str | None = None
         self.threads: set[str] = set()
+        self.calls = 0
+
+    def set_guards(self, entries: Sequence[tuple[Key, GuardEntry]]) -> None:
+        self.calls += 1
+        for key, entry in entries:
+            self.set_guard(*key, entry)
 
     def set_guard(self, address: bytes, qpn: int, entry: GuardEntry) -> None:
         self.threads.add(threading.current_thread().name)
@@ -113,6 +119,7 @@ class Pods:
         }
         self.pid: int | None = os.getpid()
         self.broken = 0
+        self.looks = 0
 
     def by_cookie(self, cookie: int) -> PodView | None:
         return self.views.get(cookie)
@@ -123,11 +130,12 @@ class Pods:
     def by_address(self, address: bytes) -> PodView | None:
         return next((view for view in self.views.values() if address in view.addresses), None)
 
-    async def holder(self, device: Device, qpn: int) -> int | None:
+    async def holders(self, device: Device) -> Mapping[int, int]:
+        self.looks += 1
         if self.broken:
             self.broken -= 1
             raise NetlinkError("no answer")
-        return self.pid
+        return {} if self.pid is None else dict.fromkeys(range(1 << 10), self.pid)
 
 
 class Broker:
@@ -212,8 +220,8 @@ class Process:
         await self.tell(request)
         return await self.receive()
 
-    def end(self, qpn: int) -> wire.End:
-        return wire.End(address_key(f"10.0.0.{self.number}"), qpn, 0, 1024)
+    def ends(self, *qpns: int) -> wire.Ends:
+        return wire.Ends(address_key(f"10.0.0.{self.number}"), 1024, tuple(wire.Pair(qpn, 0) for qpn in qpns))
 
     async def closed(self) -> tuple[int | None, str | None]:
         """Wait for the end of the connection: code and reason."""
@@ -229,10 +237,10 @@ class Process:
 async def leased(train_0: Process, train_1: Process) -> int:
     """A lease from 17 of train-0 to 18 of train-1."""
     assert isinstance(await train_1.ask(wire.Listen(2, "params")), wire.Reply)
-    await train_0.tell(wire.Connect(3, wire.Target.parse("train-1:params"), train_0.end(17)))
+    await train_0.tell(wire.Connect(3, wire.Target.parse("train-1:params"), train_0.ends(17)))
     incoming = await train_1.receive()
     assert isinstance(incoming, wire.Incoming)
-    assert isinstance(await train_1.ask(wire.Accept(4, incoming.lease, train_1.end(18))), wire.Reply)
+    assert isinstance(await train_1.ask(wire.Accept(4, incoming.lease, train_1.ends(18))), wire.Reply)
     answer = await train_0.receive()
     assert isinstance(answer, wire.Reply)
     return wire.ConnectReply.from_json(answer.values).lease
@@ -256,7 +264,7 @@ async def test_a_lease_from_asking_to_releasing(broker: Broker) -> None:
     assert status["state"] == "granted"
     assert status["connector"] == {"pod": "default/train-0", "address": "10.0.0.0", "qpn": 17}
     assert broker.server.states() == {"pending": 0, "granted": 1, "unclaimed": 0}
-    assert isinstance(await train_0.ask(wire.Release(5, lease)), wire.Reply)
+    assert isinstance(await train_0.ask(wire.Release(5, (lease,))), wire.Reply)
     revoked = await train_1.receive()
     assert isinstance(revoked, wire.Revoked)
     assert {entry.state for entry in broker.guard.entries.values()} == {GuardState.REVOKED}
@@ -279,10 +287,10 @@ async def test_a_guard_that_cannot_be_written_refuses(broker: Broker) -> None:
     train_0, train_1 = await Process.connect(broker, 0), await Process.connect(broker, 1)
     broker.guard.failure = "the guard map is full"
     await train_1.ask(wire.Listen(2, "params"))
-    await train_0.tell(wire.Connect(3, wire.Target.parse("train-1:params"), train_0.end(17)))
+    await train_0.tell(wire.Connect(3, wire.Target.parse("train-1:params"), train_0.ends(17)))
     incoming = await train_1.receive()
     assert isinstance(incoming, wire.Incoming)
-    await train_1.tell(wire.Accept(4, incoming.lease, train_1.end(18)))
+    await train_1.tell(wire.Accept(4, incoming.lease, train_1.ends(18)))
     for process in (train_0, train_1):
         answer = await process.receive()
         assert isinstance(answer, wire.Refusal)
@@ -301,8 +309,8 @@ async def test_a_killed_process_loses_its_lease(broker: Broker) -> None:
         " async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=wire.SOCKET_NAME)) as session:\n"
         "  ws = await session.ws_connect('http://rdmanet' + wire.HTTP_PATH)\n"
         "  await ws.send_str(wire.dump(wire.Hello(1)))\n"
-        "  end = wire.End(address_key('10.0.0.0'), 17, 0, 1024)\n"
-        "  await ws.send_str(wire.dump(wire.Connect(2, wire.Target.parse('train-1:params'), end)))\n"
+        "  ends = wire.Ends(address_key('10.0.0.0'), 1024, (wire.Pair(17, 0),))\n"
+        "  await ws.send_str(wire.dump(wire.Connect(2, wire.Target.parse('train-1:params'), ends)))\n"
         "  async for message in ws:\n"
         "   print(message.data, flush=True)\n"
         "asyncio.run(main())\n"
@@ -312,7 +320,7 @@ async def test_a_killed_process_loses_its_lease(broker: Broker) -> None:
     assert child.stdout is not None
     incoming = await train_1.receive()
     assert isinstance(incoming, wire.Incoming)
-    await train_1.ask(wire.Accept(4, incoming.lease, train_1.end(18)))
+    await train_1.ask(wire.Accept(4, incoming.lease, train_1.ends(18)))
     await child.stdout.readline()  # hello
     await child.stdout.readline()  # connect
     child.kill()

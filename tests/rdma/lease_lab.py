@@ -94,9 +94,9 @@ class LabDirectory:
     def _find(self, wanted: Callable[[LabPod], bool]) -> PodView | None:
         return next((pod.view(self.max_leases) for pod in self.pods if wanted(pod)), None)
 
-    async def holder(self, device: Device, qpn: int) -> int | None:
+    async def holders(self, device: Device) -> dict[int, int]:
         pod = next(pod for pod in self.pods if pod.device == device)
-        return await asyncio.to_thread(self._backend.holder, device, qpn, pod.descriptor)
+        return await asyncio.to_thread(self._backend.holders, device, pod.descriptor)
 
 
 class WatchedBroker(BrokerServer):

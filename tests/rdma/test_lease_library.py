@@ -142,13 +142,14 @@ async def test_ipv6(lab: Lab) -> None:
     async def listener(qp: QueuePair) -> bytes:
         return await qp.recv()
 
-    async def connector(qp: QueuePair) -> bytes:
+    async def connector(qp: QueuePair) -> set[bytes]:
         await qp.send(b"six")
-        return qp.end.gid
+        return {address for (address, qpn), entry in lab.guard.guards().items() if entry.lease == qp.lease}
 
     own = ipaddress.IPv6Address(lab.pods[0].ipv6)
-    received, gid = await pair(lab, listener, connector, address=own)
-    assert (received, gid) == (b"six", address_key(own))
+    received, addresses = await pair(lab, listener, connector, address=own)
+    assert received == b"six"
+    assert addresses == {address_key(own), address_key(lab.pods[1].ipv6)}
 
 
 async def test_a_listener_serves_many(lab: Lab) -> None:

@@ -10,7 +10,7 @@ from rdmanet.broker.values import (
     Close,
     DeleteGuard,
     Effect,
-    FindHolder,
+    FindHolders,
     Granted,
     Key,
     Limits,
@@ -47,7 +47,7 @@ class World:
         self.inbox: dict[int, list[wire.Answer]] = {}
         self.closed: dict[int, str] = {}
         self.granted: list[float] = []
-        self.asked: list[FindHolder] = []
+        self.asked: list[FindHolders] = []
         self.log: list[Effect] = []
         self.now_s = 0.0
         self.denied: str | None = None
@@ -76,15 +76,16 @@ class World:
                         self.waiting.append(effect)
                     else:
                         self.write(effect)
-                case DeleteGuard(address, qpn):
-                    self.guard.pop((address, qpn), None)
-                case FindHolder(query, found, qpn):
+                case DeleteGuard(keys):
+                    for key in keys:
+                        self.guard.pop(key, None)
+                case FindHolders(found, queries):
                     self.asked.append(effect)
                     if self.holder_known:
-                        pid = self.holders.get((found.name, qpn))
-                        self.do(self.core.holder_found(query, pid, self.now_s))
+                        holders = {query: self.holders.get((found.name, qpn)) for query, qpn in queries}
+                        self.do(self.core.holders_found(holders, self.now_s))
                     else:
-                        self.do(self.core.holder_unknown(query, self.now_s))
+                        self.do(self.core.holders_unknown([query for query, _ in queries], self.now_s))
                 case Close(connection, sentence):
                     self.closed[connection] = sentence
                     self.do(self.core.disconnected(connection, self.now_s))
@@ -155,11 +156,11 @@ class Process:
     def revoked(self) -> list[wire.Revoked]:
         return [m for m in self.messages if isinstance(m, wire.Revoked)]
 
-    def end(self, qpn: int, address: int = 0) -> wire.End:
+    def ends(self, *qpns: int, address: int = 0) -> wire.Ends:
         assert self.view is not None
         if self.view.device is not None:
-            self.world.holders[self.view.device.name, qpn] = self.pid
-        return wire.End(self.view.addresses[address], qpn, 7, 1024)
+            self.world.holders |= {(self.view.device.name, qpn): self.pid for qpn in qpns}
+        return wire.Ends(self.view.addresses[address], 1024, tuple(wire.Pair(qpn, 7) for qpn in qpns))
 
     def key(self, qpn: int) -> Key:
         assert self.view is not None
@@ -168,11 +169,18 @@ class Process:
     def listen(self, service: str = "params") -> wire.Reply | wire.Refusal:
         return self.ask(wire.Listen(self.id(), service))
 
-    def connect(self, target: str = "train-1:params", qpn: int = 17) -> int:
-        return self.tell(wire.Connect(self.id(), wire.Target.parse(target), self.end(qpn)))
+    def connect(self, target: str = "train-1:params", qpn: int = 17, *more: int) -> int:
+        return self.tell(wire.Connect(self.id(), wire.Target.parse(target), self.ends(qpn, *more)))
 
-    def accept(self, qpn: int = 18) -> int:
-        return self.tell(wire.Accept(self.id(), self.incoming().lease, self.end(qpn)))
+    def accept(self, qpn: int = 18, *more: int) -> int:
+        return self.tell(wire.Accept(self.id(), self.incoming().lease, self.ends(qpn, *more)))
+
+    def release(self, *leases: int) -> wire.Reply | wire.Refusal:
+        return self.ask(wire.Release(self.id(), leases))
+
+    def lost(self) -> list[int]:
+        """Leases that were revoked."""
+        return [lease for message in self.revoked() for lease in message.leases]
 
     def disconnect(self, *, died: bool = True) -> None:
         if died:

@@ -47,7 +47,11 @@ def test_a_lease_is_granted_when_its_guard_is_written(world: World, train_0: Pro
     world.writes_wait = True
     asked = train_0.connect()
     incoming = train_1.incoming()
-    assert (incoming.peer, incoming.service, incoming.end) == (PodName("default", "train-0"), "params", train_0.end(17))
+    assert (incoming.peer, incoming.service, incoming.ends) == (
+        PodName("default", "train-0"),
+        "params",
+        train_0.ends(17),
+    )
     world.now_s = 2.0
     accepted = train_1.accept()
     assert train_0.answer(asked) is None
@@ -60,7 +64,7 @@ def test_a_lease_is_granted_when_its_guard_is_written(world: World, train_0: Pro
     answer = train_0.answer(asked)
     assert isinstance(answer, wire.Reply)
     granted = wire.ConnectReply.from_json(answer.values)
-    assert granted == wire.ConnectReply(incoming.lease, train_1.end(18), PodName("default", "train-1"))
+    assert granted == wire.ConnectReply(incoming.lease, train_1.ends(18), PodName("default", "train-1"))
     assert isinstance(train_1.answer(accepted), wire.Reply)
     assert world.granted == [2.0]
     assert world.core.counts.granted == 1
@@ -79,8 +83,8 @@ def test_ids_are_random_and_never_zero(world: World) -> None:
 
 
 def test_ipv6_ends_make_ipv6_entries(world: World, train_0: Process, train_1: Process) -> None:
-    train_0.tell(wire.Connect(9000, wire.Target.parse("train-1:params"), train_0.end(17, address=1)))
-    train_1.tell(wire.Accept(9001, train_1.incoming().lease, train_1.end(18, address=1)))
+    train_0.tell(wire.Connect(9000, wire.Target.parse("train-1:params"), train_0.ends(17, address=1)))
+    train_1.tell(wire.Accept(9001, train_1.incoming().lease, train_1.ends(18, address=1)))
     assert isinstance(train_0.answer(9000), wire.Reply)
     assert set(world.guard) == {(address_key("fd00::2"), 17), (address_key("fd00::3"), 18)}
 
@@ -90,8 +94,8 @@ def test_a_process_can_lease_to_itself(world: World, train_1: Process) -> None:
     train_1.accept(18)
     assert isinstance(train_1.answer(asked), wire.Reply)
     lease = train_1.incoming().lease
-    train_1.ask(wire.Release(train_1.id(), lease))
-    assert [m.lease for m in train_1.revoked()] == [lease]
+    train_1.release(lease)
+    assert train_1.lost() == [lease]
     assert world.core.snapshot(0) == []
 
 
@@ -106,7 +110,7 @@ def test_nothing_before_hello(world: World) -> None:
 def test_hello_once_and_in_our_version(world: World, train_0: Process) -> None:
     assert refusal(train_0.ask(wire.Hello(train_0.id()))).kind == "order"
     other = world.connection(100, hello=False)
-    answer = refusal(other.ask(wire.Hello(other.id(), 2)))
+    answer = refusal(other.ask(wire.Hello(other.id(), 1)))
     assert answer.kind == "version"
     assert "install the same rdmanet" in answer.sentence
 
@@ -144,12 +148,12 @@ def test_a_pod_without_a_device_does_not_listen(world: World) -> None:
 
 
 def test_the_gid_must_be_the_pods_own(world: World, train_0: Process, train_1: Process) -> None:
-    end = wire.End(address_key("10.0.0.3"), 17, 0, 1024)
-    answer = refusal(train_0.ask(wire.Connect(train_0.id(), wire.Target.parse("train-1:params"), end)))
+    ends = wire.Ends(address_key("10.0.0.3"), 1024, (wire.Pair(17, 0),))
+    answer = refusal(train_0.ask(wire.Connect(train_0.id(), wire.Target.parse("train-1:params"), ends)))
     assert answer.kind == "foreign_gid"
     assert answer.sentence == "GID 10.0.0.3 is not an address of train-0, which has 10.0.0.2 and fd00::2"
     asked = train_0.connect()
-    stolen = wire.Accept(train_1.id(), train_1.incoming().lease, train_0.end(18))
+    stolen = wire.Accept(train_1.id(), train_1.incoming().lease, train_0.ends(18))
     assert refusal(train_1.ask(stolen)).kind == "conflict"
     assert refusal(train_0.answer(asked)).kind == "rejected"
     assert world.guard == {}
@@ -162,7 +166,7 @@ def test_both_ends_have_one_address_family(world: World, train_0: Process, train
     assert answer.kind == "address_family"
     assert "six-0 has no IPv4 address" in answer.sentence
     train_0.connect()
-    mixed = wire.Accept(train_1.id(), train_1.incoming().lease, train_1.end(18, address=1))
+    mixed = wire.Accept(train_1.id(), train_1.incoming().lease, train_1.ends(18, address=1))
     assert "different families" in refusal(train_1.ask(mixed)).sentence
 
 
@@ -205,8 +209,8 @@ def test_only_the_listener_that_was_asked_can_accept(world: World, train_0: Proc
     asked = train_0.connect()
     lease = train_1.incoming().lease
     other = world.connection(101, pid=2000)
-    assert refusal(other.ask(wire.Accept(other.id(), lease, other.end(30)))).kind == "unknown_lease"
-    assert refusal(train_0.ask(wire.Accept(train_0.id(), lease, train_0.end(31)))).kind == "unknown_lease"
+    assert refusal(other.ask(wire.Accept(other.id(), lease, other.ends(30)))).kind == "unknown_lease"
+    assert refusal(train_0.ask(wire.Accept(train_0.id(), lease, train_0.ends(31)))).kind == "unknown_lease"
     assert train_0.answer(asked) is None
 
 
@@ -267,5 +271,5 @@ def test_leases_are_limited_per_pod_on_both_sides() -> None:
     assert (answer.kind, answer.sentence) == ("limit", "train-0 has all its 1 leases in use; close some")
     train_0.listen("back")
     assert "train-0 has all its 1" in refusal(train_1.answer(train_1.connect("train-0:back", 21))).sentence
-    train_0.ask(wire.Release(train_0.id(), lease))
+    train_0.release(lease)
     assert train_0.answer(train_0.connect(qpn=20)) is None

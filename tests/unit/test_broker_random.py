@@ -43,23 +43,31 @@ class Broker(RuleBasedStateMachine):
         self.pick(data).listen(service)
 
     @precondition(lambda self: self.processes)
-    @rule(data=st.data(), service=st.sampled_from(["a", "b"]), listener=st.integers(0, 2), qpn=QPNS)
-    def connect(self, data: st.DataObject, service: str, listener: int, qpn: int) -> None:
-        self.pick(data).connect(f"train-{listener}:{service}", qpn)
+    @rule(
+        data=st.data(),
+        service=st.sampled_from(["a", "b"]),
+        listener=st.integers(0, 2),
+        qpn=QPNS,
+        more=st.integers(0, 2),
+    )
+    def connect(self, data: st.DataObject, service: str, listener: int, qpn: int, more: int) -> None:
+        self.pick(data).connect(f"train-{listener}:{service}", *range(qpn, qpn + more + 1))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data(), qpn=QPNS)
     def accept(self, data: st.DataObject, qpn: int) -> None:
         process = self.pick(data)
         for message in [m for m in process.messages if isinstance(m, wire.Incoming)]:
-            process.tell(wire.Accept(process.id(), message.lease, process.end(qpn)))
+            count = len(message.ends.pairs) if data.draw(st.integers(0, 9)) else 1
+            process.tell(wire.Accept(process.id(), message.lease, process.ends(*range(qpn, qpn + count))))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         process = self.pick(data)
-        for view in self.world.core.snapshot(0):
-            process.tell(wire.Release(process.id(), int(view.lease, 16)))
+        leases = [int(view.lease, 16) for view in self.world.core.snapshot(0)]
+        if leases:
+            process.tell(wire.Release(process.id(), tuple(data.draw(st.lists(st.sampled_from(leases), min_size=1)))))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data(), died=st.booleans())
@@ -125,6 +133,14 @@ class Broker(RuleBasedStateMachine):
             if entry.state is GuardState.GRANTED
         }
         assert found == expected
+
+    @invariant()
+    def batches_are_granted_whole(self) -> None:
+        pending = [int(v.lease, 16) for v in self.world.core.snapshot(0) if v.state == "pending"]
+        asked = {m.lease: len(m.ends.pairs) for p in self.processes for m in p.messages if isinstance(m, wire.Incoming)}
+        for first, count in asked.items():
+            if first in pending:
+                assert {*range(first, first + count)} <= {*pending}
 
     @invariant()
     def no_pod_has_more_leases_than_it_may(self) -> None:

@@ -21,13 +21,14 @@ rest = st.text(string.ascii_letters + string.digits + "._-", max_size=30)
 names = st.builds(str.__add__, first, rest)
 pods = st.builds(PodName, names, names)
 sentences = st.text(min_size=1, max_size=600).map(wire.sentence_of)
+pairs = st.builds(wire.Pair, st.integers(2, 2**24 - 2), st.integers(0, 2**24 - 1))
 ends = st.builds(
-    wire.End,
+    wire.Ends,
     st.binary(min_size=16, max_size=16),
-    st.integers(2, 2**24 - 2),
-    st.integers(0, 2**24 - 1),
     st.sampled_from(wire.MTUS_BYTES),
+    st.lists(pairs, min_size=1, max_size=64, unique_by=lambda pair: pair.qpn).map(tuple),
 )
+batches = st.lists(leases, min_size=1, max_size=64).map(tuple)
 targets = st.builds(wire.Target, st.none() | names, names, names)
 requests = st.one_of(
     st.builds(wire.Hello, ids, st.integers(0, 2**31 - 1)),
@@ -41,14 +42,17 @@ requests = st.one_of(
         ids,
         st.lists(st.builds(wire.ClaimItem, leases, st.integers(2, 2**24 - 2)), max_size=64, unique=True).map(tuple),
     ),
-    st.builds(wire.Release, ids, leases),
+    st.builds(wire.Release, ids, batches),
 )
 answers = st.one_of(
     st.builds(wire.Refusal, st.none() | ids, st.text("abc_", min_size=1, max_size=32), sentences),
     st.builds(wire.Incoming, leases, pods, names, ends),
-    st.builds(wire.Revoked, leases, sentences),
+    st.builds(wire.Revoked, batches, sentences),
 )
-END = wire.End(address_key("10.0.0.2"), 17, 5, 1024)
+ENDS = wire.Ends(address_key("10.0.0.2"), 1024, (wire.Pair(17, 5),))
+#: As long as messages get: 64 queue pairs with the largest numbers.
+MOST = wire.Ends(b"\xff" * 16, 4096, tuple(wire.Pair(2**24 - 2 - number, 2**24 - 1) for number in range(64)))
+LONG_NAME = PodName("n" * 253, "p" * 253)
 
 
 @given(requests)
@@ -117,7 +121,7 @@ def test_a_changed_message_is_read_or_refused(request: wire.Request, data: st.Da
     assert wire.parse_request(wire.dump(read)) == read
 
 
-GOOD = {"type": "connect", "id": 1, "target": "train-1:params", "end": END.to_json()}
+GOOD = {"type": "connect", "id": 1, "target": "train-1:params", "ends": ENDS.to_json()}
 
 
 @pytest.mark.parametrize(
@@ -137,14 +141,20 @@ GOOD = {"type": "connect", "id": 1, "target": "train-1:params", "end": END.to_js
         ({"target": "/a:x"}, "a target is"),
         ({"target": 5}, "must be a string"),
         ({"extra": 1}, "unknown keys: 'extra'"),
-        ({"end": {**END.to_json(), "qpn": 1}}, "'qpn' of end must be an integer from 2"),
-        ({"end": {**END.to_json(), "qpn": 2**24 - 1}}, "'qpn' of end must be an integer"),
-        ({"end": {**END.to_json(), "psn": 2**24}}, "'psn' of end must be an integer"),
-        ({"end": {**END.to_json(), "mtu_bytes": 1500}}, "'mtu_bytes' of end must be one of 256"),
-        ({"end": {**END.to_json(), "gid": "00"}}, "'gid' of end"),
-        ({"end": {**END.to_json(), "gid": END.gid.hex().upper()}}, "'gid' of end"),
-        ({"end": None}, "end must be a JSON object"),
-        ({"end": {"gid": END.gid.hex()}}, "end lacks 'mtu_bytes', 'psn', 'qpn'"),
+        ({"ends": {**ENDS.to_json(), "pairs": [[1, 0]]}}, "qpn must be an integer from 2"),
+        ({"ends": {**ENDS.to_json(), "pairs": [[2**24 - 1, 0]]}}, "qpn must be an integer"),
+        ({"ends": {**ENDS.to_json(), "pairs": [[17, 2**24]]}}, "psn must be an integer"),
+        ({"ends": {**ENDS.to_json(), "pairs": [[17]]}}, "an item of 'pairs' of ends must be [qpn, psn]"),
+        ({"ends": {**ENDS.to_json(), "pairs": [17]}}, "an item of 'pairs' of ends must be [qpn, psn]"),
+        ({"ends": {**ENDS.to_json(), "pairs": []}}, "'pairs' of ends must be a list of 1 to 64"),
+        ({"ends": {**ENDS.to_json(), "pairs": [[17 + n, 0] for n in range(65)]}}, "must be a list of 1 to 64"),
+        ({"ends": {**ENDS.to_json(), "pairs": [[17, 0], [17, 1]]}}, "names a queue pair twice"),
+        ({"ends": {**ENDS.to_json(), "mtu_bytes": 1500}}, "'mtu_bytes' of ends must be one of 256"),
+        ({"ends": {**ENDS.to_json(), "mtu_bytes": [256]}}, "'mtu_bytes' of ends must be one of 256"),
+        ({"ends": {**ENDS.to_json(), "gid": "00"}}, "'gid' of ends"),
+        ({"ends": {**ENDS.to_json(), "gid": ENDS.gid.hex().upper()}}, "'gid' of ends"),
+        ({"ends": None}, "ends must be a JSON object"),
+        ({"ends": {"gid": ENDS.gid.hex()}}, "ends lacks 'mtu_bytes', 'pairs'"),
     ],
 )
 def test_refusals_name_what_is_wrong(change: dict[str, object], part: str) -> None:
@@ -163,17 +173,17 @@ def test_refusals_name_what_is_wrong(change: dict[str, object], part: str) -> No
         ('{"type":"hello","id":1,"id":2,"version":1}', "repeats a key"),
         ('{"type":"hello","id":1,"version":1}' + " " * 4096, "at most 4096 bytes"),
         ('"' + "é" * 2100 + '"', "at most 4096 bytes"),
-        ('{"type":"release","id":1,"lease":"0000000000000000"}', "must be a lease id"),
-        ('{"type":"release","id":1,"lease":"8000000000000000"}', "must be a lease id"),
-        ('{"type":"release","id":1,"lease":17}', "must be a lease id"),
+        ('{"type":"release","id":1,"leases":["0000000000000000"]}', "must be a lease id"),
+        ('{"type":"release","id":1,"leases":["8000000000000000"]}', "must be a lease id"),
+        ('{"type":"release","id":1,"leases":[17]}', "must be a lease id"),
         ('{"type":"reject","id":1,"lease":"0000000000000001","sentence":"a\\nb"}', "one printable line"),
         ('{"type":"reject","id":1,"lease":"0000000000000001","sentence":"\\ud800"}', "one printable line"),
         (
-            '{"type":"claim","id":1,"leases":[{"lease":"0000000000000001","qpn":17},'
-            '{"lease":"0000000000000001","qpn":17}]}',
+            '{"type":"claim","id":1,"leases":[["0000000000000001",17],["0000000000000001",17]]}',
             "names a queue pair twice",
         ),
-        ('{"type":"claim","id":1,"leases":{}}', "must be a list of at most 64"),
+        ('{"type":"claim","id":1,"leases":{}}', "must be a list of 0 to 64"),
+        ('{"type":"release","id":1,"leases":[]}', "must be a list of 1 to 64"),
     ],
 )
 def test_malformed_texts_are_refused(text: str, part: str) -> None:
@@ -197,3 +207,21 @@ def test_sentences_fit_and_are_one_line() -> None:
 def test_pods_are_called_by_their_short_names_in_the_default_namespace() -> None:
     assert wire.pod_text(PodName("default", "web-0")) == "web-0"
     assert wire.pod_text(PodName("jobs", "web-0")) == "jobs/web-0"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.Connect(2**53 - 1, wire.Target("n" * 253, "p" * 253, "s" * 63), MOST),
+        wire.Accept(2**53 - 1, 2**63 - 1, MOST),
+        wire.Release(2**53 - 1, tuple(range(2**63 - 64, 2**63))),
+        wire.Claim(2**53 - 1, tuple(wire.ClaimItem(2**63 - 1 - number, 2**24 - 2) for number in range(64))),
+        wire.Incoming(2**63 - 1, LONG_NAME, "s" * 63, MOST),
+        wire.Revoked(tuple(range(2**63 - 64, 2**63)), "\U0001f600" * 512),
+        wire.Revoked(tuple(range(2**63 - 64, 2**63)), '"' * 512),
+        wire.Reply(2**53 - 1, wire.ConnectReply(2**63 - 1, MOST, LONG_NAME).to_json()),
+    ],
+    ids=lambda message: message.TYPE,
+)
+def test_the_longest_messages_fit(message: wire.Request | wire.Answer) -> None:
+    assert len(wire.dump(message).encode()) <= wire.MAX_MESSAGE_BYTES

@@ -97,7 +97,7 @@ async def test_greets_first_and_answers_go_to_whom_they_belong(broker: Broker, c
         await broker.hello(socket)
         first, second = await broker.heard(socket), await broker.heard(socket)
         await broker.say(socket, wire.Reply(second.id, {"is": "second"}))
-        await broker.say(socket, wire.Revoked(5, "over"))
+        await broker.say(socket, wire.Revoked((5,), "over"))
         await broker.say(socket, wire.Refusal(first.id, "limit", "too many"))
         await until_closed(broker, socket)
 
@@ -111,7 +111,7 @@ async def test_greets_first_and_answers_go_to_whom_they_belong(broker: Broker, c
     assert isinstance(first, LeaseRefusedError)
     assert (first.sentence, first.operation) == ("too many", "limit")
     assert second == {"is": "second"}
-    assert await client.pushed.get() == wire.Revoked(5, "over")
+    assert await client.pushed.get() == wire.Revoked((5,), "over")
 
 
 async def test_an_answer_is_handled_before_what_follows_it(broker: Broker, client: Client) -> None:
@@ -121,7 +121,7 @@ async def test_an_answer_is_handled_before_what_follows_it(broker: Broker, clien
         await broker.hello(socket)
         request = await broker.heard(socket)
         await broker.say(socket, wire.Reply(request.id))
-        await broker.say(socket, wire.Revoked(5, "over"))
+        await broker.say(socket, wire.Revoked((5,), "over"))
         await until_closed(broker, socket)
 
     def pushed(message: wire.Incoming | wire.Revoked) -> None:

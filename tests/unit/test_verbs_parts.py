@@ -81,8 +81,25 @@ def test_every_constant_is_found() -> None:
         "IBV_ACCESS_REMOTE_WRITE": 2,
         "IBV_GID_TYPE_ROCE_V2": 2,
         "IBV_QPS_ERR": 6,
+        "IBV_QPS_INIT": 1,
+        "IBV_QPS_RTR": 2,
+        "IBV_QPS_RTS": 3,
         "IBV_QPT_RC": 2,
-        "IBV_QP_STATE": 1,
+        "IBV_QP_ACCESS_FLAGS": 1 << 3,
+        "IBV_QP_AV": 1 << 7,
+        "IBV_QP_DEST_QPN": 1 << 20,
+        "IBV_QP_MAX_DEST_RD_ATOMIC": 1 << 17,
+        "IBV_QP_MAX_QP_RD_ATOMIC": 1 << 13,
+        "IBV_QP_MIN_RNR_TIMER": 1 << 15,
+        "IBV_QP_PATH_MTU": 1 << 8,
+        "IBV_QP_PKEY_INDEX": 1 << 4,
+        "IBV_QP_PORT": 1 << 5,
+        "IBV_QP_RETRY_CNT": 1 << 10,
+        "IBV_QP_RNR_RETRY": 1 << 11,
+        "IBV_QP_RQ_PSN": 1 << 12,
+        "IBV_QP_SQ_PSN": 1 << 16,
+        "IBV_QP_STATE": 1 << 0,
+        "IBV_QP_TIMEOUT": 1 << 9,
         "IBV_WR_RDMA_READ": 4,
         "IBV_WR_RDMA_WRITE": 0,
         "IBV_WR_SEND": 2,
@@ -93,9 +110,9 @@ def test_a_gid_is_written_as_pyverbs_reads_it() -> None:
     pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
     from rdmanet.model import address_key
     from rdmanet.verbs import compat
-    from rdmanet.verbs.queue_pair import address_text
+    from rdmanet.verbs.batch import gid_text
 
-    text = address_text(address_key("10.0.0.2"))
+    text = gid_text(address_key("10.0.0.2"))
     assert text == "0000:0000:0000:0000:0000:ffff:0a00:0002"
     assert compat.GID(text).gid == text
 
