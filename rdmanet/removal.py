@@ -18,7 +18,7 @@ from rdmanet import steps
 from rdmanet.errors import RdmanetError
 from rdmanet.model import Attachment, address_key
 from rdmanet.netlink import messages
-from rdmanet.netlink.batch import accepted
+from rdmanet.netlink.batch import BatchSockets, accepted
 
 log = logging.getLogger(__name__)
 
@@ -215,26 +215,11 @@ class Removals:
         return failures
 
     def _remove_links(self, attachments: Sequence[Attachment]) -> Failures:
+        # One by one what has failed before, so that no link stands in the way of others.
+        together = not any(attachment.id in self._failures for attachment in attachments)
         names = [attachment.host_ifname for attachment in attachments]
-        # Together, by way of a link group whose number nobody else can know. One by one what has failed before, so that
-        # no link stands in the way of others.
-        alone = len(attachments) == 1 or any(attachment.id in self._failures for attachment in attachments)
-        if alone:
-            batch = [messages.delete_link(name) for name in names]
-        else:
-            group = 0x40000000 | secrets.randbits(30)
-            batch = [messages.set_group(name, group) for name in names]
-            batch.append(messages.delete_group(group))
-        replies = self._parts.host.exchange(batch)
-        if not alone:
-            accepted(batch[-1:], replies[-1:])
-        failures: Failures = {}
-        for attachment, message, reply in zip(attachments, batch, replies, strict=False):
-            try:
-                accepted([message], [reply])
-            except RdmanetError as error:
-                failures[attachment.id] = error
-        return failures
+        failures = remove_links(self._parts.host, names, together=together)
+        return {one.id: failures[one.host_ifname] for one in attachments if one.host_ifname in failures}
 
     def _forget(self, attachments: Sequence[Attachment]) -> None:
         datapath = self._parts.datapath
@@ -249,3 +234,24 @@ class Removals:
         self._parts.store.forget(*(attachment.id for attachment in attachments))
         for attachment in attachments:
             self._parts.host_ends.forget(attachment.id)
+
+
+def remove_links(host: BatchSockets, names: Sequence[str], *, together: bool = True) -> dict[str, RdmanetError]:
+    """Removes links of the host, if they are there; returns what was refused, by name.
+
+    Together, by way of a link group whose number nobody else can know; raises KernelError where that is refused.
+    """
+    if together and len(names) > 1:
+        group = 0x40000000 | secrets.randbits(30)
+        batch = [*(messages.set_group(name, group) for name in names), messages.delete_group(group)]
+    else:
+        batch = [messages.delete_link(name) for name in names]
+    replies = host.exchange(batch)
+    accepted(batch[len(names) :], replies[len(names) :])
+    failures: dict[str, RdmanetError] = {}
+    for name, message, reply in zip(names, batch, replies, strict=False):
+        try:
+            accepted([message], [reply])
+        except RdmanetError as error:
+            failures[name] = error
+    return failures

@@ -43,6 +43,9 @@ def status(document: Mapping[str, Any]) -> str:
         )
     else:
         parts.append("no pods")
+    failing = document["releasing"]["failing"]
+    if failing:
+        parts.append(table(("link", "not removed yet, tried again"), failing.items()))
     leases = document["leases"]
     if leases:
         parts.append(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 
 from rdmanet import node
 from rdmanet.config import Config
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.errors import NotFoundError, RequestError
+from rdmanet.model import Attachment
 from rdmanet.netlink import namespace
-from rdmanet.netlink.route import RouteSocket
+from rdmanet.netlink.batch import BatchSockets
+from rdmanet.rdma.backend import DeviceBackend
+from rdmanet.removal import MAX_TOGETHER, remove_links
 from rdmanet.store import Store, owned
 
 log = logging.getLogger(__name__)
@@ -25,23 +29,32 @@ def uninstall(config: Config) -> None:
         try:
             store.begin(node.boot_id())
             devices, _ = find_devices(config)
-            for attachment in store.attachments():
-                with contextlib.ExitStack() as stack:
-                    descriptor = None
-                    # Nothing is there, or the plain file that was below the mount.
-                    with contextlib.suppress(NotFoundError, RequestError):
-                        descriptor = stack.enter_context(namespace.opened(attachment.netns))
-                    if devices is not None and attachment.wants_rdma:
-                        devices.remove(attachment, descriptor)
-                    with RouteSocket.here() as route:
-                        route.delete_link(attachment.host_ifname)
-                store.forget(attachment.id)
-                print(f"removed {attachment.host_ifname} of {attachment.pod}")
+            attachments = store.attachments()
+            for start in range(0, len(attachments), MAX_TOGETHER):
+                _remove(attachments[start : start + MAX_TOGETHER], store, devices)
             node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
         finally:
             store.close()
         _remove_files(config)
     print("uninstalled; the host is as it was")
+
+
+def _remove(attachments: Sequence[Attachment], store: Store, devices: DeviceBackend | None) -> None:
+    for attachment in attachments:
+        if devices is not None and attachment.wants_rdma:
+            with contextlib.ExitStack() as stack:
+                descriptor = None
+                # Nothing is there, or the plain file that was below the mount.
+                with contextlib.suppress(NotFoundError, RequestError):
+                    descriptor = stack.enter_context(namespace.opened(attachment.netns))
+                devices.remove(attachment, descriptor)
+    with contextlib.closing(BatchSockets()) as host:
+        failures = remove_links(host, [attachment.host_ifname for attachment in attachments])
+    for attachment in attachments:
+        if attachment.host_ifname in failures:
+            raise failures[attachment.host_ifname]
+        store.forget(attachment.id)
+        print(f"removed {attachment.host_ifname} of {attachment.pod}")
 
 
 def _remove_files(config: Config) -> None:

@@ -19,7 +19,8 @@ AGENT: dict[str, Any] = {
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    return {"agent": AGENT, "attachments": [], "leases": [], "drops": [], **changes}
+    releasing = {"count": 0, "failing": {}}
+    return {"agent": AGENT, "attachments": [], "leases": [], "drops": [], "releasing": releasing, **changes}
 
 
 def attachment(pod: str, **changes: Any) -> dict[str, Any]:
@@ -116,3 +117,9 @@ def test_no_line_ends_in_blanks() -> None:
 def test_a_row_of_another_length_is_a_mistake() -> None:
     with pytest.raises((ValueError, IndexError)):
         show.table(("a", "b"), [("only one",)])
+
+
+def test_a_link_that_cannot_be_removed_is_shown_with_the_reason() -> None:
+    lines = show.status(document(releasing={"count": 2, "failing": {"rn-7": "The kernel refused RTM_DELLINK."}}))
+    assert "\n\nLINK  NOT REMOVED YET, TRIED AGAIN\nrn-7  The kernel refused RTM_DELLINK.\n" in lines
+    assert "NOT REMOVED" not in show.status(document(releasing={"count": 2, "failing": {}}))
