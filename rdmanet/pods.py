@@ -37,11 +37,62 @@ class LeaseServer(Protocol):
     async def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None) -> None: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pod:
     attachments: list[Attachment] = field(default_factory=list)
     cookie: int | None = None  # None: somebody else holds the socket's name
     degraded: str | None = None
+
+
+class _Index:
+    """Which pod a cookie, a name, an address or a device leads to: asked for every lease, among thousands of pods."""
+
+    def __init__(self) -> None:
+        self.netns: dict[NetnsId, _Pod] = {}
+        self.cookie: dict[int, _Pod] = {}
+        self.name: dict[PodName, list[_Pod]] = {}
+        self.address: dict[bytes, _Pod] = {}
+        self.device: dict[Device, Attachment] = {}
+
+    def add(self, attachment: Attachment) -> _Pod:
+        """The attachment's pod, which has it from now on, in the place of one with its id."""
+        pod = self.netns.setdefault(attachment.netns_id, _Pod())
+        self._take_out(pod, attachment.id)
+        pod.attachments.append(attachment)
+        named = self.name.setdefault(attachment.pod, [])
+        if pod not in named:
+            named.append(pod)
+        for address in attachment.addresses:
+            self.address[address_key(address)] = pod
+        if attachment.device is not None:
+            self.device[attachment.device] = attachment
+        return pod
+
+    def remove(self, attachment: Attachment) -> _Pod | None:
+        """The attachment's pod, if that was its last one."""
+        pod = self.netns.get(attachment.netns_id)
+        if pod is None:
+            return None
+        self._take_out(pod, attachment.id)
+        if pod.attachments:
+            return None
+        del self.netns[attachment.netns_id]
+        if pod.cookie is not None:
+            del self.cookie[pod.cookie]
+        return pod
+
+    def _take_out(self, pod: _Pod, attachment_id: int) -> None:
+        for old in [one for one in pod.attachments if one.id == attachment_id]:
+            pod.attachments.remove(old)
+            if not any(one.pod == old.pod for one in pod.attachments):
+                self.name[old.pod].remove(pod)
+                if not self.name[old.pod]:
+                    del self.name[old.pod]
+            for key in map(address_key, old.addresses):
+                if self.address.get(key) is pod:
+                    del self.address[key]
+            if old.device is not None:
+                self.device.pop(old.device, None)
 
 
 class Pods:
@@ -52,7 +103,7 @@ class Pods:
         self._executor = executor
         self._max_leases = max_leases
         self._lock = threading.RLock()
-        self._pods: dict[NetnsId, _Pod] = {}
+        self._pods = _Index()
         self._server: LeaseServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -79,7 +130,7 @@ class Pods:
     def listen(self, netns: NetnsId) -> Listening:
         """See ``rdmanet.steps.Listeners``."""
         with self._lock:
-            pod = self._pods.get(netns)
+            pod = self._pods.netns.get(netns)
             if pod is not None and pod.cookie is not None:
                 return Listening()
         return namespace.listen(SOCKET_NAME.removeprefix("\0"))
@@ -89,8 +140,7 @@ class Pods:
         new: list[tuple[socket.socket, int]] = []
         for attachment, listening in opened:
             with self._lock:
-                pod = self._pods.setdefault(attachment.netns_id, _Pod())
-                pod.attachments = [a for a in pod.attachments if a.id != attachment.id] + [attachment]
+                pod = self._pods.add(attachment)
                 if pod.cookie is not None:
                     listening.close()
                     continue
@@ -98,6 +148,7 @@ class Pods:
                 pod.degraded = TAKEN if listening.taken else None
                 if listening.sock is not None:
                     pod.cookie = namespace.cookie(listening.sock)
+                    self._pods.cookie[pod.cookie] = pod
                     new.append((listening.sock, pod.cookie))
             if pod.degraded:
                 log.warning("%s: %s", attachment.pod, pod.degraded)
@@ -111,14 +162,9 @@ class Pods:
 
     def close(self, attachment: Attachment) -> None:
         """See ``rdmanet.steps.Listeners``."""
-        cookie = None
         with self._lock:
-            pod = self._pods.get(attachment.netns_id)
-            if pod is not None:
-                pod.attachments = [a for a in pod.attachments if a.id != attachment.id]
-                if not pod.attachments:
-                    cookie = pod.cookie
-                    del self._pods[attachment.netns_id]
+            ended = self._pods.remove(attachment)
+        cookie = ended.cookie if ended is not None else None
         # Also for an attachment that is not known (any more): its addresses are about to be free for others.
         keys = tuple(address_key(address) for address in attachment.addresses)
 
@@ -132,28 +178,27 @@ class Pods:
     def degraded(self) -> dict[NetnsId, str]:
         """Pods whose lease socket could not be made, with the sentence why."""
         with self._lock:
-            return {key: pod.degraded for key, pod in self._pods.items() if pod.degraded}
+            return {key: pod.degraded for key, pod in self._pods.netns.items() if pod.degraded}
 
     # Directory, from the event loop
 
     def by_cookie(self, cookie: int) -> PodView | None:
         """The pod whose namespace has this cookie."""
         with self._lock:
-            return next((self._view(pod) for pod in self._pods.values() if pod.cookie == cookie), None)
+            pod = self._pods.cookie.get(cookie)
+            return None if pod is None else self._view(pod)
 
     def by_name(self, name: PodName) -> PodView | None:
         """The pod of that name; the newest where a runtime re-created one before the old was gone."""
         with self._lock:
-            found = [pod for pod in self._pods.values() if any(a.pod == name for a in pod.attachments)]
-        return self._view(max(found, key=lambda pod: pod.attachments[-1].id)) if found else None
+            found = self._pods.name.get(name)
+            return None if not found else self._view(max(found, key=lambda pod: pod.attachments[-1].id))
 
     def by_address(self, address: bytes) -> PodView | None:
         """The pod that has this address key."""
         with self._lock:
-            for pod in self._pods.values():
-                if any(address_key(own) == address for a in pod.attachments for own in a.addresses):
-                    return self._view(pod)
-        return None
+            pod = self._pods.address.get(address)
+            return None if pod is None else self._view(pod)
 
     def _view(self, pod: _Pod) -> PodView:
         device = next((a.device for a in pod.attachments if a.device is not None), None)
@@ -170,14 +215,14 @@ class Pods:
     async def holders(self, device: Device) -> Mapping[int, int]:
         """The host's pids of the threads that made the queue pairs on a pod's device, by QPN."""
         with self._lock:
-            paths = [a.netns for p in self._pods.values() for a in p.attachments if a.device == device]
-        if not paths or self._devices is None:
+            attachment = self._pods.device.get(device)
+        if attachment is None or self._devices is None:
             return {}
         devices = self._devices
 
         def ask() -> Mapping[int, int]:
             try:
-                with namespace.opened(paths[0]) as descriptor:
+                with namespace.opened(attachment.netns) as descriptor:
                     return devices.holders(device, descriptor)
             except NotFoundError:
                 return {}

@@ -224,3 +224,18 @@ def test_a_pods_addresses_for_leases_are_those_with_the_device(pods: Pods) -> No
 
 async def test_holder_of_an_unknown_device(pods: Pods) -> None:
     assert await pods.holders(DEVICE) == {}
+
+
+def test_an_address_that_has_gone_to_another_pod_is_that_pods(pods: Pods) -> None:
+    old = attachment(1)
+    new = attachment(2, ipv4=old.ipv4)
+    opened(pods, old)
+    opened(pods, new)
+    view = pods.by_address(address_key("10.213.0.2"))
+    assert view is not None
+    assert view.name == new.pod
+    pods.close(old)
+    assert pods.by_address(address_key("10.213.0.2")) == view
+    assert pods.by_address(address_key("fd00::2")) is None
+    pods.close(new)
+    assert pods.by_address(address_key("10.213.0.2")) is None
