@@ -57,7 +57,10 @@ class BatchSocket:
     """
 
     def __init__(self) -> None:
-        self._sock = namespace.netlink_socket(socket.NETLINK_ROUTE)
+        try:
+            self._sock = namespace.netlink_socket(socket.NETLINK_ROUTE)
+        except OSError as error:
+            raise refused("socket", "NETLINK_ROUTE", error.errno or errno.EIO) from error
         try:
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
                 self._sock.setsockopt(SOL_NETLINK, option, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -169,3 +171,16 @@ def test_sockets_are_kept_and_given_up_after_a_failure(pair: Pair, monkeypatch: 
     inside(lambda: sockets.send([messages.set_up(1)]))
     sockets.close()
     assert sockets._free == []
+
+
+def test_a_process_without_descriptors_gets_a_sentence() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(NetlinkError, match="The kernel refused socket for NETLINK_ROUTE") as caught:
+            BatchSockets().send([messages.set_up(1)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
