@@ -2,7 +2,12 @@
 
 Requests: ``hello``, answered when all is imported; ``serve`` {service}; ``send`` {target, bytes, rounds} and ``write``
 {target, bytes, rounds} → {each_us}: half of a message there and back, and one RDMA WRITE that is waited for.
-Each connection begins with a message that says what it is for.
+Each of their connections begins with a message that says what it is for.
+
+``hold`` {service, small} accepts and keeps what is accepted; ``lease`` {target, count, fresh, small} → {each_us} leases
+`count` queue pairs in one connect (None: one by itself) and takes the time from asking until they are ready to send,
+divided by their number; in the session that is open or, if `fresh`, in one that is opened for it; `small`: with the
+smallest queues. ``drop`` gives back what either of them holds.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from rdmanet.verbs import RemoteRegion
 from rdmanet.verbs.queue_pair import QueuePair
 
 TIMEOUT_S = 60.0
+#: As small as the queues that cmtime asks for.
+SMALL = verbs.Options(window=1, messages=1, message_bytes=64)
 
 
 async def answer_messages(qp: QueuePair, rounds: int) -> None:
@@ -45,6 +52,9 @@ class Program:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[verbs.Listener] = []
+        self._session: verbs.Session | None = None
+        self._fresh: list[verbs.Session] = []
+        self._held: list[QueuePair] = []
 
     async def hello(self) -> dict[str, Any]:
         return {}
@@ -93,6 +103,42 @@ class Program:
             await qp.send(b"done")
         return {"each_us": elapsed_ns / 1000 / rounds}
 
+    async def hold(self, service: str, small: bool) -> dict[str, Any]:
+        listener = await verbs.listen(service, options=SMALL if small else None, timeout_s=TIMEOUT_S)
+        self._listeners.append(listener)
+        self._spawn(self._keep(listener))
+        return {}
+
+    async def _keep(self, listener: verbs.Listener) -> None:
+        while True:
+            self._held += await listener.accept_batch()
+
+    async def lease(self, target: str, count: int | None, fresh: bool, small: bool) -> dict[str, Any]:
+        if self._session is None:
+            self._session = verbs.Session()
+            await self._session.open(TIMEOUT_S)
+        options = SMALL if small else None
+        began = time.monotonic_ns()
+        session = self._session
+        if fresh:
+            session = verbs.Session()
+            await session.open(TIMEOUT_S)
+            self._fresh.append(session)
+        if count is None:
+            self._held.append(await session.connect(target, options=options, timeout_s=TIMEOUT_S))
+        else:
+            self._held += await session.connect(target, count=count, options=options, timeout_s=TIMEOUT_S)
+        elapsed_ns = time.monotonic_ns() - began
+        return {"each_us": elapsed_ns / 1000 / (count or 1)}
+
+    async def drop(self) -> dict[str, Any]:
+        await asyncio.gather(*(qp.close() for qp in self._held))
+        self._held.clear()
+        for session in self._fresh:
+            await session.close()
+        self._fresh.clear()
+        return {}
+
     async def answer(self, line: bytes) -> dict[str, Any]:
         """Carry out one request."""
         request = json.loads(line)
@@ -101,6 +147,9 @@ class Program:
             "serve": self.serve,
             "send": self.send,
             "write": self.write,
+            "hold": self.hold,
+            "lease": self.lease,
+            "drop": self.drop,
         }
         do = requests[request.pop("do")]
         try:
