@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,6 +20,8 @@ WIN, LOSS, EVEN, GOAL, PEER = "#009E73", "#D55E00", "#999999", "#000000", "#56B4
 BAND = "#F3F3F3"
 #: More panels than this do not fit a page; the rest of the cases is in the samples.
 MOST_PANELS = 24
+#: A panel's axis is logarithmic where one contender costs so many times as much as another.
+LINEAR_UP_TO = 10
 #: Fewer samples are drawn as the dots that they are, as well.
 LEAST_FOR_BOX = 5
 DOTS_PER_INCH = 120
@@ -54,7 +57,9 @@ def _ratios(question: Question, comparisons: list[Comparison]) -> Figure:
             if comparison.statistic is statistic:
                 _dot(axes, rows.index((comparison.case, comparison.peer)), comparison)
         _bands(axes, [case for case, _ in rows])
-        _ratio_axis(axes)
+        axes.axvline(1, color=EVEN, linewidth=0.8, zorder=0)
+        axes.margins(x=0.1)
+        _log_axis(axes, 14)
         axes.set_title(str(statistic), fontsize=9)
     panels[0].set_yticks(range(len(rows)), [f"{case} / {peer}" for case, peer in rows], fontsize=8)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -73,7 +78,13 @@ def _dot(axes: Axes, position: int, comparison: Comparison) -> None:
     if comparison.spread is not None:
         axes.plot(comparison.spread, (position, position), color=colour, linewidth=2.5, solid_capstyle="butt")
     axes.plot(ratio, position, "o", color=colour, markersize=5)
-    axes.annotate(f"{ratio:.2f}", (ratio, position), xytext=(6, 3), textcoords="offset points", fontsize=7)
+    axes.annotate(
+        f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}",
+        (ratio, position),
+        xytext=(6, 3),
+        textcoords="offset points",
+        fontsize=7,
+    )
     if comparison.goal is not None:
         axes.plot(comparison.goal, position, "|", color=GOAL, markersize=11, markeredgewidth=1.6)
 
@@ -86,13 +97,12 @@ def _bands(axes: Axes, cases: list[str]) -> None:
             axes.axhspan(first - 0.5, first + cases.count(case) - 0.5, color=BAND, linewidth=0, zorder=0)
 
 
-def _ratio_axis(axes: Axes) -> None:
-    """Logarithmic, with as many ticks named as have room."""
-    axes.axvline(1, color=EVEN, linewidth=0.8, zorder=0)
+def _log_axis(axes: Axes, most_names: int) -> None:
+    """Logarithmic; names 1, 2 and 5 where that many names have room, and every tick of a short axis."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     decades = math.log10(high / low)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 4.5 else (1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if 3 * decades <= most_names else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
     axes.xaxis.set_minor_formatter("{x:g}" if decades < 0.8 else NullFormatter())
@@ -135,6 +145,10 @@ def _panel(axes: Axes, case: str, unit: str, contenders: dict[str, list[float]])
             axes.plot(contenders[name], [position] * len(contenders[name]), "o", color=colour, markersize=5)
     axes.set_yticks(range(1, len(names) + 1), names, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.06 * max(value for values in contenders.values() for value in values) or 1)
-    axes.tick_params(axis="x", labelsize=7)
+    medians = [statistics.median(values) for values in contenders.values()]
+    if max(medians) > LINEAR_UP_TO * min(medians) and min(min(values) for values in contenders.values()) > 0:
+        _log_axis(axes, 8)
+    else:
+        axes.set_xlim(0, 1.06 * max(max(values) for values in contenders.values()) or 1)
+        axes.tick_params(axis="x", labelsize=7)
     axes.set_title(f"{case} [{unit}]", fontsize=8)
