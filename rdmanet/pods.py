@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +35,15 @@ class LeaseServer(Protocol):
     async def add_listener(self, sock: socket.socket, cookie: int) -> None: ...
     async def remove_listener(self, cookie: int) -> None: ...
     async def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None) -> None: ...
+
+
+Call = Callable[[LeaseServer], Coroutine[object, object, None]]
+
+
+def _log_failure(future: Future[None]) -> None:
+    error = None if future.cancelled() else future.exception()
+    if error is not None:
+        log.error("A pod's lease socket is not served; its leases cannot work: %s", error)
 
 
 @dataclass(eq=False)
@@ -112,12 +121,14 @@ class Pods:
         self._server = server
         self._loop = loop
 
-    def _on_loop(self, call: Callable[[LeaseServer], Coroutine[object, object, None]]) -> None:
+    def _begin_on_loop(self, call: Call) -> Future[None]:
         assert self._server is not None
         assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(call(self._server), self._loop)
+        return asyncio.run_coroutine_threadsafe(call(self._server), self._loop)
+
+    def _on_loop(self, call: Call) -> None:
         try:
-            future.result(LOOP_TIMEOUT_S)
+            self._begin_on_loop(call).result(LOOP_TIMEOUT_S)
         except TimeoutError as error:
             raise UnavailableError(
                 f"The agent's lease server did not answer within {LOOP_TIMEOUT_S:g} s; ask again, and look into the"
@@ -158,7 +169,8 @@ class Pods:
                 await server.add_listener(sock, cookie)
 
         if new:
-            self._on_loop(serve)
+            # Not waited for: the loop takes this before the answer of the ADD, and before a close.
+            self._begin_on_loop(serve).add_done_callback(_log_failure)
 
     def close(self, attachment: Attachment) -> None:
         """See ``rdmanet.steps.Listeners``."""

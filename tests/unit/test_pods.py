@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rdmanet import pods as module
-from rdmanet.errors import UnavailableError
+from rdmanet.errors import ConflictError, UnavailableError
 from rdmanet.model import Attachment, NetnsId, PodName, address_key
 from rdmanet.netlink import namespace
 from rdmanet.netlink.namespace import Listening
@@ -100,6 +100,13 @@ def attachment(number: int, **changes: object) -> Attachment:
 def opened(pods: Pods, one: Attachment) -> None:
     """What an ADD does: first inside the namespace, then outside."""
     pods.open((one, pods.listen(one.netns_id)))
+    turn(pods)
+
+
+def turn(pods: Pods) -> None:
+    """Returns when the loop has done what it was given."""
+    assert pods._loop is not None
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), pods._loop).result(10)
 
 
 def test_one_listener_per_pod_from_first_to_last_attachment(pods: Pods, server: Server) -> None:
@@ -154,6 +161,7 @@ def test_of_two_new_sockets_one_is_closed(pods: Pods, server: Server) -> None:
     made = [pods.listen(one.netns_id) for one in (first, second)]
     for one, listening in zip((first, second), made, strict=True):
         pods.open((one, listening))
+    turn(pods)
     assert server.events == [("add", 100)]
     assert made[1].sock is not None
     assert made[1].sock.fileno() == -1
@@ -161,9 +169,22 @@ def test_of_two_new_sockets_one_is_closed(pods: Pods, server: Server) -> None:
 
 def test_a_silent_server_is_an_error(pods: Pods, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOP_TIMEOUT_S", 0.01)
+    opened(pods, attachment(1))
     server.silent = True
     with pytest.raises(UnavailableError, match=r"did not answer within 0\.01 s"):
-        opened(pods, attachment(1))
+        pods.close(attachment(1))
+
+
+def test_a_socket_that_is_not_served_is_logged(
+    pods: Pods, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(sock: socket.socket, cookie: int) -> None:
+        sock.close()
+        raise ConflictError("there is a listener already")
+
+    monkeypatch.setattr(server, "add_listener", refuse)
+    opened(pods, attachment(1))
+    assert "A pod's lease socket is not served; its leases cannot work: there is a listener already" in caplog.text
 
 
 def test_lookups(pods: Pods) -> None:
