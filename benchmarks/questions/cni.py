@@ -45,8 +45,8 @@ def measure(run: Run) -> None:
 
 def _at_once(run: Run, contenders: Mapping[str, Runtime]) -> None:
     sizes = run.pick((1, 10, 50), (1, 10, 50), (1, 2))
-    repeated = run.pick(10, 10, 1)
-    for number in run.rounds(10, 2):
+    repeated = run.pick(10, 7, 1)
+    for number in run.rounds(10, 3):
         for at_once in sizes:
             if at_once == sizes[-1] and run.pick(0, 1, 0) and number:
                 continue  # half of the quick run's time
@@ -114,8 +114,8 @@ def _with_others(run: Run, contenders: Mapping[str, Runtime]) -> None:
             run.failed(f"add/1{suffix}", name, "; ".join(calls.errors))
         else:
             crowded[name] = contender
-    repeated = run.pick(5, 10, 1)
-    for _ in run.rounds(10, 2):
+    repeated = run.pick(5, 7, 1)
+    for _ in run.rounds(10, 3):
         for name, contender in run.turns(crowded):
             for _ in range(repeated):
                 _add_and_delete(run, name, contender, 1, suffix, first=others)
