@@ -95,7 +95,7 @@ def sample(run: Run, case: str, contender: str, way: Way, work: Work, family: st
 
 QUESTION = Question(
     name="datapath",
-    text="What does a packet from pod to pod on one node cost?",
+    text=(__doc__ or "").partition("\n")[0],
     places=(Place.ICOUNT,),
     measure=measure,
     goals=(
