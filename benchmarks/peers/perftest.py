@@ -17,14 +17,14 @@ from pathlib import Path
 from benchmarks.peers.namespaces import Pair
 from rdmanet.errors import UnavailableError
 from testbed.container import CommandError, Completed, cgroup2_root
-from testbed.demo.rdma import last_figures, wait_for_line
-from testbed.demo.rows import StepError
+from testbed.demo.rdma import wait_for_line
 from testbed.paths import BUILD
 
 LISTENING = "Waiting for client"
 #: perftest 4.5's latency tests can miss a completion event and then wait for ever, over any path.
 STALLED_S = 20.0
 ATTEMPTS = 4
+FEWEST_COLUMNS = 5
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -69,10 +69,7 @@ def cost_us(pair: Pair, name: str, size_bytes: int, iterations: int, version: in
                 raise
     else:
         raise UnavailableError(f"{TESTS[name].program} stalled {ATTEMPTS} times in a row", subject=name)
-    try:
-        figures = last_figures(done)
-    except StepError as error:
-        raise CommandError(f"printed no figures: {done.stdout[-500:]!r}", done) from error
+    figures = _figures(done, size_bytes)
     if TESTS[name].latency:
         return figures[5] / _clock_mhz()
     mib_s, million_per_s = figures[3], figures[4]
@@ -103,9 +100,19 @@ def _run(pair: Pair, test: Test, size_bytes: int, iterations: int, version: int)
         if done.returncode is None:
             raise CommandError("stalled", done)
         if done.returncode != 0:
-            raise CommandError(f"ended with status {done.returncode}", done)
+            said = (done.stdout + done.stderr).strip()[-300:]
+            raise CommandError(f"ended with status {done.returncode}: {said!r}", done)
         server.wait(STALLED_S)
     return done
+
+
+def _figures(done: Completed, size_bytes: int) -> list[float]:
+    """The row of its table; the standard deviation in it may be nan, for rounding."""
+    for line in reversed(done.stdout.splitlines()):
+        fields = line.split()
+        if len(fields) >= FEWEST_COLUMNS and fields[0] == str(size_bytes):
+            return [float(field) for field in fields]
+    raise CommandError(f"printed no figures: {done.stdout[-300:]!r}", done)
 
 
 @contextlib.contextmanager

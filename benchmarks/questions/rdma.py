@@ -30,8 +30,10 @@ LARGE_MTU_BYTES = 9000
 SERVICE = "bench"
 #: Bytes → name, and operations: per latency test and per stream of messages. So many that the first, which finds
 #: nothing in the caches of the emulated machine's kernel, does not show.
-SIZES = {64: ("64B", 1000, 3000), 4096: ("4KiB", 500, 1000), 65536: ("64KiB", 100, 300), 1 << 20: ("1MiB", 12, 40)}
+SIZES = {64: ("64B", 500, 2000), 4096: ("4KiB", 500, 1000), 65536: ("64KiB", 100, 300), 1 << 20: ("1MiB", 12, 40)}
 SMOKE_OPERATIONS = 10
+#: One that sleeps and one that polls, a latency and a stream.
+SMOKE_TESTS = ("send-lat", "write-bw")
 PATHS: dict[str, Callable[..., contextlib.AbstractContextManager[Pair]]] = {
     OURS: ours,
     "routed": routed,
@@ -55,10 +57,14 @@ class Case:
         return run.pick(asked, asked, SMOKE_OPERATIONS)
 
 
+FROM_PYTHON = (Case("write-lat/64KiB", "write-lat", 65536), Case("send-lat/64B", "send-lat", 64))
+
+
 def cases(run: Run) -> list[Case]:
     """What is measured: with less effort fewer sizes and one MTU."""
     sizes = run.pick(list(SIZES), [64, 65536], [64])
-    found = [Case(f"{test}/{SIZES[size][0]}", test, size) for test in perftest.TESTS for size in sizes]
+    tests = run.pick(list(perftest.TESTS), list(perftest.TESTS), list(SMOKE_TESTS))
+    found = [Case(f"{test}/{SIZES[size][0]}", test, size) for test in tests for size in sizes]
     found.append(Case("ipv6/send-lat/64B", "send-lat", 64, version=6))
     large = run.pick([LARGE_MTU_BYTES], [], [])
     found += [Case("mtu-9000/write-bw/64KiB", "write-bw", 65536, mtu_bytes=mtu) for mtu in large]
@@ -82,7 +88,7 @@ def measure(run: Run) -> None:
             for case in wanted:
                 for path, made in run.turns(pairs[case.mtu_bytes]):
                     _sample(run, case.name, path, _perftest(run, case, made))
-            for case in (Case("write-lat/64KiB", "write-lat", 65536), Case("send-lat/64B", "send-lat", 64)):
+            for case in run.pick(FROM_PYTHON, FROM_PYTHON, FROM_PYTHON[:1]):
                 ways: Mapping[str, Callable[[], float]] = {
                     OURS: _with_library(run, client, case, pair),
                     "perftest": _perftest(run, case, pair),

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measure import find, measure
-from benchmarks.peers.perftest import TESTS
 from benchmarks.question import Effort, Place, read
+from benchmarks.questions.rdma import SMOKE_TESTS
 from benchmarks.results import compare
 from rdmanet.model import RdmaMode
 
 #: Question → the peers of each case.
 EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "rdma": {
-        **{f"{test}/64B": ("routed", "one veth") for test in TESTS},
+        **{f"{test}/64B": ("routed", "one veth") for test in SMOKE_TESTS},
         "ipv6/send-lat/64B": ("routed", "one veth"),
         "python/write-lat/64KiB": ("perftest",),
-        "python/send-lat/64B": ("perftest",),
     },
     "lease": {
         "cold": ("rdma_cm",),
