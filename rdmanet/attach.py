@@ -311,11 +311,10 @@ class Attachments:
             if devices is not None and attachment.device and not devices.present(attachment.device, descriptor):
                 yield f"its RDMA device {attachment.device_name} is missing"
             own, endpoint = steps.entries(attachment, outer.index)
-            if self._parts.datapath.attachments().get(outer.index) != own:
+            if self._parts.datapath.attachment(outer.index) != own:
                 yield "its entry in the datapath is missing or wrong"
-            endpoints = self._parts.datapath.endpoints()
             for address in attachment.addresses:
-                if endpoints.get(address_key(address)) != endpoint:
+                if self._parts.datapath.endpoint(address_key(address)) != endpoint:
                     yield f"the endpoint {address} is missing from the datapath"
 
     # Start

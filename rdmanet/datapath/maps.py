@@ -107,6 +107,11 @@ class Datapath:
         """By the index of the host's end."""
         return {_number(key): AttachmentEntry.decode(value) for key, value in self._items("attachments")}
 
+    def attachment(self, ifindex: int) -> AttachmentEntry | None:
+        """The one whose host's end has this index, or None."""
+        raw = self._lookup("attachments", layout.U32.pack(ifindex))
+        return None if raw is None else AttachmentEntry.decode(raw)
+
     def set_endpoint(self, address: bytes, entry: EndpointEntry) -> None:
         """Delivers packets to ``address`` there from now on."""
         self._update("endpoints", layout.address(address), entry.encode())
@@ -118,6 +123,11 @@ class Datapath:
     def endpoints(self) -> dict[bytes, EndpointEntry]:
         """By address key."""
         return {key: EndpointEntry.decode(value) for key, value in self._items("endpoints")}
+
+    def endpoint(self, address: bytes) -> EndpointEntry | None:
+        """Where packets to this address key go, or None."""
+        raw = self._lookup("endpoints", layout.address(address))
+        return None if raw is None else EndpointEntry.decode(raw)
 
     def set_uplink(self, ifindex: int, entry: UplinkEntry) -> None:
         """Lets pods out through this device."""
