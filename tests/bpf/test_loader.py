@@ -338,7 +338,9 @@ def test_entries_come_back_as_they_were_written(artifact: Artifact, pins: Path) 
             datapath.set_guard(ipv4, 17, guard)
         assert datapath.node() == node
         assert datapath.attachments() == {5: attachment}
+        assert (datapath.attachment(5), datapath.attachment(6)) == (attachment, None)
         assert datapath.endpoints() == {ipv4: endpoint, ipv6: endpoint}
+        assert (datapath.endpoint(ipv6), datapath.endpoint(bytes(16))) == (endpoint, None)
         assert datapath.uplinks() == {2: uplink}
         assert datapath.guards() == {(ipv4, 17): guard}
         for _ in range(2):
@@ -360,6 +362,9 @@ def test_counts_are_summed_over_cpus_and_forgotten(artifact: Artifact, pins: Pat
             ("counters", layout.COUNTER_KEY.pack(7, 1, 1), layout.COUNTER.pack(2, 300)),
             ("counters", layout.COUNTER_KEY.pack(8, 0, 0), layout.COUNTER.pack(1, 60)),
             ("drops", layout.DROP_KEY.pack(7, 1), layout.U64.pack(5)),
+            # The last name, and one that this version has no name for.
+            ("drops", layout.DROP_KEY.pack(9, len(artifact.drop_reasons)), layout.U64.pack(1)),
+            ("drops", layout.DROP_KEY.pack(9, len(artifact.drop_reasons) + 1), layout.U64.pack(1)),
             ("drops", layout.DROP_KEY.pack(0, 4711), layout.U64.pack(1)),
         ):
             descriptor = bpf.get(pins / name)
@@ -370,6 +375,7 @@ def test_counts_are_summed_over_cpus_and_forgotten(artifact: Artifact, pins: Pat
             (7, "to_pod", "roce"): Count(2 * cpus, 300 * cpus),
             (8, "from_pod", "ip"): Count(cpus, 60 * cpus),
         }
+        datapath.forget(9)
         assert datapath.drops() == {(7, "malformed"): 5 * cpus, (0, "reason_4711"): cpus}
         datapath.forget(7)
         assert set(datapath.counters()) == {(8, "from_pod", "ip")}
