@@ -93,6 +93,23 @@ def test_run_inside_returns_raises_and_leaves_no_thread_behind(pair: Pair) -> No
     assert Path("/proc/thread-self/ns/net").stat().st_ino == namespace.own().ino
 
 
+def test_a_visit_goes_where_paths_still_lead_to_what_they_did(pair: Pair, tmp_path: Path) -> None:
+    one, two = (namespace.identify(descriptor) for descriptor in (pair.one, pair.two))
+    places = [
+        (pair.paths[0], one),
+        (pair.paths[1], one),  # another namespace is there now
+        (str(tmp_path / "gone"), two),
+        (str(tmp_path), two),
+        (pair.paths[1], two),
+    ]
+    inode = Path("/proc/thread-self/ns/net")
+    assert namespace.visit(places, lambda _: inode.stat().st_ino) == [one.ino, None, None, None, two.ino]
+    assert inode.stat().st_ino == namespace.own().ino
+    with pytest.raises(ZeroDivisionError):
+        namespace.visit(places, lambda _: 1 // 0)
+    assert namespace.visit([], lambda _: 1) == []
+
+
 def test_run_inside_of_what_is_no_namespace() -> None:
     with Path("/dev/null").open("rb") as file, pytest.raises(KernelError, match="cannot be entered") as caught:
         namespace.run_inside(file.fileno(), lambda: pytest.fail("entered"))
@@ -152,6 +169,10 @@ def test_names_that_exist(pair: Pair, ours: str, theirs: str) -> None:
 
 def test_links_that_are_not_there(pair: Pair) -> None:
     assert pair.route.link("nothing") is None
+    assert pair.route.link_at(999) is None
+    loopback = pair.route.link_at(1)
+    assert loopback is not None
+    assert loopback.name == "lo"
     with pytest.raises(NotFoundError) as caught:
         pair.route.set_up(999)
     assert caught.value.errno == errno.ENODEV
