@@ -63,6 +63,19 @@ def tuple_of(codec: Codec, most: int, least: int = 0) -> Codec:
     return Codec(decode, lambda values: [codec.encode(value) for value in values])
 
 
+def integers(low: int, high: int, most: int) -> Codec:
+    """A list of 1 to ``most`` integers from ``low`` to ``high``; there are many in one message, so no call for each."""
+
+    def decode(value: object, what: str) -> tuple[int, ...]:
+        if not isinstance(value, list) or not 1 <= len(value) <= most:
+            raise RequestError(f"{what} must be a list of 1 to {most}")
+        if {*map(type, value)} != {int} or min(value) < low or max(value) > high:
+            raise RequestError(f"{what} must be integers from {low} to {high}")
+        return tuple(value)
+
+    return Codec(decode, list)
+
+
 def pair_of(kind: Callable[[Any, Any], tuple[Any, Any]], **fields: Codec) -> Codec:
     """A named tuple of two, written as a list: there are many of them in one message."""
     (first, first_codec), (second, second_codec) = fields.items()

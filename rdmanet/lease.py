@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from rdmanet.codec import Codec, Fields, integer, optional, pair_of, text_like, tuple_of
+from rdmanet.codec import Codec, Fields, integer, integers, optional, pair_of, text_like, tuple_of
 from rdmanet.codec import Json as Json
 from rdmanet.errors import RequestError
 from rdmanet.model import DEFAULT_NAMESPACE, IPAddress, PodName, address_key, address_of
@@ -108,15 +108,16 @@ def _decode_address(value: object, what: str) -> IPAddress:
 
 _ID = integer(0, 2**53 - 1)
 #: QPN 0 and 1 are management, 0xffffff is multicast (InfiniBand 3.5.10).
-_QPN = integer(2, 2**24 - 2)
-_PSN = integer(0, 2**24 - 1)  # packet sequence number
+QPNS = (2, 2**24 - 2)
+_QPN = integer(*QPNS)
 _LEASE = Codec(_decode_lease, lease_text)
 _LEASES = tuple_of(_LEASE, MAX_BATCH, 1)
 _SENTENCE = Codec(_decode_sentence, sentence_of)
 _POD = Codec(_decode_pod, str)
 _NAME = text_like(_SERVICE.pattern)
 _ADDRESS = Codec(_decode_address, str)
-_GID = Codec(lambda value, what: bytes.fromhex(text_like(r"[0-9a-f]{32}").decode(value, what)), lambda gid: gid.hex())
+_GID_TEXT = text_like(r"[0-9a-f]{32}")
+_GID = Codec(lambda value, what: bytes.fromhex(_GID_TEXT.decode(value, what)), lambda gid: gid.hex())
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,6 @@ def _decode_mtu(value: object, what: str) -> object:
     return value
 
 
-class Pair(NamedTuple):
-    """A queue pair and the first packet sequence number that it sends."""
-
-    qpn: int
-    psn: int
-
-
 @dataclass(frozen=True)
 class Ends(Fields):
     """One side of a batch of leases: what the other needs to reach these queue pairs."""
@@ -172,23 +166,25 @@ class Ends(Fields):
     FIELDS: ClassVar = {
         "gid": _GID,
         "mtu_bytes": Codec(_decode_mtu),
-        "pairs": tuple_of(pair_of(Pair, qpn=_QPN, psn=_PSN), MAX_BATCH, 1),
+        "qpns": integers(*QPNS, MAX_BATCH),
+        "psns": integers(0, 2**24 - 1, MAX_BATCH),
     }
     gid: bytes  # 16 bytes: the pod's address key, which is its RoCE GID
     mtu_bytes: int  # largest path MTU of this side; the smaller of both is used
-    pairs: tuple[Pair, ...]  # one per lease
+    qpns: tuple[int, ...]  # one per lease
+    psns: tuple[int, ...]  # of each the first packet sequence number that it sends
 
     @classmethod
     def from_json(cls, value: object) -> Ends:
         ends = super().from_json(value)
-        if len({qpn for qpn, _ in ends.pairs}) != len(ends.pairs):
-            raise RequestError("'pairs' of ends names a queue pair twice")
+        if len(ends.qpns) != len(ends.psns) or len(set(ends.qpns)) != len(ends.qpns):
+            raise RequestError("'qpns' and 'psns' of ends must be as many, and 'qpns' all different")
         return ends
 
     @property
     def keys(self) -> tuple[tuple[bytes, int], ...]:
         """(address key, QPN) of each."""
-        return tuple((self.gid, qpn) for qpn, _ in self.pairs)
+        return tuple([(self.gid, qpn) for qpn in self.qpns])
 
 
 _ENDS = Codec(lambda value, _: Ends.from_json(value), Ends.to_json)
@@ -382,7 +378,7 @@ _ANSWERS = {m.TYPE: m for m in (Reply, Refusal, Incoming, Revoked)}
 
 def dump(message: Request | Answer) -> str:
     """The JSON text of a message. Not in ASCII: escaped, the longest sentence would not fit."""
-    return json.dumps({"type": message.TYPE, **message.to_json()}, separators=(",", ":"), ensure_ascii=False)
+    return _ENCODE({"type": message.TYPE, **message.to_json()})
 
 
 def parse_request(text: str) -> Request:
@@ -419,7 +415,7 @@ def _load(text: str) -> Json:
     if len(text) > MAX_MESSAGE_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_MESSAGE_BYTES:
         raise RequestError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
     try:
-        value = json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
+        value = _DECODE(text)
     # A message of 4,000 brackets is deeper than the interpreter's stack allows.
     except (ValueError, RecursionError) as error:
         raise RequestError(f"a message must be JSON: {error}"[:200]) from error
@@ -436,3 +432,8 @@ def _no_repeated_keys(pairs: list[tuple[str, object]]) -> Json:
 
 def _no_constant(name: str) -> object:
     raise RequestError(f"a message must not contain {name}")
+
+
+# json.dumps and json.loads would make these anew for every message.
+_ENCODE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_DECODE = json.JSONDecoder(object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant).decode

@@ -340,12 +340,12 @@ class BrokerCore:
         self._leases.answered(batch, request.ends)
         batch.accept_id = request.id
         entries = []
-        for lease in batch.leases:
-            for own, peer in (lease.sides, lease.sides[::-1]):
-                assert own.key is not None
-                assert peer.key is not None
-                self._revoked.forget(own.key)
-                entries.append((own.key, GuardEntry(lease.id, *peer.key, GuardState.GRANTED)))
+        for lease, key in zip(batch.leases, request.ends.keys, strict=True):
+            connecting = lease.connector.key
+            assert connecting is not None
+            entries.append((connecting, GuardEntry(lease.id, *key, GuardState.GRANTED)))
+            entries.append((key, GuardEntry(lease.id, *connecting, GuardState.GRANTED)))
+        self._revoked.forget([key for key, _ in entries])
         return [*effects, SetGuard(batch.first.id, tuple(entries))]
 
     def _reject(self, connection: int, batch: Batch, request: wire.Reject, now_s: float) -> list[Effect]:
@@ -416,11 +416,10 @@ class BrokerCore:
 
     # How leases end
 
-    def _supersede(self, keys: Iterable[Key], view: PodView, now_s: float) -> list[Effect]:
+    def _supersede(self, keys: Collection[Key], view: PodView, now_s: float) -> list[Effect]:
         """An unclaimed lease ends when its QPN is named for a new one: the old queue pair cannot exist any more."""
-        old = {lease.id: lease for key in keys if (lease := self._leases.by_end(key)) is not None}
         sentence = f"{pod_text(view.name)} uses the queue pair for another lease"
-        return self._end(list(old.values()), Cause.SUPERSEDED, Reason.PEER_GONE, sentence, now_s)
+        return self._end(self._leases.by_ends(keys), Cause.SUPERSEDED, Reason.PEER_GONE, sentence, now_s)
 
     def _end(
         self,

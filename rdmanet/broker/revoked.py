@@ -40,9 +40,10 @@ class RevokedEnds:
         interval_s = self._limits.first_check_s
         self._ends[key] = _End(device, pid, now_s + interval_s, interval_s)
 
-    def forget(self, key: Key) -> None:
-        """A new lease overwrites the entry."""
-        self._ends.pop(key, None)
+    def forget(self, keys: Collection[Key]) -> None:
+        """New leases overwrite these entries."""
+        for key in self._ends.keys() & keys:
+            del self._ends[key]
 
     def addresses_gone(self, addresses: Collection[bytes]) -> list[Effect]:
         """Delete the entries of addresses that are about to belong to nobody."""

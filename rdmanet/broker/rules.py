@@ -84,8 +84,8 @@ def accept_refusal(view: PodView, batch: Batch, ends: Ends, leases: LeaseTable) 
     """Why the listening pod ``view`` cannot accept ``batch`` with these ends; None when it can."""
     connector = batch.first.connector
     assert connector.key is not None
-    if len(ends.pairs) != len(batch.leases):
-        return f"{len(batch.leases)} queue pairs were asked for and {len(ends.pairs)} accepted"
+    if len(ends.qpns) != len(batch.leases):
+        return f"{len(batch.leases)} queue pairs were asked for and {len(ends.qpns)} accepted"
     foreign = foreign_gid(view, ends.gid)
     if foreign is not None:
         return foreign

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rdmanet import lease as wire
@@ -115,6 +115,12 @@ class LeaseTable:
         number = self._by_end.get(key)
         return None if number is None else self._leases[number]
 
+    def by_ends(self, keys: Collection[Key]) -> list[Lease]:
+        """The leases that these ends are in."""
+        if self._by_end.keys().isdisjoint(keys):
+            return []
+        return [self._leases[number] for number in {self._by_end[key] for key in keys if key in self._by_end}]
+
     def new_ids(self, count: int) -> range:
         """Consecutive random ids that are not in use: nobody can guess another's, and a new agent cannot repeat one."""
         while True:
@@ -134,10 +140,16 @@ class LeaseTable:
             self._with_deadline.add(lease.id)
 
     def add_batch(self, batch: Batch) -> None:
-        """Enter a pending batch."""
+        """Enter a pending batch, whose connecting ends are known."""
+        connector, listener = batch.first.sides
         for lease in batch.leases:
-            self.add(lease)
-        self._pending_per_pod[batch.first.connector.pod] += 1
+            self._leases[lease.id] = lease
+            if lease.connector.key is not None:
+                self._by_end[lease.connector.key] = lease.id
+        self._per_pod[connector.pod] += len(batch.leases)
+        self._per_pod[listener.pod] += len(batch.leases)
+        self._with_deadline.add(batch.first.id)
+        self._pending_per_pod[connector.pod] += 1
 
     def answered(self, batch: Batch, ends: wire.Ends) -> None:
         """The listener has accepted with these ends: pending → writing."""
@@ -163,9 +175,11 @@ class LeaseTable:
             self._pending_per_pod[lease.connector.pod] -= 1
         self._with_deadline.discard(lease.id)
 
-    def held(self, keys: Iterable[Key]) -> Key | None:
+    def held(self, keys: Collection[Key]) -> Key | None:
         """The first of these ends that is in a lease of a living connection. An unclaimed one gives way: its QPN is in
         the hands of whoever names it now."""
+        if self._by_end.keys().isdisjoint(keys):
+            return None
         for key in keys:
             lease = self.by_end(key)
             if lease is not None and not any(s.key == key and s.connection is None for s in lease.sides):

@@ -8,7 +8,7 @@ byte order unless a field's comment says otherwise; addresses are address keys (
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rdmanet.errors import InputError, StateError
@@ -272,6 +272,17 @@ def encode_guard_key(key: bytes, qpn: int) -> bytes:
     if not 0 <= qpn <= 0xFFFFFF:
         raise InputError(f"{qpn} is no queue pair number: those have 24 bits.")
     return GUARD_KEY.pack(address(key), qpn)
+
+
+def encode_guards(entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> tuple[bytes, bytes]:
+    """Many keys and their entries, one behind another. Raises InputError as ``encode_guard_key`` does."""
+    keys, values = bytearray(), bytearray()
+    for (own, qpn), (lease, peer, peer_qpn, state, packets, size) in entries:
+        if not 0 <= qpn <= 0xFFFFFF or len(own) != ADDRESS_BYTES or len(peer) != ADDRESS_BYTES:
+            raise InputError(f"{qpn} and {own.hex()} are no key of the guard map, or {peer.hex()} is none.")
+        keys += GUARD_KEY.pack(own, qpn)
+        values += GUARD.pack(lease, packets, size, peer, peer_qpn, _GUARD_STATES[state])
+    return bytes(keys), bytes(values)
 
 
 def address(key: bytes) -> bytes:

@@ -148,8 +148,7 @@ class Datapath:
     def set_guards(self, entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> None:
         """``set_guard`` of many in one call, by (address key, QPN). Raises as it does; what comes before the entry that
         failed has been written."""
-        keys = b"".join([layout.encode_guard_key(address, qpn) for (address, qpn), _ in entries])
-        values = b"".join([layout.encode_guard(entry) for _, entry in entries])
+        keys, values = layout.encode_guards(entries)
         with self._full("guard"):
             bpf.update_batch(self._pinned.maps["guard"], keys, values, len(entries))
 

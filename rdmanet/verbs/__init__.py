@@ -41,9 +41,17 @@ __all__ = [
     "Session",
     "UnavailableError",
     "VerbsError",
+    "close",
     "connect",
     "listen",
 ]
+
+
+async def close(*qps: QueuePair) -> None:
+    """Close many queue pairs at once, for much less than one by one: what a batch leased goes back in one message."""
+    from rdmanet.verbs.queue_pair import close_all
+
+    await close_all(qps)
 
 
 def __getattr__(name: str) -> object:

@@ -9,6 +9,7 @@ not installed.
 * Through 64 work requests are never freed, their destructors being misspelt ``__dealloc``; since then they are, and
   giving a SendWR the list of an SGE, which is how one reuses it, would free that list twice.
 * No call releases the GIL, get_cq_event included.
+* Every object looks its class's logger up, under logging's lock: a fifth of what a connection costs.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def _import_enums() -> SimpleNamespace:
 
 try:
     _import_quietly()
+    from pyverbs import base as _base
     from pyverbs.addr import GID, AHAttr, GlobalRoute
     from pyverbs.cq import CQ, CompChannel
     from pyverbs.device import Context, get_device_list
@@ -113,6 +115,7 @@ __all__ = [
     "CompChannel",
     "Context",
     "GlobalRoute",
+    "PyverbsError",
     "QPAttr",
     "QPCap",
     "QPInitAttr",
@@ -121,8 +124,10 @@ __all__ = [
     "call",
     "completion_channel",
     "device_names",
+    "element",
     "enums",
     "next_event",
+    "to_error",
     "verbs_error",
 ]
 
@@ -237,6 +242,25 @@ def next_event(channel: Any, cq: Any) -> bool:
     return True
 
 
+@functools.cache
+def to_error() -> Any:
+    """What stops a queue pair."""
+    return QPAttr(qp_state=enums.IBV_QPS_ERR)
+
+
+class _Logging:
+    """The logging module as pyverbs.base uses it, which remembers the loggers."""
+
+    getLogger = staticmethod(functools.cache(logging.getLogger))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(logging, name)
+
+
+if getattr(_base, "logging", None) is logging:
+    _base.logging = _Logging()
+
+
 class SendRequest:
     """One work request with one memory element, posted again and again with other values."""
 
@@ -272,14 +296,25 @@ class SendRequest:
             self._sge = self._request = None
 
 
+@contextlib.contextmanager
+def element(length_bytes: int, lkey: int) -> Iterator[Any]:
+    """One SGE, whose ``addr`` may be set again and again, for RecvRequests to copy."""
+    sge = SGE(0, length_bytes, lkey)
+    try:
+        yield sge
+    finally:
+        if not _FREES_REQUESTS:
+            sge.close()
+
+
 class RecvRequest:
     """A receive into one place, posted each time the place is free."""
 
-    def __init__(self, number: int, address: int, length_bytes: int, lkey: int):
-        sge = SGE(address, length_bytes, lkey)
+    __slots__ = ("_request",)
+
+    def __init__(self, number: int, sge: Any):
+        """``sge`` is copied."""
         self._request = RecvWR(wr_id=number, num_sge=1, sg=[sge])
-        if not _FREES_REQUESTS:
-            sge.close()
 
     def post(self, qp: Any) -> None:
         qp.post_recv(self._request)

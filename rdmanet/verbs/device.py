@@ -10,6 +10,7 @@ from typing import Any
 from rdmanet.errors import UnavailableError, VerbsError
 from rdmanet.model import address_key, address_of
 from rdmanet.verbs import compat, memory
+from rdmanet.verbs.completions import CompletionQueues
 
 #: RoCE devices have one port per device.
 PORT = 1
@@ -39,9 +40,12 @@ class OpenDevice:
             raise
         with compat.call(f"the RDMA device {name} gives no protection domain", "ibv_alloc_pd", name):
             self.pd = compat.PD(self.context)
+        self.places = memory.PlacePool(self.pd)
+        self._gid_indexes: dict[bytes, int] = {}
         attributes = self._query_device()
         self.max_wr = int(attributes.max_qp_wr)
         self.max_cqe = int(attributes.max_cqe)
+        self.completions = CompletionQueues(self.context, name, self.max_cqe)
         self.max_read_atomic = int(attributes.max_qp_rd_atom)
 
     def _query_device(self) -> Any:
@@ -60,6 +64,9 @@ class OpenDevice:
 
     def gid_index(self, gid: bytes, port: Any) -> int:
         """The index of the RoCE v2 GID that is this address key. Never a guess: indexes differ from pod to pod."""
+        known = self._gid_indexes.get(gid)
+        if known is not None and self._gid_at(known) == gid:
+            return known
         entries = int(port.gid_tbl_len)
         with compat.call(f"the GID table of {self.name} cannot be read", "ibv_query_gid_table", self.name):
             table = self.context.query_gid_table(entries)
@@ -69,12 +76,20 @@ class OpenDevice:
                 and entry.gid_type == compat.enums.IBV_GID_TYPE_ROCE_V2
                 and address_key(entry.gid_str()) == gid
             ):
-                return int(entry.gid_index)
+                self._gid_indexes[gid] = int(entry.gid_index)
+                return self._gid_indexes[gid]
         raise UnavailableError(
             f"{self.name} has no RoCE v2 GID for {address_of(gid)}; is the address still on the pod's interface?",
             operation="ibv_query_gid_table",
             subject=self.name,
         )
+
+    def _gid_at(self, index: int) -> bytes | None:
+        """The GID at this index now; None where there is none."""
+        try:
+            return address_key(str(self.context.query_gid(PORT, index)))
+        except (compat.PyverbsError, ValueError):
+            return None
 
     def register(self, buffer: Any, *, remote_read: bool, remote_write: bool) -> memory.MemoryRegion:
         """See rdmanet.verbs.memory.register."""
@@ -82,6 +97,8 @@ class OpenDevice:
 
     def close(self) -> None:
         """After everything that was made on it has been closed."""
+        self.completions.close()
+        self.places.close()
         self.pd.close()
         self.context.close()
 

@@ -95,7 +95,10 @@ class Listener:
         self._waiting.clear()
         self._arrivals.release()
         try:
-            await asyncio.gather(*(qp.close() for qp in waiting))
+            if waiting:
+                from rdmanet.verbs.queue_pair import close_all
+
+                await close_all(waiting)
         finally:
             await self._on_close(self)
 

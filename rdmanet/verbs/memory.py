@@ -87,6 +87,55 @@ class MemoryRegion:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A piece of a region, where one message goes."""
+
+    region: MemoryRegion
+    offset: int
+    address: int
+    lkey: int
+
+    def read(self, length: int) -> bytes:
+        """A copy of its first bytes."""
+        return bytes(self.region.buffer[self.offset : self.offset + length])
+
+
+def places(region: MemoryRegion, length: int) -> list[Place]:
+    """A region in pieces of ``length`` bytes."""
+    return [Place(region, o, region.address + o, region.lkey) for o in range(0, region.length, length)]
+
+
+class PlacePool:
+    """Places for the first messages of queue pairs. Locking memory for a device costs more than making a queue pair, so
+    what one queue pair leaves the next one gets; all of it is freed with the device."""
+
+    def __init__(self, pd: Any):
+        self._pd = pd
+        self._free: dict[int, list[Place]] = {}
+        self._regions: list[MemoryRegion] = []
+
+    def take(self, count: int, length: int) -> list[Place]:
+        """``count`` places of ``length`` bytes; raises as ``register``."""
+        free = self._free.setdefault(length, [])
+        missing = count - len(free)
+        if missing > 0:
+            region = register(self._pd, allocate(missing * length), remote_read=False, remote_write=False)
+            self._regions.append(region)
+            free += places(region, length)
+        taken = free[-count:]
+        del free[-count:]
+        return taken
+
+    def give(self, length: int, returned: list[Place]) -> None:
+        """Places of ``length`` bytes that no queue pair uses any more."""
+        self._free[length] += returned
+
+    def close(self) -> None:
+        for region in self._regions:
+            region.close()
+
+
 def allocate(length: int) -> memoryview:
     """``length`` zero bytes, aligned to pages."""
     if length <= 0:

@@ -11,9 +11,10 @@ from rdmanet.errors import InputError
 class Options:
     """Sizes of a queue pair's queues. Both ends of a lease should agree on ``message_bytes``."""
 
-    window: int = 32  # requests in flight
+    # One less than a power of two: rings keep one entry free, and on rxe a ring for 16 would be one for 31.
+    window: int = 15  # requests in flight
     chunk_bytes: int = 1 << 20  # WRITE and READ are split into requests of this size
-    messages: int = 32  # receives posted; a sender waits while all are taken
+    messages: int = 15  # receives posted; a sender waits while all are taken
     message_bytes: int = 4096  # longest message of send()
 
     def __post_init__(self) -> None:

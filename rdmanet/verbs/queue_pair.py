@@ -1,14 +1,15 @@
 """One leased queue pair (RC): WRITE, READ, SEND and RECEIVE as coroutines.
 
-It is made by a batch (rdmanet.verbs.batch), which also brings its completions.
+It is made by a batch (rdmanet.verbs.batch); rdmanet.verbs.completions brings what it has completed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rdmanet.errors import InputError, LeaseRevokedError, RdmanetError, UnavailableError, VerbsError
@@ -16,11 +17,11 @@ from rdmanet.lease import lease_text, pod_text
 from rdmanet.model import PodName
 from rdmanet.verbs import compat, memory
 from rdmanet.verbs.device import OpenDevice
-from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
+from rdmanet.verbs.memory import MemoryRegion, Place, RemoteRegion
 from rdmanet.verbs.options import Options
 
 if TYPE_CHECKING:
-    from rdmanet.verbs.batch import Batch
+    from rdmanet.verbs.completions import CompletionQueue
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 _RECEIVE = 1 << 62
 #: Receives that a new queue pair has. The others follow when the first message has come: many queue pairs never see
 #: one, and posting the receives costs more than the whole connection does.
-FIRST_RECEIVES = 4
+FIRST_RECEIVES = 2
 
 #: What a work completion's status means for a person (ibv_wc_status; InfiniBand 11.6.2).
 _STATUS = {
@@ -72,51 +73,76 @@ class QueuePair:
     pair for good: later operations raise the same error. Messages that have arrived can still be received.
     """
 
-    def __init__(self, batch: Batch, device: OpenDevice, options: Options, verbs_qp: Any):
+    def __init__(self, completions: CompletionQueue, device: OpenDevice, options: Options, verbs_qp: Any):
         self.verbs_qp = verbs_qp
         self.qpn = int(verbs_qp.qp_num)
         self.mtu_bytes = 0
-        self._batch = batch
+        self._completions = completions
         self._device = device
         self._options = options
         self._failure: Callable[[], RdmanetError] | None = None
-        self._closed = False
+        self._closed = self._destroyed = False
         self._numbers = 0
-        self._transfers: dict[int, tuple[_Transfer, int | None]] = {}  # request → transfer, send slot
-        self._window = asyncio.Semaphore(options.window)
-        self._order = asyncio.Lock()
-        self._arrived: deque[tuple[int, int]] = deque()  # slot, bytes
-        self._arrivals = asyncio.Semaphore(0)
-        self._regions: set[MemoryRegion] = set()
         self._receives: list[compat.RecvRequest] = []
-        self._receive_places: list[tuple[MemoryRegion, int]] = []  # slot → region, offset
+        self._places: list[Place] = []  # slot → where its receive goes
         self._receives_complete = False
         self._send: compat.SendRequest | None = None
         self._send_slots: MemoryRegion | None = None
-        self._free_slots: deque[int] = deque()
-        self._on_close: Callable[[QueuePair], Awaitable[None]] | None = None
+        self.on_close: Callable[..., Awaitable[None]] | None = None
         #: The lease's id, the peer pod and its end; set when the lease is granted.
         self.lease = 0
         self.peer: PodName | None = None
         self.service = ""
+        completions.add(self)
+
+    # Made when they are needed first: most of what a queue pair needs to work it does not need to be leased.
+
+    @functools.cached_property
+    def _window(self) -> asyncio.Semaphore:
+        return asyncio.Semaphore(self._options.window)
+
+    @functools.cached_property
+    def _transfers(self) -> dict[int, tuple[_Transfer, int | None]]:
+        """Request → transfer, send slot."""
+        return {}
+
+    @functools.cached_property
+    def _free_slots(self) -> deque[int]:
+        return deque()
+
+    @functools.cached_property
+    def _regions(self) -> set[MemoryRegion]:
+        return set()
+
+    @functools.cached_property
+    def _arrived(self) -> deque[tuple[int, int]]:
+        """Slot, bytes."""
+        return deque()
+
+    @functools.cached_property
+    def _arrivals(self) -> asyncio.Semaphore:
+        """Of messages, and one more for all once it has failed."""
+        return asyncio.Semaphore(0 if self._failure is None else 1)
+
+    @functools.cached_property
+    def _order(self) -> asyncio.Lock:
+        return asyncio.Lock()
 
     # The batch's and the session's side
 
-    def add_receives(self, region: MemoryRegion, offset: int, count: int) -> None:
-        """Post ``count`` more receives into ``region`` from ``offset`` on; raises PyverbsError."""
-        size = self._options.message_bytes
-        for place in range(offset, offset + count * size, size):
-            slot = len(self._receives)
-            receive = compat.RecvRequest(_RECEIVE | slot, region.address + place, size, region.lkey)
-            self._receives.append(receive)
-            self._receive_places.append((region, place))
+    def add_receives(self, places: list[Place], sge: Any) -> None:
+        """Post a receive into each of these places more; ``sge`` has their length. Raises PyverbsError."""
+        receives = self._receives
+        for place in places:
+            sge.addr, sge.lkey = place.address, place.lkey
+            receive = compat.RecvRequest(_RECEIVE | len(receives), sge)
+            receives.append(receive)
             receive.post(self.verbs_qp)
+        self._places += places
 
-    def granted(
-        self, lease: int, peer: PodName, service: str, on_close: Callable[[QueuePair], Awaitable[None]]
-    ) -> None:
+    def granted(self, lease: int, peer: PodName, service: str, on_close: Callable[..., Awaitable[None]]) -> None:
         """The broker has granted (or is about to grant) this lease; ``on_close`` gives it back."""
-        self.lease, self.peer, self.service, self._on_close = lease, peer, service, on_close
+        self.lease, self.peer, self.service, self.on_close = lease, peer, service, on_close
 
     def revoke(self, sentence: str) -> None:
         """The lease is over: what waits, and whatever is asked later, raises LeaseRevokedError."""
@@ -124,8 +150,9 @@ class QueuePair:
             return
         lease = lease_text(self.lease)
         try:
-            self._batch.poll()  # what has arrived by now has arrived
-            self._to_error()
+            self._completions.poll()  # what has arrived by now has arrived
+            with compat.call("the queue pair could not be stopped", "ibv_modify_qp", self._device.name):
+                self.verbs_qp.modify(compat.to_error(), compat.enums.IBV_QP_STATE)
         except VerbsError as error:  # the device may be gone as well, and the lease is over all the same
             _log.warning("queue pair %d of a revoked lease: %s", self.qpn, error)
         self.fail(lambda: LeaseRevokedError(sentence, operation="lease", subject=lease))
@@ -216,8 +243,7 @@ class QueuePair:
             self._check()
             raise AssertionError("woken without a message and without a failure")
         slot, size = self._arrived.popleft()
-        region, offset = self._receive_places[slot]
-        message = bytes(region.buffer[offset : offset + size])
+        message = self._places[slot].read(size)
         if self._failure is None:
             with compat.call("no receive could be posted", "ibv_post_recv", self._device.name):
                 self._receives[slot].post(self.verbs_qp)
@@ -230,14 +256,14 @@ class QueuePair:
         try:
             self.shut()
         finally:
-            if self._on_close is not None:
-                await self._on_close(self)
+            if self.on_close is not None:
+                await self.on_close(self)
 
     def shut(self) -> None:
         """``close`` without giving the lease back: the session's part, which does so for many at once."""
         self._closed = True
         self.fail(lambda: UnavailableError("the queue pair has been closed", operation="close"))
-        self._arrived.clear()
+        self.__dict__.pop("_arrived", None)
         self.destroy()
 
     async def __aenter__(self) -> QueuePair:
@@ -310,8 +336,11 @@ class QueuePair:
         try:
             region = self._device.register(memory.allocate(count * size), remote_read=False, remote_write=False)
             self._regions.add(region)
-            with compat.call("no receive could be posted", "ibv_post_recv", self._device.name):
-                self.add_receives(region, 0, count)
+            with (
+                compat.call("no receive could be posted", "ibv_post_recv", self._device.name),
+                compat.element(size, region.lkey) as sge,
+            ):
+                self.add_receives(memory.places(region, size), sge)
         except VerbsError as error:  # it works with those it has
             have = len(self._receives)
             _log.warning("queue pair %d goes on with %d receives: %s", self.qpn, have, error)
@@ -367,35 +396,58 @@ class QueuePair:
 
     def fail(self, failure: Callable[[], RdmanetError]) -> None:
         """The queue pair is broken; wake everybody who waits. Revocation replaces an earlier error: it is the cause."""
-        self._failure, first = failure, self._failure is None
-        for transfer, _ in self._transfers.values():
-            transfer.fail(failure)
-        if first:
-            self._window.release()
-            self._arrivals.release()
+        made, first = self.__dict__, self._failure is None
+        self._failure = failure
+        if "_transfers" in made:
+            for transfer, _ in self._transfers.values():
+                transfer.fail(failure)
+        for name in ("_window", "_arrivals"):
+            if first and name in made:
+                made[name].release()
 
-    def _to_error(self) -> None:
-        attributes = compat.QPAttr(qp_state=compat.enums.IBV_QPS_ERR)
-        with compat.call("the queue pair could not be stopped", "ibv_modify_qp", self._device.name):
-            self.verbs_qp.modify(attributes, compat.enums.IBV_QP_STATE)
+    def fail_with(self, error: VerbsError) -> None:
+        """Completions do not come any more."""
+        self.fail(again(error))
 
     def destroy(self) -> None:
-        """Free everything that is not the batch's. Idempotent."""
+        """Free everything that is its own. Idempotent."""
         self._closed = True
+        if self._destroyed:
+            return
+        self._destroyed = True
         try:
             with compat.call("the queue pair could not be destroyed", "ibv_destroy_qp", self._device.name):
                 self.verbs_qp.close()
+            self._device.places.give(self._options.message_bytes, self._places[:FIRST_RECEIVES])
+            self._places.clear()
         finally:
-            self._batch.left(self)
+            self._completions.remove(self)
+            self._device.completions.left(self._completions, self._options.window + self._options.messages)
         if self._send is not None:
             self._send.close()
             self._send = None
         for receive in self._receives:
             receive.close()
         self._receives.clear()
-        for region in [*self._regions, self._send_slots]:
-            if region is not None:
+        if "_regions" in self.__dict__:
+            for region in list(self._regions):
                 region.close()
+        if self._send_slots is not None:
+            self._send_slots.close()
+
+
+async def close_all(qps: Iterable[QueuePair]) -> None:
+    """``close`` of many queue pairs; the leases of a session go back in one message for 64."""
+    owners: dict[Callable[..., Awaitable[None]], list[QueuePair]] = {}
+    try:
+        for qp in qps:
+            if not qp.closed:
+                if qp.on_close is not None:
+                    owners.setdefault(qp.on_close, []).append(qp)
+                qp.shut()
+    finally:
+        for on_close, closed in owners.items():
+            await on_close(*closed)
 
 
 def _completion_error(status: int, device: str) -> VerbsError:

@@ -282,15 +282,9 @@ class Session:
         await self._left(len(qps))
 
     async def _close_all(self, qps: Iterable[QueuePair]) -> None:
-        closed: list[QueuePair] = []
-        try:
-            for qp in qps:
-                if not qp.closed:
-                    closed.append(qp)
-                    qp.shut()
-        finally:
-            if closed:
-                await self._qp_closed(*closed)
+        from rdmanet.verbs.queue_pair import close_all
+
+        await close_all(qps)
 
     async def _give_back(self, *numbers: int) -> None:
         """Release leases; those that are given back in the same turn of the loop go together."""
@@ -391,7 +385,7 @@ class Session:
         address = next((a for a in self._hello.addresses if a.version == family), None)
         if address is None:
             raise UnavailableError(f"{pod_text(self._hello.pod)} has no IPv{family} address")
-        batch = Batch(self._opened_device(), address_key(address), options, len(incoming.ends.pairs))
+        batch = Batch(self._opened_device(), address_key(address), options, len(incoming.ends.qpns))
         try:
             # Receives are posted by now: the connector may send as soon as it is told.
             batch.ready(incoming.ends)

@@ -221,7 +221,7 @@ class Process:
         return await self.receive()
 
     def ends(self, *qpns: int) -> wire.Ends:
-        return wire.Ends(address_key(f"10.0.0.{self.number}"), 1024, tuple(wire.Pair(qpn, 0) for qpn in qpns))
+        return wire.Ends(address_key(f"10.0.0.{self.number}"), 1024, qpns, (0,) * len(qpns))
 
     async def closed(self) -> tuple[int | None, str | None]:
         """Wait for the end of the connection: code and reason."""
@@ -309,7 +309,7 @@ async def test_a_killed_process_loses_its_lease(broker: Broker) -> None:
         " async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=wire.SOCKET_NAME)) as session:\n"
         "  ws = await session.ws_connect('http://rdmanet' + wire.HTTP_PATH)\n"
         "  await ws.send_str(wire.dump(wire.Hello(1)))\n"
-        "  ends = wire.Ends(address_key('10.0.0.0'), 1024, (wire.Pair(17, 0),))\n"
+        "  ends = wire.Ends(address_key('10.0.0.0'), 1024, (17,), (0,))\n"
         "  await ws.send_str(wire.dump(wire.Connect(2, wire.Target.parse('train-1:params'), ends)))\n"
         "  async for message in ws:\n"
         "   print(message.data, flush=True)\n"

@@ -233,7 +233,7 @@ def test_roce_between_pods_is_counted_and_can_be_revoked(lab: Lab, train_0: Pod,
             here.sendto(write, there.getsockname())
             assert there.recv(100) == write
         assert lab.datapath.guards()[key, 17].packets == 5
-        lab.datapath.set_guard(key, 17, replace(entry, state=GuardState.REVOKED))
+        lab.datapath.set_guard(key, 17, entry._replace(state=GuardState.REVOKED))
         here.sendto(write, there.getsockname())
         until(lab, lambda: lab.datapath.drops().get((train_0.id, "roce_revoked")) == 1)
         lab.datapath.delete_guard(key, 17)

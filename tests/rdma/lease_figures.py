@@ -76,7 +76,7 @@ async def program(role: str, profiled: bool) -> None:
                 answer(len(qps))
             case ["close"]:
                 start = time.monotonic()
-                await asyncio.gather(*(qp.close() for qp in qps))
+                await verbs.close(*qps)
                 qps = []
                 answer(time.monotonic() - start)
             case ["end"]:

@@ -160,7 +160,7 @@ class Process:
         assert self.view is not None
         if self.view.device is not None:
             self.world.holders |= {(self.view.device.name, qpn): self.pid for qpn in qpns}
-        return wire.Ends(self.view.addresses[address], 1024, tuple(wire.Pair(qpn, 7) for qpn in qpns))
+        return wire.Ends(self.view.addresses[address], 1024, qpns, (7,) * len(qpns))
 
     def key(self, qpn: int) -> Key:
         assert self.view is not None

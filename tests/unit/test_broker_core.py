@@ -148,7 +148,7 @@ def test_a_pod_without_a_device_does_not_listen(world: World) -> None:
 
 
 def test_the_gid_must_be_the_pods_own(world: World, train_0: Process, train_1: Process) -> None:
-    ends = wire.Ends(address_key("10.0.0.3"), 1024, (wire.Pair(17, 0),))
+    ends = wire.Ends(address_key("10.0.0.3"), 1024, (17,), (0,))
     answer = refusal(train_0.ask(wire.Connect(train_0.id(), wire.Target.parse("train-1:params"), ends)))
     assert answer.kind == "foreign_gid"
     assert answer.sentence == "GID 10.0.0.3 is not an address of train-0, which has 10.0.0.2 and fd00::2"

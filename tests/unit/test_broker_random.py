@@ -58,7 +58,7 @@ class Broker(RuleBasedStateMachine):
     def accept(self, data: st.DataObject, qpn: int) -> None:
         process = self.pick(data)
         for message in [m for m in process.messages if isinstance(m, wire.Incoming)]:
-            count = len(message.ends.pairs) if data.draw(st.integers(0, 9)) else 1
+            count = len(message.ends.qpns) if data.draw(st.integers(0, 9)) else 1
             process.tell(wire.Accept(process.id(), message.lease, process.ends(*range(qpn, qpn + count))))
 
     @precondition(lambda self: self.processes)
@@ -137,7 +137,7 @@ class Broker(RuleBasedStateMachine):
     @invariant()
     def batches_are_granted_whole(self) -> None:
         pending = [int(v.lease, 16) for v in self.world.core.snapshot(0) if v.state == "pending"]
-        asked = {m.lease: len(m.ends.pairs) for p in self.processes for m in p.messages if isinstance(m, wire.Incoming)}
+        asked = {m.lease: len(m.ends.qpns) for p in self.processes for m in p.messages if isinstance(m, wire.Incoming)}
         for first, count in asked.items():
             if first in pending:
                 assert {*range(first, first + count)} <= {*pending}

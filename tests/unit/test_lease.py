@@ -21,12 +21,12 @@ rest = st.text(string.ascii_letters + string.digits + "._-", max_size=30)
 names = st.builds(str.__add__, first, rest)
 pods = st.builds(PodName, names, names)
 sentences = st.text(min_size=1, max_size=600).map(wire.sentence_of)
-pairs = st.builds(wire.Pair, st.integers(2, 2**24 - 2), st.integers(0, 2**24 - 1))
+pairs = st.tuples(st.integers(2, 2**24 - 2), st.integers(0, 2**24 - 1))
 ends = st.builds(
-    wire.Ends,
+    lambda gid, mtu_bytes, found: wire.Ends(gid, mtu_bytes, *zip(*found, strict=True)),
     st.binary(min_size=16, max_size=16),
     st.sampled_from(wire.MTUS_BYTES),
-    st.lists(pairs, min_size=1, max_size=64, unique_by=lambda pair: pair.qpn).map(tuple),
+    st.lists(pairs, min_size=1, max_size=64, unique_by=lambda pair: pair[0]),
 )
 batches = st.lists(leases, min_size=1, max_size=64).map(tuple)
 targets = st.builds(wire.Target, st.none() | names, names, names)
@@ -49,9 +49,9 @@ answers = st.one_of(
     st.builds(wire.Incoming, leases, pods, names, ends),
     st.builds(wire.Revoked, batches, sentences),
 )
-ENDS = wire.Ends(address_key("10.0.0.2"), 1024, (wire.Pair(17, 5),))
+ENDS = wire.Ends(address_key("10.0.0.2"), 1024, (17,), (5,))
 #: As long as messages get: 64 queue pairs with the largest numbers.
-MOST = wire.Ends(b"\xff" * 16, 4096, tuple(wire.Pair(2**24 - 2 - number, 2**24 - 1) for number in range(64)))
+MOST = wire.Ends(b"\xff" * 16, 4096, tuple(range(2**24 - 65, 2**24 - 1)), (2**24 - 1,) * 64)
 LONG_NAME = PodName("n" * 253, "p" * 253)
 
 
@@ -141,20 +141,22 @@ GOOD = {"type": "connect", "id": 1, "target": "train-1:params", "ends": ENDS.to_
         ({"target": "/a:x"}, "a target is"),
         ({"target": 5}, "must be a string"),
         ({"extra": 1}, "unknown keys: 'extra'"),
-        ({"ends": {**ENDS.to_json(), "pairs": [[1, 0]]}}, "qpn must be an integer from 2"),
-        ({"ends": {**ENDS.to_json(), "pairs": [[2**24 - 1, 0]]}}, "qpn must be an integer"),
-        ({"ends": {**ENDS.to_json(), "pairs": [[17, 2**24]]}}, "psn must be an integer"),
-        ({"ends": {**ENDS.to_json(), "pairs": [[17]]}}, "an item of 'pairs' of ends must be [qpn, psn]"),
-        ({"ends": {**ENDS.to_json(), "pairs": [17]}}, "an item of 'pairs' of ends must be [qpn, psn]"),
-        ({"ends": {**ENDS.to_json(), "pairs": []}}, "'pairs' of ends must be a list of 1 to 64"),
-        ({"ends": {**ENDS.to_json(), "pairs": [[17 + n, 0] for n in range(65)]}}, "must be a list of 1 to 64"),
-        ({"ends": {**ENDS.to_json(), "pairs": [[17, 0], [17, 1]]}}, "names a queue pair twice"),
+        ({"ends": {**ENDS.to_json(), "qpns": [1]}}, "'qpns' of ends must be integers from 2 to 16777214"),
+        ({"ends": {**ENDS.to_json(), "qpns": [2**24 - 1]}}, "'qpns' of ends must be integers from 2"),
+        ({"ends": {**ENDS.to_json(), "psns": [2**24]}}, "'psns' of ends must be integers from 0 to 16777215"),
+        ({"ends": {**ENDS.to_json(), "psns": [True]}}, "'psns' of ends must be integers"),
+        ({"ends": {**ENDS.to_json(), "qpns": [17.0]}}, "'qpns' of ends must be integers"),
+        ({"ends": {**ENDS.to_json(), "qpns": 17}}, "'qpns' of ends must be a list of 1 to 64"),
+        ({"ends": {**ENDS.to_json(), "qpns": []}}, "'qpns' of ends must be a list of 1 to 64"),
+        ({"ends": {**ENDS.to_json(), "qpns": [*range(17, 82)]}}, "must be a list of 1 to 64"),
+        ({"ends": {**ENDS.to_json(), "qpns": [17, 18]}}, "must be as many"),
+        ({"ends": {**ENDS.to_json(), "qpns": [17, 17], "psns": [0, 1]}}, "all different"),
         ({"ends": {**ENDS.to_json(), "mtu_bytes": 1500}}, "'mtu_bytes' of ends must be one of 256"),
         ({"ends": {**ENDS.to_json(), "mtu_bytes": [256]}}, "'mtu_bytes' of ends must be one of 256"),
         ({"ends": {**ENDS.to_json(), "gid": "00"}}, "'gid' of ends"),
         ({"ends": {**ENDS.to_json(), "gid": ENDS.gid.hex().upper()}}, "'gid' of ends"),
         ({"ends": None}, "ends must be a JSON object"),
-        ({"ends": {"gid": ENDS.gid.hex()}}, "ends lacks 'mtu_bytes', 'pairs'"),
+        ({"ends": {"gid": ENDS.gid.hex()}}, "ends lacks 'mtu_bytes', 'psns', 'qpns'"),
     ],
 )
 def test_refusals_name_what_is_wrong(change: dict[str, object], part: str) -> None:
