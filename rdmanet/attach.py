@@ -334,6 +334,7 @@ class Attachments:
         ready = [attachment for attachment in attachments if attachment.state is AttachmentState.READY]
         adopted = adoption.adopt(self._parts, ready)
         left = [attachment for attachment in attachments if attachment.id not in adopted]
+        self._find_host_ends({attachment.id for attachment in left})
         for attachment in left:
             self._cut(attachment)
         if left:
@@ -344,15 +345,21 @@ class Attachments:
                     self._removals.put(attachment)
         self._forget_strangers()
 
+    def _find_host_ends(self, numbers: set[int]) -> None:
+        """By what the datapath holds: the link may be gone, and its index another's."""
+        if numbers:
+            for ifindex, entry in self._parts.datapath.attachments().items():
+                if entry.attachment_id in numbers:
+                    self._parts.host_ends.set(entry.attachment_id, ifindex)
+
     def _forget_strangers(self) -> None:
         """Takes out of the datapath what no row speaks of (after a lost database): the addresses may be given away."""
         attachments = self._parts.store.attachments()
         datapath = self._parts.datapath
-        numbers = {attachment.id for attachment in attachments}
         keys = {address_key(address) for attachment in attachments for address in attachment.addresses}
         for key in datapath.endpoints().keys() - keys:
             log.warning("%s is nobody's that is known and leaves the datapath", address_of(key))
             datapath.delete_endpoint(key)
         for ifindex, entry in datapath.attachments().items():
-            if entry.attachment_id not in numbers:
+            if self._parts.host_ends.get(entry.attachment_id) != ifindex:
                 datapath.delete_attachment(ifindex)

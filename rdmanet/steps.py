@@ -65,11 +65,6 @@ class HostEnds:
             ifindex = self._index.get(attachment_id)
             return ifindex if ifindex is not None and self._attachment.get(ifindex) == attachment_id else None
 
-    def knows(self, attachment_id: int) -> bool:
-        """Whether there ever was one."""
-        with self._lock:
-            return attachment_id in self._index
-
     def forget(self, attachment_id: int) -> None:
         """The attachment is gone."""
         with self._lock:
@@ -282,15 +277,9 @@ class EndpointStep:
         datapath = parts.datapath
         for address in attachment.addresses:
             datapath.delete_endpoint(address_key(address))
-        if parts.host_ends.knows(attachment.id):
-            ifindex = parts.host_ends.get(attachment.id)
-            if ifindex is not None:
-                datapath.delete_attachment(ifindex)
-            return
-        # Left by an earlier agent: by content, as the link may be gone and its index another's.
-        for ifindex, entry in datapath.attachments().items():
-            if entry.attachment_id == attachment.id:
-                datapath.delete_attachment(ifindex)
+        ifindex = parts.host_ends.get(attachment.id)
+        if ifindex is not None:
+            datapath.delete_attachment(ifindex)
 
 
 def set_entries(datapath: Datapath, attachment: Attachment, ifindex: int) -> None:
