@@ -15,6 +15,14 @@ static __always_inline bool address_equal(const struct address_key *a, const str
 		 (a->word[3] ^ b->word[3]));
 }
 
+static __always_inline void copy_address(struct address_key *to, const __be32 *from)
+{
+	to->word[0] = from[0];
+	to->word[1] = from[1];
+	to->word[2] = from[2];
+	to->word[3] = from[3];
+}
+
 static __always_inline bool address_is_zero(const struct address_key *a)
 {
 	return !(a->word[0] | a->word[1] | a->word[2] | a->word[3]);

@@ -16,6 +16,7 @@ struct attachment_entry {
 	struct address_key ipv6; /* zero: none */
 	__u8 mac[6];
 	__u8 pad[2];
+	__u32 slot; /* of its counters */
 };
 
 /* By the index of the host's end of the veth pair. */
@@ -27,9 +28,70 @@ struct endpoint_entry {
 	__u32 flags;
 	__u8 mac[6];
 	__u8 pad[2];
+	__u32 slot; /* of its attachment's counters */
 };
 
 BPF_F_TABLE("hash", struct address_key, struct endpoint_entry, endpoints, 16384, 0);
+
+/*
+ * Copies of entries of the two hashes, at the place that the low bits of their key name. Indexes
+ * and addresses are given out one after another, so that nearly all have a place of their own, and
+ * a look-up is a comparison instead of a hash. Who comes second stays in the hash alone. The agent
+ * clears a place before it changes the hash and fills it after; an entry that is being written has
+ * another key, or belongs to a pod that is just coming or going.
+ */
+#define NEAR_PLACES 4096
+
+struct near_attachment {
+	__u32 ifindex; /* 0: nobody's place */
+	struct attachment_entry entry;
+};
+
+BPF_F_TABLE("array", __u32, struct near_attachment, near_attachment, NEAR_PLACES, 0);
+
+struct near_endpoint {
+	struct address_key address; /* zero: nobody's place */
+	struct endpoint_entry entry;
+};
+
+/* First the places of IPv4, then those of IPv6. */
+BPF_F_TABLE("array", __u32, struct near_endpoint, near_endpoint, 2 * NEAR_PLACES, 0);
+
+static __always_inline struct attachment_entry *attachment_lookup(__u32 ifindex)
+{
+	__u32 place = ifindex % NEAR_PLACES;
+	struct near_attachment *near = near_attachment.lookup(&place);
+
+	if (near && near->ifindex == ifindex)
+		return &near->entry;
+	return attachments.lookup(&ifindex);
+}
+
+/* NULL: look into the hash. */
+static __always_inline struct endpoint_entry *
+near_endpoint_lookup(const struct address_key *address, __u8 family)
+{
+	__u32 place = bpf_ntohl(address->word[3]) % NEAR_PLACES;
+	struct near_endpoint *near;
+
+	if (family == 6)
+		place += NEAR_PLACES;
+	near = near_endpoint.lookup(&place);
+	/* The unspecified address is what empty places hold. */
+	if (near && near->entry.ifindex && address_equal(&near->address, address))
+		return &near->entry;
+	return NULL;
+}
+
+static __always_inline void copy_mac(void *to, const void *from)
+{
+	__u16 *target = to;
+	const __u16 *source = from;
+
+	target[0] = source[0];
+	target[1] = source[1];
+	target[2] = source[2];
+}
 
 struct ethernet_addresses {
 	__u8 destination[6];
@@ -39,10 +101,16 @@ struct ethernet_addresses {
 static __always_inline int set_ethernet(struct __sk_buff *skb, const __u8 *destination,
 					const __u8 *source)
 {
+	struct ethernet_addresses *frame = (void *)(long)skb->data;
 	struct ethernet_addresses addresses;
 
-	__builtin_memcpy(addresses.destination, destination, 6);
-	__builtin_memcpy(addresses.source, source, 6);
+	if ((void *)(frame + 1) <= (void *)(long)skb->data_end) {
+		copy_mac(frame->destination, destination);
+		copy_mac(frame->source, source);
+		return 0;
+	}
+	copy_mac(addresses.destination, destination);
+	copy_mac(addresses.source, source);
 	return bpf_skb_store_bytes(skb, 0, &addresses, sizeof(addresses), 0);
 }
 

@@ -25,7 +25,7 @@ int host(struct __sk_buff *skb)
 	reason = parse_network(skb, &packet);
 	if (reason)
 		return drop(0, reason);
-	if ((packet.destination_mac[0] & 1) || address_is_group(&packet.destination))
+	if ((packet.flags & IS_TO_GROUP) || address_is_group(&packet.destination))
 		return drop(0, DROP_MULTICAST);
 	if (address_is_local_scope(&packet.destination, packet.family))
 		return drop(0, DROP_NO_ROUTE);
@@ -42,6 +42,6 @@ int host(struct __sk_buff *skb)
 		if (reason)
 			return drop(endpoint->attachment, reason);
 	}
-	count(skb, endpoint->attachment, TO_POD, roce);
+	count(skb, endpoint->slot, TO_POD, roce);
 	return deliver(skb, config, endpoint);
 }

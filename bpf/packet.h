@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The one place that reads packets. bpf_skb_load_bytes checks each access against the packet's end
- * and also reaches what the driver left in pages, which a pointer between data and data_end does
- * not.
+ * The one place that reads packets: directly, where headers are in the linear part, as those of all
+ * local sockets are. What the driver left in pages is pulled in (Ethernet and IP) or reached with
+ * bpf_skb_load_bytes.
  */
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
@@ -27,6 +27,7 @@
 #define IS_LATER_FRAGMENT 2 /* not the first part: no transport header */
 #define DONT_FRAGMENT	  4
 #define IS_ROCE		  8
+#define IS_TO_GROUP	  16 /* by its destination MAC: multicast or broadcast */
 
 /* struct packet.tcp_flags, as byte 13 of the header has them (RFC 9293 3.1) */
 #define TCP_FIN 0x01
@@ -37,8 +38,7 @@
 struct packet {
 	struct address_key source;
 	struct address_key destination;
-	__u8 destination_mac[6];
-	__u8 source_mac[6];
+	__u16 source_mac[3];
 	__u16 ethertype;    /* host byte order */
 	__u16 transport;    /* offset of the transport header from the frame's start */
 	__be16 source_port; /* TCP and UDP; ICMP echo: its identifier */
@@ -56,32 +56,52 @@ struct packet {
 
 #define NETWORK_OFFSET ETH_HLEN
 
+/* The frame, of which so many bytes can be read; NULL when it is shorter. */
+static __always_inline void *frame_of(struct __sk_buff *skb, __u32 bytes)
+{
+	void *data = (void *)(long)skb->data;
+
+	if (data + bytes > (void *)(long)skb->data_end) {
+		if (bpf_skb_pull_data(skb, bytes))
+			return NULL;
+		data = (void *)(long)skb->data;
+		if (data + bytes > (void *)(long)skb->data_end)
+			return NULL;
+	}
+	return data;
+}
+
 static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *packet)
 {
-	struct ethhdr ethernet;
+	/* Headers begin at even addresses, and two bytes are one load. */
+	const __u16 *half = frame_of(skb, ETH_HLEN);
 
-	if (bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
+	if (!half)
 		return DROP_MALFORMED;
-	__builtin_memcpy(packet->destination_mac, ethernet.h_dest, 6);
-	__builtin_memcpy(packet->source_mac, ethernet.h_source, 6);
+	if (*(const __u8 *)half & 1)
+		packet->flags |= IS_TO_GROUP;
+	packet->source_mac[0] = half[3];
+	packet->source_mac[1] = half[4];
+	packet->source_mac[2] = half[5];
 	/* A VLAN tag may be in the frame or, taken out by the kernel, beside it. */
 	if (skb->vlan_present)
 		return DROP_NOT_IP;
-	packet->ethertype = bpf_ntohs(ethernet.h_proto);
+	packet->ethertype = bpf_ntohs(half[6]);
 	return 0;
 }
 
 static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *packet)
 {
-	struct iphdr ip;
+	const void *frame = frame_of(skb, NETWORK_OFFSET + sizeof(struct iphdr));
+	const struct iphdr *ip = frame + NETWORK_OFFSET;
 	__u32 header_bytes, total_bytes;
 	__u16 fragment;
 
-	if (bpf_skb_load_bytes(skb, NETWORK_OFFSET, &ip, sizeof(ip)))
+	if (!frame)
 		return DROP_MALFORMED;
-	header_bytes = ip.ihl * 4;
-	total_bytes = bpf_ntohs(ip.tot_len);
-	if (ip.version != 4 || header_bytes < sizeof(ip))
+	header_bytes = ip->ihl * 4;
+	total_bytes = bpf_ntohs(ip->tot_len);
+	if (ip->version != 4 || header_bytes < sizeof(*ip))
 		return DROP_MALFORMED;
 	/* BIG TCP: a GSO packet over 64 KiB says 0. */
 	if (total_bytes || !skb->gso_size) {
@@ -89,13 +109,13 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 		if (total_bytes < header_bytes || packet->end > skb->len)
 			return DROP_MALFORMED;
 	}
-	address_map(&packet->source, ip.saddr);
-	address_map(&packet->destination, ip.daddr);
+	address_map(&packet->source, ip->saddr);
+	address_map(&packet->destination, ip->daddr);
 	packet->family = 4;
-	packet->protocol = ip.protocol;
-	packet->hop_limit = ip.ttl;
+	packet->protocol = ip->protocol;
+	packet->hop_limit = ip->ttl;
 	packet->transport = NETWORK_OFFSET + header_bytes;
-	fragment = bpf_ntohs(ip.frag_off);
+	fragment = bpf_ntohs(ip->frag_off);
 	if (fragment & 0x1fff)
 		packet->flags |= IS_LATER_FRAGMENT;
 	if (fragment & 0x3fff)
@@ -107,17 +127,18 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 
 static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *packet)
 {
-	struct ipv6hdr ip;
+	const void *frame = frame_of(skb, NETWORK_OFFSET + sizeof(struct ipv6hdr));
+	const struct ipv6hdr *ip = frame + NETWORK_OFFSET;
 	__u8 extension[8];
-	__u32 offset = NETWORK_OFFSET + sizeof(ip);
+	__u32 offset = NETWORK_OFFSET + sizeof(*ip);
 	__u32 payload_bytes;
 	__u8 next;
 	int i;
 
-	if (bpf_skb_load_bytes(skb, NETWORK_OFFSET, &ip, sizeof(ip)))
+	if (!frame)
 		return DROP_MALFORMED;
-	payload_bytes = bpf_ntohs(ip.payload_len);
-	if (ip.version != 6)
+	payload_bytes = bpf_ntohs(ip->payload_len);
+	if (ip->version != 6)
 		return DROP_MALFORMED;
 	/* BIG TCP: a GSO packet over 64 KiB says 0. */
 	if (payload_bytes || !skb->gso_size) {
@@ -125,12 +146,12 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 		if (packet->end > skb->len)
 			return DROP_MALFORMED;
 	}
-	__builtin_memcpy(&packet->source, &ip.saddr, sizeof(packet->source));
-	__builtin_memcpy(&packet->destination, &ip.daddr, sizeof(packet->destination));
+	copy_address(&packet->source, (const __be32 *)&ip->saddr);
+	copy_address(&packet->destination, (const __be32 *)&ip->daddr);
 	packet->family = 6;
-	packet->hop_limit = ip.hop_limit;
+	packet->hop_limit = ip->hop_limit;
 	packet->flags |= DONT_FRAGMENT;
-	next = ip.nexthdr;
+	next = ip->nexthdr;
 
 #pragma unroll
 	for (i = 0; i < MAXIMUM_EXTENSIONS; i++) {
@@ -195,6 +216,25 @@ static __always_inline int parse_roce(struct __sk_buff *skb, struct packet *pack
 	return 0;
 }
 
+#define AFTER_IPV4 (NETWORK_OFFSET + sizeof(struct iphdr))
+#define AFTER_IPV6 (NETWORK_OFFSET + sizeof(struct ipv6hdr))
+
+/* TCP, UDP and ICMP; of the latter two only the first 8 bytes mean something. */
+static __always_inline void read_transport(struct packet *packet, const void *header)
+{
+	const __be16 *half = header;
+
+	if (packet->protocol == IPPROTO_TCP)
+		packet->tcp_flags = ((const __u8 *)header)[13];
+	if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP) {
+		packet->source_port = half[0];
+		packet->destination_port = half[1];
+	} else {
+		packet->icmp_type = *(const __u8 *)header;
+		packet->source_port = half[2];
+	}
+}
+
 /*
  * Ports, flags and RoCE of whole packets and first fragments. A first fragment too short for its
  * header is malformed: the rest of a RoCE packet must not slip through behind one that could not be
@@ -202,7 +242,9 @@ static __always_inline int parse_roce(struct __sk_buff *skb, struct packet *pack
  */
 static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet)
 {
-	__u8 head[14];
+	const void *frame = (void *)(long)skb->data;
+	const void *end = (void *)(long)skb->data_end;
+	__u8 head[14] = {};
 	__u32 bytes = 0;
 
 	if (packet->flags & IS_LATER_FRAGMENT)
@@ -218,20 +260,16 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	if (!has_transport(packet, bytes))
 		return DROP_MALFORMED;
 
-	if (packet->protocol == IPPROTO_TCP) {
-		if (bpf_skb_load_bytes(skb, packet->transport, head, 14))
-			return DROP_MALFORMED;
-		packet->tcp_flags = head[13];
-	} else if (bpf_skb_load_bytes(skb, packet->transport, head, 8)) {
+	/* Without options or extensions, which the verifier can follow. */
+	if (packet->transport == AFTER_IPV4 && frame + AFTER_IPV4 + 14 <= end)
+		read_transport(packet, frame + AFTER_IPV4);
+	else if (packet->transport == AFTER_IPV6 && frame + AFTER_IPV6 + 14 <= end)
+		read_transport(packet, frame + AFTER_IPV6);
+	else if (bpf_skb_load_bytes(skb, packet->transport, head,
+				    packet->protocol == IPPROTO_TCP ? 14 : 8))
 		return DROP_MALFORMED;
-	}
-	if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP) {
-		__builtin_memcpy(&packet->source_port, head, 2);
-		__builtin_memcpy(&packet->destination_port, head + 2, 2);
-	} else {
-		packet->icmp_type = head[0];
-		__builtin_memcpy(&packet->source_port, head + 4, 2);
-	}
+	else
+		read_transport(packet, head);
 	if (packet->protocol == IPPROTO_UDP && packet->destination_port == bpf_htons(ROCE_PORT))
 		return parse_roce(skb, packet);
 	return 0;

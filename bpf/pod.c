@@ -9,6 +9,7 @@
 #include "nat.h"
 #include "node.h"
 #include "packet.h"
+#include "usual.h"
 
 #ifndef AF_INET
 #define AF_INET	 2
@@ -26,16 +27,17 @@ struct arp_packet {
 	__u8 hardware_bytes;
 	__u8 protocol_bytes;
 	__be16 operation;
-	__u8 sender_mac[6];
+	__u16 sender_mac[3];
 	__u8 sender_address[4];
 	__u8 target_mac[6];
 	__u8 target_address[4];
 };
 
-static __always_inline bool mac_equal(const __u8 *a, const __u8 *b)
+static __always_inline bool mac_equal(const __u16 *a, const void *mac)
 {
-	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | (a[4] ^ b[4]) |
-		 (a[5] ^ b[5]));
+	const __u16 *b = mac;
+
+	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]));
 }
 
 /* The stack answers the pod's ARP, if the pod says nothing but the truth about itself. */
@@ -64,7 +66,8 @@ static __always_inline bool pod_owns_source(const struct packet *packet,
 					    const struct attachment_entry *attachment)
 {
 	if (packet->family == 4)
-		return address_equal(&packet->source, &attachment->ipv4);
+		return packet->source.word[3] == attachment->ipv4.word[3] &&
+		       attachment->ipv4.word[2]; /* zero: none */
 	/* Zero means none, and is the unspecified address as well. */
 	return !address_is_zero(&packet->source) &&
 	       address_equal(&packet->source, &attachment->ipv6);
@@ -87,8 +90,8 @@ static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet
 		if (reason)
 			return drop(attachment->id, reason);
 	}
-	count(skb, attachment->id, FROM_POD, roce);
-	count(skb, endpoint->attachment, TO_POD, roce);
+	count(skb, attachment->slot, FROM_POD, roce);
+	count(skb, endpoint->slot, TO_POD, roce);
 	return deliver(skb, config, endpoint);
 }
 
@@ -100,7 +103,7 @@ static __always_inline int pod_to_host(struct __sk_buff *skb, const struct packe
 
 	if (roce && (attachment->flags & ENFORCE))
 		return drop(attachment->id, DROP_ROCE_UNLEASED);
-	count(skb, attachment->id, FROM_POD, roce);
+	count(skb, attachment->slot, FROM_POD, roce);
 	return deliver_to_host(skb, config, attachment->id, attachment->mac);
 }
 
@@ -152,7 +155,7 @@ static __always_inline int pod_to_outside(struct __sk_buff *skb, const struct pa
 	}
 	if (decrement_hop_limit(skb, packet))
 		return drop(attachment->id, DROP_MALFORMED);
-	count(skb, attachment->id, FROM_POD, roce);
+	count(skb, attachment->slot, FROM_POD, roce);
 	__builtin_memcpy(next_hop.ipv6_nh, fib->ipv6_dst, sizeof(next_hop.ipv6_nh));
 	return redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
 }
@@ -204,19 +207,21 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 
 int pod(struct __sk_buff *skb)
 {
-	struct packet packet = {};
+	struct packet packet;
 	struct node_entry *config = node_lookup();
 	struct attachment_entry *attachment;
 	struct endpoint_entry *endpoint;
-	__u32 ifindex = skb->ifindex;
-	int reason;
+	int reason, verdict;
 
 	if (!config)
 		return drop(0, DROP_NO_NODE);
-	attachment = attachments.lookup(&ifindex);
+	attachment = attachment_lookup(skb->ifindex);
 	if (!attachment)
 		return drop(0, DROP_NO_ATTACHMENT);
+	if (usual(skb, config, attachment, &verdict))
+		return verdict;
 
+	__builtin_memset(&packet, 0, sizeof(packet));
 	reason = parse_ethernet(skb, &packet);
 	if (reason)
 		return drop(attachment->id, reason);
@@ -230,7 +235,7 @@ int pod(struct __sk_buff *skb)
 	 * Router solicitations and multicast listener reports come from addresses that are not the
 	 * attachment's.
 	 */
-	if (packet.destination_mac[0] & 1)
+	if (packet.flags & IS_TO_GROUP)
 		return drop(attachment->id, DROP_MULTICAST);
 
 	reason = parse_network(skb, &packet);
@@ -238,17 +243,22 @@ int pod(struct __sk_buff *skb)
 		return drop(attachment->id, reason);
 	if (!pod_owns_source(&packet, attachment))
 		return drop(attachment->id, DROP_SPOOFED_ADDRESS);
-	if (address_is_group(&packet.destination))
-		return drop(attachment->id, DROP_MULTICAST);
-	if (address_is_local_scope(&packet.destination, packet.family))
-		return drop(attachment->id, DROP_NO_ROUTE);
+	endpoint = near_endpoint_lookup(&packet.destination, packet.family);
+	/* What a pod has is neither a group nor local. */
+	if (!endpoint) {
+		if (address_is_group(&packet.destination))
+			return drop(attachment->id, DROP_MULTICAST);
+		if (address_is_local_scope(&packet.destination, packet.family))
+			return drop(attachment->id, DROP_NO_ROUTE);
+	}
 	reason = parse_transport(skb, &packet);
 	if (reason)
 		return drop(attachment->id, reason);
 	if ((packet.flags & IS_ROCE) && !(attachment->flags & HAS_DEVICE))
 		return drop(attachment->id, DROP_ROCE_NO_DEVICE);
 
-	endpoint = endpoints.lookup(&packet.destination);
+	if (!endpoint)
+		endpoint = endpoints.lookup(&packet.destination);
 	if (endpoint)
 		return pod_to_pod(skb, &packet, config, attachment, endpoint);
 	return pod_route(skb, &packet, config, attachment);

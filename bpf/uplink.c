@@ -44,6 +44,6 @@ int uplink(struct __sk_buff *skb)
 	reason = nat_rewrite(skb, &packet, false, &flow.address, flow.port);
 	if (reason)
 		return drop(endpoint->attachment, reason);
-	count(skb, endpoint->attachment, TO_POD, false);
+	count(skb, endpoint->slot, TO_POD, false);
 	return deliver(skb, config, endpoint);
 }

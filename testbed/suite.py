@@ -99,7 +99,8 @@ def _tool(name: str, argv: list[str]) -> Run:
 def checks() -> list[Run]:
     """ruff, mypy and clang-format over the whole repository."""
     tool = str(Path(sys.executable).parent) + "/"
-    sources = sorted(str(path) for folder in ("bpf", "cni", "benchmarks") for path in (REPOSITORY / folder).glob("*.[ch]"))
+    folders = ("bpf", "cni", "benchmarks")
+    sources = sorted(str(path) for folder in folders for path in (REPOSITORY / folder).glob("*.[ch]"))
     return [
         _tool("check: ruff", [tool + "ruff", "check", "."]),
         _tool("check: ruff format", [tool + "ruff", "format", "--check", "."]),

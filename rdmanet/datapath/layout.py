@@ -16,6 +16,7 @@ from rdmanet.model import GuardEntry, GuardState
 
 ADDRESS_BYTES = 16
 NO_ADDRESS = bytes(ADDRESS_BYTES)
+_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
 MAC_BYTES = 6
 
 HAS_DEVICE = 1  # bpf/endpoint.h
@@ -23,6 +24,9 @@ ENFORCE = 2
 
 DIRECTIONS = ("from_pod", "to_pod")  # enum direction in bpf/counters.h
 KINDS = ("ip", "roce")
+COUNTED = tuple((direction, kind) for direction in DIRECTIONS for kind in KINDS)
+NEAR_PLACES = 4096  # bpf/endpoint.h
+COUNTER_SLOTS = 4096  # bpf/counters.h
 _GUARD_STATES = {GuardState.GRANTED: 1, GuardState.REVOKED: 2}  # enum guard_state in bpf/guard.h
 _GUARD_STATE_NAMES = {number: state for state, number in _GUARD_STATES.items()}
 
@@ -78,10 +82,19 @@ ATTACHMENT = StructTable(
     ("ipv6", "16s"),
     ("mac", "6s"),
     ("pad", "2x"),
+    ("slot", "I"),
 )
 ENDPOINT = StructTable(
-    "endpoint_entry", ("ifindex", "I"), ("attachment", "I"), ("flags", "I"), ("mac", "6s"), ("pad", "2x")
+    "endpoint_entry",
+    ("ifindex", "I"),
+    ("attachment", "I"),
+    ("flags", "I"),
+    ("mac", "6s"),
+    ("pad", "2x"),
+    ("slot", "I"),
 )
+NEAR_ATTACHMENT = StructTable("near_attachment", ("ifindex", "I"), ("entry", f"{ATTACHMENT.size}s"))
+NEAR_ENDPOINT = StructTable("near_endpoint", ("address", "16s"), ("entry", f"{ENDPOINT.size}s"))
 UPLINK = StructTable("uplink_entry", ("ipv4", "16s"), ("ipv6", "16s"))
 GUARD_KEY = StructTable("guard_key", ("address", "16s"), ("qpn", "I"))
 GUARD = StructTable(
@@ -111,8 +124,7 @@ NAT_ENTRY = StructTable(
     ("closing", "B"),
     ("pad", "x"),
 )
-COUNTER_KEY = StructTable("counter_key", ("attachment", "I"), ("direction", "B"), ("roce", "B"), ("pad", "2x"))
-COUNTER = StructTable("counter_entry", ("packets", "Q"), ("bytes", "Q"))
+COUNTER = StructTable("counter_entry", ("packets", "4Q"), ("bytes", "4Q"))  # of COUNTED, in this order
 DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "I"))
 
 #: Key and value of every map.
@@ -120,11 +132,13 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "node": (U32, NODE),
     "attachments": (U32, ATTACHMENT),
     "endpoints": (ADDRESS_KEY, ENDPOINT),
+    "near_attachment": (U32, NEAR_ATTACHMENT),
+    "near_endpoint": (U32, NEAR_ENDPOINT),
     "uplinks": (U32, UPLINK),
     "nat_forward": (NAT_TUPLE, NAT_ENTRY),
     "nat_reverse": (NAT_TUPLE, NAT_ENTRY),
     "guard": (GUARD_KEY, GUARD),
-    "counters": (COUNTER_KEY, COUNTER),
+    "counters": (U32, COUNTER),
     "drops": (DROP_KEY, U64),
     "programs": (U32, U32),
 }
@@ -166,15 +180,15 @@ class AttachmentEntry:
     device: bool = False
     enforce: bool = False
 
-    def encode(self) -> bytes:
-        """struct attachment_entry."""
+    def encode(self, slot: int) -> bytes:
+        """struct attachment_entry; ``slot`` is its counters'."""
         flags = _flags(self.device, self.enforce)
-        return ATTACHMENT.pack(self.attachment_id, flags, address(self.ipv4), address(self.ipv6), _mac(self.mac))
+        return ATTACHMENT.pack(self.attachment_id, flags, address(self.ipv4), address(self.ipv6), _mac(self.mac), slot)
 
     @classmethod
     def decode(cls, raw: bytes) -> AttachmentEntry:
         """From struct attachment_entry."""
-        id_, flags, ipv4, ipv6, mac = ATTACHMENT.unpack(raw)
+        id_, flags, ipv4, ipv6, mac, _ = ATTACHMENT.unpack(raw)
         return cls(
             attachment_id=int(id_),
             mac=_raw(mac),
@@ -195,15 +209,15 @@ class EndpointEntry:
     device: bool = False
     enforce: bool = False
 
-    def encode(self) -> bytes:
-        """struct endpoint_entry."""
+    def encode(self, slot: int) -> bytes:
+        """struct endpoint_entry; ``slot`` is its attachment's counters'."""
         flags = _flags(self.device, self.enforce)
-        return ENDPOINT.pack(self.ifindex, self.attachment_id, flags, _mac(self.mac))
+        return ENDPOINT.pack(self.ifindex, self.attachment_id, flags, _mac(self.mac), slot)
 
     @classmethod
     def decode(cls, raw: bytes) -> EndpointEntry:
         """From struct endpoint_entry."""
-        ifindex, attachment, flags, mac = ENDPOINT.unpack(raw)
+        ifindex, attachment, flags, mac, _ = ENDPOINT.unpack(raw)
         return cls(
             ifindex=int(ifindex),
             mac=_raw(mac),
@@ -211,6 +225,24 @@ class EndpointEntry:
             device=bool(int(flags) & HAS_DEVICE),
             enforce=bool(int(flags) & ENFORCE),
         )
+
+
+def attachment_slot(raw: bytes) -> tuple[int, int]:
+    """(attachment id, slot) of a struct attachment_entry."""
+    fields = ATTACHMENT.unpack(raw)
+    return int(fields[0]), int(fields[-1])
+
+
+def endpoint_slot(raw: bytes) -> tuple[int, int]:
+    """(attachment id, slot) of a struct endpoint_entry."""
+    fields = ENDPOINT.unpack(raw)
+    return int(fields[1]), int(fields[-1])
+
+
+def near_endpoint_place(key: bytes) -> int:
+    """Where near_endpoint may have the address (near_endpoint_lookup() in bpf/endpoint.h)."""
+    place = int.from_bytes(key[-4:], "big") % NEAR_PLACES
+    return place if key[:12] == _MAPPED else NEAR_PLACES + place
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The datapath as the agent uses it: entries in, counters out, programs swapped.
 
-Synchronous, and safe to call from several threads: the kernel's maps are the only state.
+Synchronous, and safe to call from several threads: the kernel's maps are the only state that lasts.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +16,14 @@ from types import TracebackType
 from rdmanet.datapath import bpf, layout, loader
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import (
-    DIRECTIONS,
-    KINDS,
+    COUNTED,
     AttachmentEntry,
     Count,
     EndpointEntry,
     NodeEntry,
     UplinkEntry,
 )
+from rdmanet.datapath.slots import Slots
 from rdmanet.errors import BpfError, ExhaustedError, StateError
 from rdmanet.model import GuardEntry
 
@@ -30,6 +31,8 @@ __all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry",
 
 #: A newer version may have counted reasons that this one has no name for.
 SPARE_DROP_REASONS = 16
+#: Hash → its array of copies.
+_NEAR = {"attachments": "near_attachment", "endpoints": "near_endpoint"}
 
 
 class Datapath:
@@ -38,6 +41,9 @@ class Datapath:
 
     def __init__(self, pinned: loader.Pinned):
         self._pinned = pinned
+        self._lock = threading.Lock()
+        self._slots: Slots | None = None
+        self._attached: dict[int, int] = {}  # index of the host's end → attachment id, once the slots are known
 
     @classmethod
     def open(cls, artifact: Artifact, pins: Path) -> Datapath:
@@ -97,11 +103,18 @@ class Datapath:
 
     def set_attachment(self, ifindex: int, entry: AttachmentEntry) -> None:
         """Lets the veth whose host's end is ``ifindex`` send as this attachment."""
-        self._update("attachments", layout.U32.pack(ifindex), entry.encode())
+        key = layout.U32.pack(ifindex)
+        with self._lock:
+            raw = entry.encode(self._slot(entry.attachment_id))
+            self._set("attachments", key, raw, ifindex % layout.NEAR_PLACES)
+            self._attached[ifindex] = entry.attachment_id
 
     def delete_attachment(self, ifindex: int) -> None:
         """From now on nothing that the veth sends passes."""
-        self._delete("attachments", layout.U32.pack(ifindex))
+        with self._lock:
+            self._leave("near_attachment", layout.U32.pack(ifindex), ifindex % layout.NEAR_PLACES)
+            self._delete("attachments", layout.U32.pack(ifindex))
+            self._attached.pop(ifindex, None)
 
     def attachments(self) -> dict[int, AttachmentEntry]:
         """By the index of the host's end."""
@@ -114,11 +127,17 @@ class Datapath:
 
     def set_endpoint(self, address: bytes, entry: EndpointEntry) -> None:
         """Delivers packets to ``address`` there from now on."""
-        self._update("endpoints", layout.address(address), entry.encode())
+        key = layout.address(address)
+        with self._lock:
+            raw = entry.encode(self._slot(entry.attachment_id))
+            self._set("endpoints", key, raw, layout.near_endpoint_place(key))
 
     def delete_endpoint(self, address: bytes) -> None:
         """From now on packets to ``address`` are dropped as ``no_endpoint``."""
-        self._delete("endpoints", layout.address(address))
+        key = layout.address(address)
+        with self._lock:
+            self._leave("near_endpoint", key, layout.near_endpoint_place(key))
+            self._delete("endpoints", key)
 
     def endpoints(self) -> dict[bytes, EndpointEntry]:
         """By address key."""
@@ -170,13 +189,15 @@ class Datapath:
     def counters(self) -> dict[tuple[int, str, str], Count]:
         """By (attachment id, ``from_pod`` or ``to_pod``, ``ip`` or ``roce``), summed over the CPUs."""
         found = {}
-        for key, values in self._items("counters"):
-            attachment, direction, roce = (int(field) for field in layout.COUNTER_KEY.unpack(key))
+        for _, raw in self._items("attachments"):
+            attachment, slot = layout.attachment_slot(raw)
+            values = self._lookup("counters", layout.U32.pack(slot))
+            assert values is not None, "an array has all its elements"
             counts = [layout.COUNTER.unpack(value) for value in _per_cpu(values, layout.COUNTER.size)]
-            found[attachment, DIRECTIONS[direction], KINDS[roce]] = Count(
-                packets=sum(int(packets) for packets, _ in counts),
-                bytes=sum(int(size) for _, size in counts),
-            )
+            sums = [sum(int(count[place]) for count in counts) for place in range(2 * len(COUNTED))]
+            for (direction, kind), packets, size in zip(COUNTED, sums, sums[len(COUNTED) :], strict=False):
+                if packets:
+                    found[attachment, direction, kind] = Count(packets, size)
         return found
 
     def drops(self) -> dict[tuple[int, str], int]:
@@ -191,13 +212,58 @@ class Datapath:
         return found
 
     def forget(self, attachment_id: int) -> None:
-        """Removes the counters and drops of an attachment that is gone."""
-        # By every key that there can be: the maps hold the entries of all attachments.
-        for direction in range(len(DIRECTIONS)):
-            for kind in range(len(KINDS)):
-                self._delete("counters", layout.COUNTER_KEY.pack(attachment_id, direction, kind))
+        """Removes the counters and drops of an attachment; its slot, if it has gone, is free for others."""
+        with self._lock:
+            slots = self._known_slots()
+            slot = slots.find(attachment_id)
+            if slot is not None:
+                self._clear(slot)
+            if attachment_id not in self._attached.values():
+                slots.give_back(attachment_id)
+        # By every key that there can be: the map holds the drops of all attachments.
         for reason in range(1, len(self._pinned.artifact.drop_reasons) + 1 + SPARE_DROP_REASONS):
             self._delete("drops", layout.DROP_KEY.pack(attachment_id, reason))
+
+    # Slots of counters, and the places that are reached without hashing
+
+    def _known_slots(self) -> Slots:
+        if self._slots is None:
+            taken = dict(layout.endpoint_slot(raw) for _, raw in self._items("endpoints"))
+            for key, raw in self._items("attachments"):
+                attachment, slot = layout.attachment_slot(raw)
+                taken[attachment] = slot
+                self._attached[_number(key)] = attachment
+            self._slots = Slots(layout.COUNTER_SLOTS, taken)
+        return self._slots
+
+    def _slot(self, attachment_id: int) -> int:
+        slot, new = self._known_slots().of(attachment_id)
+        if new:
+            self._clear(slot)
+        return slot
+
+    def _clear(self, slot: int) -> None:
+        definition = self._pinned.artifact.maps["counters"]
+        zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
+        self._update("counters", layout.U32.pack(slot), zeros)
+
+    def _set(self, name: str, key: bytes, raw: bytes, place: int) -> None:
+        """Writes into the hash, and into the near place if that is nobody else's. It is empty meanwhile: never would an
+        agent that died in between leave two values."""
+        owner = self._leave(_NEAR[name], key, place)
+        self._update(name, key, raw)
+        if not any(owner):
+            self._update(_NEAR[name], layout.U32.pack(place), key + raw)
+
+    def _leave(self, near: str, key: bytes, place: int) -> bytes:
+        """Empties the near place if it is the key's; returns whose it is then."""
+        raw = self._lookup(near, layout.U32.pack(place))
+        assert raw is not None, "an array has all its elements"
+        owner = raw[: len(key)]
+        if owner != key:
+            return owner
+        self._update(near, layout.U32.pack(place), bytes(len(raw)))
+        return bytes(len(key))
 
     # One map
 

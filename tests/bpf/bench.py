@@ -82,6 +82,10 @@ class Bench:
             self.lab.write_entries(pod)
 
     def clear(self, name: str) -> None:
+        if name == "counters":
+            for pod in self.lab.pods:
+                self.datapath.forget(pod.id)
+            return
         for key in self.keys(name):
             bpf.delete(self.map(name), key)
 

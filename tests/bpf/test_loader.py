@@ -134,8 +134,8 @@ def test_another_layout_is_refused_and_nothing_changes(
 def test_another_value_size_is_refused(artifact: Artifact, pins: Path) -> None:
     """bcc's own pinned tables silently accept it."""
     Datapath.open(artifact, pins).close()
-    changed = with_map(artifact, "endpoints", value_size=24)
-    with pytest.raises(StateError, match="value_size 20 instead of 24"):
+    changed = with_map(artifact, "endpoints", value_size=28)
+    with pytest.raises(StateError, match="value_size 24 instead of 28"):
         loader.open_pins(changed, pins)
     with pytest.raises(StateError, match="endpoints does not fit"):
         Datapath.open(changed, pins)
@@ -358,9 +358,11 @@ def test_entries_come_back_as_they_were_written(artifact: Artifact, pins: Path) 
 def test_counts_are_summed_over_cpus_and_forgotten(artifact: Artifact, pins: Path) -> None:
     cpus = bpf.possible_cpus()
     with Datapath.open(artifact, pins) as datapath:
+        for attachment in (7, 8):
+            datapath.set_attachment(100 + attachment, AttachmentEntry(attachment, bytes(6)))
         for name, key, value in (
-            ("counters", layout.COUNTER_KEY.pack(7, 1, 1), layout.COUNTER.pack(2, 300)),
-            ("counters", layout.COUNTER_KEY.pack(8, 0, 0), layout.COUNTER.pack(1, 60)),
+            ("counters", layout.U32.pack(0), layout.COUNTER.pack(0, 0, 0, 2, 0, 0, 0, 300)),
+            ("counters", layout.U32.pack(1), layout.COUNTER.pack(1, 0, 0, 0, 60, 0, 0, 0)),
             ("drops", layout.DROP_KEY.pack(7, 1), layout.U64.pack(5)),
             # The last name, and one that this version has no name for.
             ("drops", layout.DROP_KEY.pack(9, len(artifact.drop_reasons)), layout.U64.pack(1)),

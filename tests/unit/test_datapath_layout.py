@@ -31,12 +31,16 @@ def test_node(mac: bytes, ifindex: int, masquerade: bool, ports: list[int]) -> N
 
 @given(st.builds(AttachmentEntry, U32, MAC, ADDRESS, ADDRESS, st.booleans(), st.booleans()))
 def test_attachment(entry: AttachmentEntry) -> None:
-    assert AttachmentEntry.decode(entry.encode()) == entry
+    raw = entry.encode(5)
+    assert AttachmentEntry.decode(raw) == entry
+    assert layout.attachment_slot(raw) == (entry.attachment_id, 5)
 
 
 @given(st.builds(EndpointEntry, U32, MAC, U32, st.booleans(), st.booleans()))
 def test_endpoint(entry: EndpointEntry) -> None:
-    assert EndpointEntry.decode(entry.encode()) == entry
+    raw = entry.encode(5)
+    assert EndpointEntry.decode(raw) == entry
+    assert layout.endpoint_slot(raw) == (entry.attachment_id, 5)
 
 
 @given(st.builds(UplinkEntry, ADDRESS, ADDRESS))
@@ -68,8 +72,14 @@ def test_port_ranges(ports: tuple[int, int]) -> None:
 
 
 def test_places_name_fields_and_leave_padding_out() -> None:
-    assert layout.COUNTER_KEY.places() == {"attachment": (0, 4), "direction": (4, 1), "roce": (5, 1)}
-    assert layout.COUNTER_KEY.size == 8
+    assert layout.ENDPOINT.places() == {
+        "ifindex": (0, 4),
+        "attachment": (4, 4),
+        "flags": (8, 4),
+        "mac": (12, 6),
+        "slot": (20, 4),
+    }
+    assert layout.ENDPOINT.size == 24
 
 
 def test_bccs_descriptions_become_places() -> None:
