@@ -6,9 +6,11 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from rdmanet.adoption import AT_ONCE
 from rdmanet.datapath.layout import EndpointEntry
 from rdmanet.model import address_key
 from testbed.container import CommandError, Process
@@ -124,6 +126,9 @@ def test_what_went_wrong_is_put_right(world: World) -> None:
         datapath.delete_endpoint(address_key(no_endpoint.address(6)))
         (ifindex,) = [k for k, v in datapath.attachments().items() if v.ipv4 == address_key(no_entry.address(4))]
         datapath.delete_attachment(ifindex)
+        # As if its link had been made anew meanwhile.
+        (known,) = [v for v in datapath.attachments().values() if v.ipv4 == address_key(whole.address(4))]
+        datapath.set_attachment(4711, known)
     world.host.ip("address delete 10.213.0.1/32 dev rdmanet0", "route delete fd72:646d:616e::/64 dev rdmanet0")
     world.host.exec(["tc", "qdisc", "del", "dev", "rdmanet1", "clsact"])
     world.host.exec(["tc", "qdisc", "del", "dev", "uplink0", "clsact"])
@@ -140,6 +145,28 @@ def test_what_went_wrong_is_put_right(world: World) -> None:
     for one in (wrong_endpoint, no_endpoint, no_entry):
         assert f"{one.host_ifname}: datapath entries differed and are written again" in world.host.agent.log
     assert f"{whole.host_ifname}:" not in world.host.agent.log
+
+
+def test_more_pods_than_are_looked_at_together(world: World) -> None:
+    with ThreadPoolExecutor(10) as threads:
+        attached = list(threads.map(lambda _: world.add(), range(AT_ONCE + 7)))
+        before = world.snapshot()
+        world.host.kill_agent()
+        gone, without_link, *rest = attached
+        gone.pod.destroy()
+        world.host.ip(f"link delete {without_link.host_ifname}")
+        world.start_agent()
+        assert {row["container_id"] for row in world.status()["attachments"]} == {a.pod.container_id for a in rest}
+        for outcome in threads.map(world.check, rest[::10]):
+            succeeded(outcome)
+        for again in (gone, without_link):
+            world.add(world.pod() if again is gone else again.pod)
+        world.host.kill_agent()
+        world.start_agent()
+        assert len(world.status()["attachments"]) == len(before["attachments"]) == len(attached)
+        assert world.host.agent is not None
+        assert "differed" not in world.host.agent.log
+        assert "missing" not in world.host.agent.log
 
 
 def test_pins_that_are_gone(world: World) -> None:
