@@ -53,6 +53,24 @@ def test_guard(entry: GuardEntry) -> None:
     assert layout.decode_guard(layout.encode_guard(entry)) == entry
 
 
+GUARDS = st.builds(GuardEntry, U64, ADDRESS, U32, st.sampled_from(GuardState), U64, U64)
+
+
+@given(st.lists(st.tuples(st.tuples(ADDRESS, st.integers(0, 0xFFFFFF)), GUARDS), max_size=5))
+def test_many_guards_are_encoded_as_one_by_one(entries: list[tuple[tuple[bytes, int], GuardEntry]]) -> None:
+    keys, values = layout.encode_guards(entries)
+    assert keys == b"".join(layout.encode_guard_key(*key) for key, _ in entries)
+    assert values == b"".join(layout.encode_guard(entry) for _, entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("address", "qpn", "peer"), [(b"x", 1, bytes(16)), (bytes(16), 1 << 24, bytes(16)), (bytes(16), 1, b"x")]
+)
+def test_a_wrong_key_among_many_is_refused(address: bytes, qpn: int, peer: bytes) -> None:
+    with pytest.raises(InputError, match="no key of the guard map"):
+        layout.encode_guards([((address, qpn), GuardEntry(1, peer, 2, GuardState.GRANTED))])
+
+
 def test_a_guard_state_of_another_version_is_refused() -> None:
     raw = layout.GUARD.pack(1, 0, 0, bytes(16), 17, 3)
     with pytest.raises(StateError, match="state 3"):

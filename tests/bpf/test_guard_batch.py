@@ -1,0 +1,35 @@
+"""Many guard entries in one update of the real map."""
+
+from __future__ import annotations
+
+import pytest
+
+from rdmanet.errors import ExhaustedError
+from rdmanet.model import GuardEntry, GuardState, address_key
+from tests.bpf.bench import Bench
+
+OWN, PEER = address_key("10.213.0.1"), address_key("fd00:213::2")
+GUARD_ENTRIES = 65536  # bpf/guard.h
+
+
+def entries(count: int, state: GuardState = GuardState.GRANTED) -> list[tuple[tuple[bytes, int], GuardEntry]]:
+    return [((OWN, 16 + n), GuardEntry(1000 + n, PEER, 500 + n, state, n, 2 * n)) for n in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 128])
+def test_as_one_by_one(bench: Bench, count: int) -> None:
+    bench.datapath.set_guards(entries(count))
+    assert bench.datapath.guards() == dict(entries(count))
+    bench.datapath.set_guards(entries(count, GuardState.REVOKED))
+    assert {entry.state for entry in bench.datapath.guards().values()} <= {GuardState.REVOKED}
+
+
+def test_a_full_map_is_named_and_keeps_what_fits(bench: Bench) -> None:
+    with pytest.raises(ExhaustedError, match="map guard is full: it holds at most 65536 entries"):
+        bench.datapath.set_guards(entries(GUARD_ENTRIES + 1))
+    held = bench.datapath.guards()
+    assert len(held) == GUARD_ENTRIES
+    assert held[OWN, 16] == entries(1)[0][1]
+    bench.datapath.set_guards(entries(10, GuardState.REVOKED))  # what is there can be changed
+    for key in held:
+        bench.datapath.delete_guard(*key)
