@@ -360,3 +360,50 @@ async def test_a_deleted_pod_ends_them_all(lab: Lab) -> None:
         assert not any(address in view.addresses for address, _ in lab.guard.guards())
 
     await asyncio.gather(batch(lab, listener, connector), agent())
+
+
+async def test_completion_queues_are_shared_and_used_again(lab: Lab) -> None:
+    listens, done = Baton(), Baton()
+
+    async def listener() -> None:
+        async with verbs.Session() as session, await session.listen("batch") as found:
+            listens.pass_on()
+            accepting = asyncio.create_task(_accept_for_ever(found))
+            await done.taken()
+            accepting.cancel()
+
+    async def connector() -> None:
+        await listens.taken()
+        async with verbs.Session() as session:
+            singles = [await session.connect("train-1:batch") for _ in range(3)]
+            device = session._device
+            assert device is not None
+            queues = device.completions._queues
+            assert len(queues) == 1
+            for _ in range(3):
+                qps = await session.connect("train-1:batch", count=COUNT)
+                assert len(queues) == 2
+                await asyncio.gather(*(qp.send(b"unread") for qp in qps[::2]))
+                await verbs.close(*qps)
+            await verbs.close(*singles)
+            assert [queue.empty for queue in queues] == [True]
+            assert queues[0]._room == queues[0].entries
+        done.pass_on()
+
+    await asyncio.gather(lab.pods[1].run(listener), lab.pods[0].run(connector))
+    assert await asyncio.to_thread(queue_pairs, lab) == 0
+
+
+async def _accept_for_ever(listener: verbs.Listener) -> None:
+    """Receive what comes until the peer closes, then close too."""
+
+    async def serve(qps: list[QueuePair]) -> None:
+        for qp in qps:
+            with contextlib.suppress(LeaseRevokedError):
+                while True:
+                    await qp.recv()
+        await verbs.close(*qps)
+
+    async with asyncio.TaskGroup() as group:
+        while True:
+            group.create_task(serve(await listener.accept_batch()))

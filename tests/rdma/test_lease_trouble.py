@@ -146,11 +146,11 @@ async def test_a_container_without_the_node_is_told_which(lab: Lab) -> None:
 
 
 async def test_a_low_memlock_limit_is_named(lab: Lab) -> None:
-    limited = ["prlimit", "--memlock=8192", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+    limited = ["prlimit", "--memlock=4096", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
     with PodProcess(lab.pods[0], CONNECTING_PEER, wrapper=limited) as process:
         said = await process.line()
     assert said.startswith("VerbsError")
-    assert "may lock 8 KiB; raise the container's memlock limit" in said
+    assert "may lock 4 KiB; raise the container's memlock limit" in said
 
 
 # Errors
