@@ -65,7 +65,7 @@ def measure(run: Run) -> None:
         # The library imports pyverbs with its first queue pair.
         _lease(pair, client, server, CASES[0])
         run.tell("the pods and their programs are there")
-        for _ in run.rounds(full=25, quick=7):
+        for _ in run.rounds(full=25, quick=5):
             for case in CASES:
                 ways: Mapping[str, Callable[[], float]] = {
                     OURS: partial(_lease, pair, client, server, case),
