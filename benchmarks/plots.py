@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks.question import LIMIT, OURS, Question, Record
 from benchmarks.results import Comparison
@@ -150,5 +150,6 @@ def _panel(axes: Axes, case: str, unit: str, contenders: dict[str, list[float]])
         _log_axis(axes, 8)
     else:
         axes.set_xlim(0, 1.06 * max(max(values) for values in contenders.values()) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(axis="x", labelsize=7)
     axes.set_title(f"{case} [{unit}]", fontsize=8)

@@ -31,10 +31,10 @@ class Work:
 
 
 WORKS = (
-    Work("tcp-rr", (500, 200, 5), (9000, 900, 18)),
-    Work("tcp-crr", (100, 50, 2), (1800, 270, 9)),
-    Work("udp-rr", (500, 200, 5), (9000, 900, 18)),
-    Work("tcp-stream", (16384, 8192, 64), (9 << 14, 9 << 11, 9 << 6), "ns/KiB"),
+    Work("tcp-rr", (200, 100, 5), (1800, 450, 18)),
+    Work("tcp-crr", (50, 30, 2), (450, 90, 9)),
+    Work("udp-rr", (200, 100, 5), (1800, 450, 18)),
+    Work("tcp-stream", (8192, 4096, 64), (9 << 12, 9 << 10, 9 << 6), "ns/KiB"),
 )
 #: What may not get dearer as pods become more.
 GROWING = WORKS[:3]
@@ -56,7 +56,7 @@ def measure(run: Run) -> None:
                 for work in WORKS:
                     for family in FAMILIES:
                         run.failed(f"{work.name}/{family}", name, str(error))
-        for _ in run.rounds(full=7, quick=2):
+        for _ in run.rounds(full=5, quick=2):
             for work in WORKS:
                 for family in FAMILIES:
                     for name, way in run.turns(ways):
@@ -70,7 +70,7 @@ def grow(run: Run, attacher: Attacher, ours: Way) -> None:
     for contender in (FEW, OURS):
         if contender == OURS:
             fill(run, attacher, pods)
-        for _ in run.rounds(full=7, quick=2):
+        for _ in run.rounds(full=5, quick=2):
             for work in GROWING:
                 for family in FAMILIES:
                     sample(run, f"{work.name}/{family}/growth-{pods}", contender, ours, work, family)
