@@ -309,11 +309,12 @@ def encode_guard_key(key: bytes, qpn: int) -> bytes:
 def encode_guards(entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> tuple[bytes, bytes]:
     """Many keys and their entries, one behind another. Raises InputError as ``encode_guard_key`` does."""
     keys, values = bytearray(), bytearray()
+    granted, number, other = GuardState.GRANTED, _GUARD_STATES[GuardState.GRANTED], _GUARD_STATES[GuardState.REVOKED]
     for (own, qpn), (lease, peer, peer_qpn, state, packets, size) in entries:
         if not 0 <= qpn <= 0xFFFFFF or len(own) != ADDRESS_BYTES or len(peer) != ADDRESS_BYTES:
             raise InputError(f"{qpn} and {own.hex()} are no key of the guard map, or {peer.hex()} is none.")
         keys += GUARD_KEY.pack(own, qpn)
-        values += GUARD.pack(lease, packets, size, peer, peer_qpn, _GUARD_STATES[state])
+        values += GUARD.pack(lease, packets, size, peer, peer_qpn, number if state is granted else other)
     return bytes(keys), bytes(values)
 
 

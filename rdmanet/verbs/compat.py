@@ -317,7 +317,12 @@ class RecvRequest:
         self._request = RecvWR(wr_id=number, num_sge=1, sg=[sge])
 
     def post(self, qp: Any) -> None:
+        """Post to ``qp``; posts again as often as its place is free."""
         qp.post_recv(self._request)
+
+    def renumber(self, number: int) -> None:
+        """What its completions say from now on."""
+        self._request.wr_id = number
 
     def close(self) -> None:
         """Frees the memory; post no more."""

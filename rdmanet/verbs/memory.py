@@ -15,6 +15,8 @@ from rdmanet.errors import InputError, VerbsError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rdmanet.verbs.compat import RecvRequest
+
 _REMOTE = struct.Struct("!QIQ")
 
 
@@ -87,14 +89,15 @@ class MemoryRegion:
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Place:
-    """A piece of a region, where one message goes."""
+    """A piece of a region, where one message goes, with the request that receives into it once there is one."""
 
     region: MemoryRegion
     offset: int
     address: int
     lkey: int
+    request: RecvRequest | None = None
 
     def read(self, length: int) -> bytes:
         """A copy of its first bytes."""
@@ -132,6 +135,12 @@ class PlacePool:
         self._free[length] += returned
 
     def close(self) -> None:
+        """After all queue pairs."""
+        for free in self._free.values():
+            for place in free:
+                if place.request is not None:
+                    place.request.close()
+            free.clear()
         for region in self._regions:
             region.close()
 

@@ -83,7 +83,6 @@ class QueuePair:
         self._failure: Callable[[], RdmanetError] | None = None
         self._closed = self._destroyed = False
         self._numbers = 0
-        self._receives: list[compat.RecvRequest] = []
         self._places: list[Place] = []  # slot → where its receive goes
         self._receives_complete = False
         self._send: compat.SendRequest | None = None
@@ -132,12 +131,13 @@ class QueuePair:
 
     def add_receives(self, places: list[Place], sge: Any) -> None:
         """Post a receive into each of these places more; ``sge`` has their length. Raises PyverbsError."""
-        receives = self._receives
-        for place in places:
-            sge.addr, sge.lkey = place.address, place.lkey
-            receive = compat.RecvRequest(_RECEIVE | len(receives), sge)
-            receives.append(receive)
-            receive.post(self.verbs_qp)
+        for slot, place in enumerate(places, len(self._places)):
+            if place.request is None:
+                sge.addr, sge.lkey = place.address, place.lkey
+                place.request = compat.RecvRequest(_RECEIVE | slot, sge)
+            else:
+                place.request.renumber(_RECEIVE | slot)
+            place.request.post(self.verbs_qp)
         self._places += places
 
     def granted(self, lease: int, peer: PodName, service: str, on_close: Callable[..., Awaitable[None]]) -> None:
@@ -243,10 +243,11 @@ class QueuePair:
             self._check()
             raise AssertionError("woken without a message and without a failure")
         slot, size = self._arrived.popleft()
-        message = self._places[slot].read(size)
-        if self._failure is None:
+        place = self._places[slot]
+        message = place.read(size)
+        if self._failure is None and place.request is not None:
             with compat.call("no receive could be posted", "ibv_post_recv", self._device.name):
-                self._receives[slot].post(self.verbs_qp)
+                place.request.post(self.verbs_qp)
         return message
 
     async def close(self) -> None:
@@ -330,7 +331,7 @@ class QueuePair:
     def _complete_receives(self) -> None:
         """The rest of the receives, when messages come at all."""
         self._receives_complete = True
-        count, size = self._options.messages - len(self._receives), self._options.message_bytes
+        count, size = self._options.messages - len(self._places), self._options.message_bytes
         if count <= 0:
             return
         try:
@@ -342,7 +343,7 @@ class QueuePair:
             ):
                 self.add_receives(memory.places(region, size), sge)
         except VerbsError as error:  # it works with those it has
-            have = len(self._receives)
+            have = len(self._places)
             _log.warning("queue pair %d goes on with %d receives: %s", self.qpn, have, error)
 
     async def _admitted(self) -> None:
@@ -419,6 +420,9 @@ class QueuePair:
             with compat.call("the queue pair could not be destroyed", "ibv_destroy_qp", self._device.name):
                 self.verbs_qp.close()
             self._device.places.give(self._options.message_bytes, self._places[:FIRST_RECEIVES])
+            for place in self._places[FIRST_RECEIVES:]:
+                if place.request is not None:
+                    place.request.close()
             self._places.clear()
         finally:
             self._completions.remove(self)
@@ -426,9 +430,6 @@ class QueuePair:
         if self._send is not None:
             self._send.close()
             self._send = None
-        for receive in self._receives:
-            receive.close()
-        self._receives.clear()
         if "_regions" in self.__dict__:
             for region in list(self._regions):
                 region.close()
