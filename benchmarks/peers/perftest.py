@@ -21,7 +21,7 @@ from testbed.demo.rdma import wait_for_line
 from testbed.paths import BUILD
 
 LISTENING = "Waiting for client"
-#: perftest 4.5's latency tests can miss a completion event and then wait for ever, over any path.
+#: perftest 4.5's ib_send_lat takes one completion per event: when two come with one it waits for ever, on any path.
 STALLED_S = 20.0
 ATTEMPTS = 4
 FEWEST_COLUMNS = 5

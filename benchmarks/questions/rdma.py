@@ -32,8 +32,8 @@ SERVICE = "bench"
 #: nothing in the caches of the emulated machine's kernel, does not show.
 SIZES = {64: ("64B", 500, 2000), 4096: ("4KiB", 500, 1000), 65536: ("64KiB", 100, 300), 1 << 20: ("1MiB", 12, 40)}
 SMOKE_OPERATIONS = 10
-#: One that sleeps and one that polls, a latency and a stream.
-SMOKE_TESTS = ("send-lat", "write-bw")
+#: One that sleeps and one that polls, a latency and a stream; not ib_send_lat, which stalls often on two processors.
+SMOKE_TESTS = ("read-lat", "write-bw")
 PATHS: dict[str, Callable[..., contextlib.AbstractContextManager[Pair]]] = {
     OURS: ours,
     "routed": routed,
@@ -67,7 +67,7 @@ def cases(run: Run) -> list[Case]:
     few = [(test, 64 if test.endswith("-lat") else 65536) for test in perftest.TESTS]
     least = [(test, 64) for test in SMOKE_TESTS]
     found = [Case(f"{test}/{SIZES[size][0]}", test, size) for test, size in run.pick(every, few, least)]
-    found.append(Case("ipv6/send-lat/64B", "send-lat", 64, version=6))
+    found.append(Case("ipv6/read-lat/64B", "read-lat", 64, version=6))
     large = run.pick([LARGE_MTU_BYTES], [], [])
     found += [Case("mtu-9000/write-bw/64KiB", "write-bw", 65536, mtu_bytes=mtu) for mtu in large]
     return found
