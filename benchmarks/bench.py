@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,32 +77,60 @@ def answer(name: str, effort: Effort, output: Path) -> tuple[Question, Record, l
     return question, record, compare(question, record), wrong
 
 
-def conclude(title: str, comparisons: list[Comparison], wrong: list[str]) -> list[str]:
-    """The closing table, with goals counted."""
-    lines = [title, *table(comparisons), ""]
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A question's comparisons, what went wrong, and where and when that was."""
+
+    name: str
+    title: str
+    comparisons: list[Comparison]
+    wrong: list[str]
+
+    def section(self) -> list[str]:
+        """The answer for people, as Markdown."""
+        failed = [f"- failed: {sentence}" for sentence in self.wrong]
+        return [
+            f"### {self.name}",
+            "",
+            self.title,
+            "",
+            *table(self.comparisons),
+            *([""] if failed else []),
+            *failed,
+            "",
+        ]
+
+
+def conclude(answers: list[Answer]) -> list[str]:
+    """All answers, with goals counted, and what went wrong last."""
+    lines = [line for one in answers for line in one.section()]
+    comparisons = [comparison for one in answers for comparison in one.comparisons]
     asked = [comparison for comparison in comparisons if comparison.goal is not None]
     missed = [comparison for comparison in asked if not comparison.met]
     lines.append(f"{len(comparisons)} comparisons; {len(asked) - len(missed)} of {len(asked)} goals met.")
-    lines += [f"- failed: {sentence}" for sentence in wrong]
-    return lines
+    lines += [f"missed: {c.question}, {c.case} {c.statistic} / {c.peer}: {c.verdict}" for c in missed]
+    return lines + [f"failed: {sentence}" for one in answers for sentence in one.wrong]
 
 
-def title_of(environments: Mapping[str, Any], effort: Effort) -> str:
+def title_of(here: Mapping[str, Any], record: Record, effort: Effort) -> str:
     """One line about the machine and the version."""
-    here = environments["here"]
-    kernels = sorted({values["kernel"] for values in environments.values()})
+    kernels = sorted({f"{place}: kernel {values['kernel']}" for place, values in record.environments.items()})
     return (
-        f"Commit {here['commit']}, effort {effort}, {time.strftime('%Y-%m-%d')}: {here['processors']} x"
-        f" {here['processor']}, {here['memory_mb'] // 1024} GiB, {here['distribution']}, kernel {', '.join(kernels)}."
-        " Ratio: ours over the peer's, lower is better."
+        f"Commit {here['commit']}, {time.strftime('%Y-%m-%d')}, effort {effort}. {here['processors']} x"
+        f" {here['processor']}, {here['memory_mb'] // 1024} GiB, {here['distribution']}; {', '.join(kernels)};"
+        f" load average at the start {here['load_average']:.1f}."
     )
 
 
-def keep(lines: list[str]) -> None:
-    """Puts the table into RESULTS.md, in place of the one before."""
+def keep(answers: list[Answer]) -> None:
+    """Puts the answers into RESULTS.md, each in place of the one to its question before."""
     before, _, rest = ACCEPTED.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    ACCEPTED.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
+    kept, _, after = rest.partition(END)
+    sections = {part.partition("\n")[0]: f"### {part}".strip().split("\n") for part in kept.split("### ")[1:]}
+    sections |= {one.name: one.section()[:-1] for one in answers}
+    order = [name for name in names() if name in sections]
+    lines = [line for name in order for line in ["", *sections[name]]]
+    ACCEPTED.write_text("\n".join([before + BEGIN, *lines, "", END]) + after, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,20 +139,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help=f"questions, with commas between: {', '.join(names())}")
     parser.add_argument("--effort", type=Effort, choices=list(Effort), default=Effort.FULL)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--keep", action="store_true", help="make the table the accepted one, in RESULTS.md")
+    parser.add_argument("--keep", action="store_true", help="make the answers the accepted ones, in RESULTS.md")
     options = parser.parse_args(arguments)
     wanted = [name for name in options.only.replace(",", " ").split() if name] or names()
     options.output.mkdir(parents=True, exist_ok=True)
-    environments: dict[str, Any] = {"here": environment.describe()}
-    comparisons: list[Comparison] = []
-    wrong: list[str] = []
+    environments: dict[str, Any] = {}
+    answers: list[Answer] = []
     try:
         for name in wanted:
+            here = environment.describe()
             question, record, found, failed = answer(name, options.effort, options.output)
             environments |= {f"{name} ({place})": dict(values) for place, values in record.environments.items()}
-            comparisons += found
-            wrong += failed
-            _write(options.output / "results.json", [comparison.row() for comparison in comparisons])
+            answers.append(Answer(name, title_of(here, record, options.effort), found, failed))
+            rows = [comparison.row() for one in answers for comparison in one.comparisons]
+            _write(options.output / "results.json", rows)
             plots.draw(question, record, found, options.output)
     except RdmanetError as error:
         say(str(error))
@@ -132,12 +161,12 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"interrupted; what was sampled until now is in {options.output}")
         return 130
     _write(options.output / "environment.json", environments)
-    lines = conclude(title_of(environments, options.effort), comparisons, wrong)
+    lines = conclude(answers)
     (options.output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines), flush=True)
     if options.keep:
-        keep(lines)
-    return 1 if wrong else 0
+        keep(answers)
+    return 1 if any(one.wrong for one in answers) else 0
 
 
 def _write(file: Path, value: Any) -> None:

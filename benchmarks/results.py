@@ -15,6 +15,8 @@ from rdmanet.errors import RequestError
 
 #: Fewer samples than this have no 99th percentile.
 LEAST_FOR_P99 = 20
+#: Nearer to 1 than this nobody wins: as much as counted instructions differ from run to run.
+SAME = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Comparison:
         if self.peer == LIMIT:
             return "within the limit" if self.ratio <= 1 else "over the limit"
         if self.spread is not None and self.spread[0] <= 1 <= self.spread[1]:
+            return "even"
+        if abs(self.ratio - 1) < SAME:
             return "even"
         return f"{OURS} wins" if self.ratio < 1 else f"{self.peer} wins"
 
@@ -165,21 +169,15 @@ HEADINGS = ("case", "ours", "peer", "peer's", "unit", "ratio", "spread", "goal",
 
 
 def table(comparisons: Iterable[Comparison]) -> list[str]:
-    """The rows for people, a heading for each question; columns are aligned, GitHub shows them as tables."""
-    groups: dict[str, list[Comparison]] = defaultdict(list)
-    for comparison in comparisons:
-        groups[comparison.question].append(comparison)
-    lines: list[str] = []
-    for question, members in groups.items():
-        rows = [HEADINGS, *(_cells(member) for member in members)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-        lines += ["", f"### {question}", ""]
-        for number, row in enumerate(rows):
-            cells = (_aligned(cell, column, widths[column]) for column, cell in enumerate(row))
-            lines.append(f"| {' | '.join(cells)} |")
-            if number == 0:
-                lines.append("|" + "|".join(_rule(column, widths[column]) for column in range(len(row))) + "|")
-    return lines
+    """One question's comparisons for people: columns are aligned, GitHub shows them as a table."""
+    rows = [HEADINGS, *map(_cells, comparisons)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = []
+    for row in rows:
+        cells = (_aligned(cell, column, widths[column]) for column, cell in enumerate(row))
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = "|".join(_rule(column, width) for column, width in enumerate(widths))
+    return [lines[0], f"|{rule}|", *lines[1:]]
 
 
 _LEFT = (0, 2, 4, 8)

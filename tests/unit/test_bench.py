@@ -65,23 +65,37 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     assert plots.draw(QUESTION, Record((), (), {}), [], tmp_path) == []
 
 
+def an_answer(name: str = "sum", *wrong: str, title: str = "title") -> bench.Answer:
+    return bench.Answer(name, title, compare(QUESTION, a_record()), list(wrong))
+
+
 def test_the_conclusion_counts_goals_and_says_failures() -> None:
-    lines = bench.conclude("title", compare(QUESTION, a_record()), ["sum (host): it rained"])
-    assert lines[0] == "title"
-    assert "0 of 2 goals met" in "\n".join(lines)
-    assert lines[-1] == "- failed: sum (host): it rained"
+    lines = bench.conclude([an_answer("sum", "sum (host): it rained"), an_answer("other")])
+    assert lines[:3] == ["### sum", "", "title"]
+    assert "10 comparisons; 0 of 4 goals met." in lines
+    assert lines[-1] == "failed: sum (host): it rained"
+    assert "missed: sum, add/1 p50 / ptp: rdmanet wins" in lines
     missed = next(line for line in lines if "MISSED: rdmanet" in line)
     assert "add/1" in missed
-    assert "rdmanet wins" in missed
 
 
-def test_keeping_replaces_the_table_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_replaces_the_answers_to_the_same_questions_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "RESULTS.md"
-    file.write_text(f"# Before\n\n{bench.BEGIN}\nold\n{bench.END}\n\n## After\n")
+    file.write_text(f"# Before\n\n{bench.BEGIN}\n{bench.END}\n\n## After\n")
     monkeypatch.setattr(bench, "ACCEPTED", file)
-    bench.keep(["new", "lines"])
-    bench.keep(["newer", "lines"])
-    assert file.read_text() == f"# Before\n\n{bench.BEGIN}\nnewer\nlines\n{bench.END}\n\n## After\n"
+    monkeypatch.setattr(bench, "names", lambda: ["first", "second"])
+    bench.keep([an_answer("second", title="old"), an_answer("first", title="kept")])
+    first = file.read_text()
+    bench.keep([an_answer("second", "it rained", title="new")])
+    second = file.read_text()
+    assert first.startswith(f"# Before\n\n{bench.BEGIN}\n\n### first\n\nkept\n\n| case")
+    assert first.endswith(f"|\n\n{bench.END}\n\n## After\n")
+    assert "### second\n\nold\n" in first
+    assert second == first.replace("\nold\n", "\nnew\n").replace(
+        f"|\n\n{bench.END}", f"|\n\n- failed: it rained\n\n{bench.END}"
+    )
 
 
 def test_the_accepted_results_have_their_marks() -> None:

@@ -83,6 +83,11 @@ def test_the_verdict_says_the_same_of_either() -> None:
     assert only(compare(question(), record({"rdmanet": [[1], [3]], "ptp": [[2], [2]]}))).verdict == "even"
 
 
+def test_nobody_wins_by_less_than_runs_differ() -> None:
+    assert only(compare(question(), record({"rdmanet": [[1000.0]], "ptp": [[997.0]]}))).verdict == "even"
+    assert only(compare(question(), record({"rdmanet": [[1000.0]], "ptp": [[990.0]]}))).verdict == "ptp wins"
+
+
 def test_goals_are_found_by_pattern_and_judged() -> None:
     goals = (Goal("add/*", "ptp", 0.35), Goal("*", "*", 1.0))
     rounds = {"rdmanet": [[35.0]], "ptp": [[100.0]], "bridge": [[20.0]]}
