@@ -67,10 +67,9 @@ def cases(run: Run) -> list[Case]:
     few = [(test, 64 if test.endswith("-lat") else 65536) for test in perftest.TESTS]
     least = [(test, 64) for test in SMOKE_TESTS]
     found = [Case(f"{test}/{SIZES[size][0]}", test, size) for test, size in run.pick(every, few, least)]
-    found.append(Case("ipv6/read-lat/64B", "read-lat", 64, version=6))
-    large = run.pick([LARGE_MTU_BYTES], [], [])
-    found += [Case("mtu-9000/write-bw/64KiB", "write-bw", 65536, mtu_bytes=mtu) for mtu in large]
-    return found
+    six = Case("ipv6/read-lat/64B", "read-lat", 64, version=6)
+    large = Case("mtu-9000/write-bw/64KiB", "write-bw", 65536, mtu_bytes=LARGE_MTU_BYTES)
+    return found + run.pick([six, large], [six], [])
 
 
 def measure(run: Run) -> None:

@@ -17,7 +17,6 @@ from rdmanet.model import RdmaMode
 EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "rdma": {
         **{f"{test}/64B": ("routed", "one veth") for test in SMOKE_TESTS},
-        "ipv6/read-lat/64B": ("routed", "one veth"),
         "python/write-lat/64KiB": ("perftest",),
     },
     "lease": {
