@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, nla, nlmsg
+from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, nlmsg
 from pyroute2.netlink.exceptions import NetlinkError as PyrouteError
 from pyroute2.netlink.nlsocket import AsyncNetlinkSocket, Marshal, NetlinkSocket
 
@@ -30,6 +32,13 @@ CMD_SYS_GET = 6
 CMD_RES_QP_GET = 10
 CMD_GET_CHARDEV = 15
 
+#: enum rdma_nldev_attr, inside an entry of RES_QP
+RES_LQPN = 21
+RES_PID = 28
+#: struct nlattr; the upper two bits of its type say how it is encoded.
+_NLATTR = struct.Struct("=HH")
+NLA_TYPE_MASK = 0x3FFF
+
 
 def _type(command: int) -> int:
     return (RDMA_NL_NLDEV << 10) | command
@@ -44,7 +53,7 @@ class nldevmsg(nlmsg):  # type: ignore[misc]
         (2, "RDMA_NLDEV_ATTR_DEV_NAME", "asciiz"),
         (3, "RDMA_NLDEV_ATTR_PORT_INDEX", "uint32"),
         (12, "RDMA_NLDEV_ATTR_PORT_STATE", "uint8"),
-        (19, "RDMA_NLDEV_ATTR_RES_QP", "res_qp"),
+        (19, "RDMA_NLDEV_ATTR_RES_QP", "cdata"),  # see _attributes
         (50, "RDMA_NLDEV_ATTR_NDEV_INDEX", "uint32"),
         (51, "RDMA_NLDEV_ATTR_NDEV_NAME", "asciiz"),
         (65, "RDMA_NLDEV_ATTR_LINK_TYPE", "asciiz"),
@@ -54,26 +63,6 @@ class nldevmsg(nlmsg):  # type: ignore[misc]
         (70, "RDMA_NLDEV_ATTR_CHARDEV_NAME", "asciiz"),
         (72, "RDMA_NLDEV_ATTR_CHARDEV", "uint64"),
     )
-
-    class res_qp(nla):  # type: ignore[misc]
-        """The nested table of queue pairs."""
-
-        prefix = "RDMA_NLDEV_"
-        nla_map = ((20, "RDMA_NLDEV_ATTR_RES_QP_ENTRY", "entry"),)
-
-        class entry(nla):  # type: ignore[misc]
-            """One queue pair."""
-
-            prefix = "RDMA_NLDEV_"
-            nla_map = (
-                (3, "RDMA_NLDEV_ATTR_PORT_INDEX", "uint32"),
-                (21, "RDMA_NLDEV_ATTR_RES_LQPN", "uint32"),
-                (22, "RDMA_NLDEV_ATTR_RES_RQPN", "uint32"),
-                (26, "RDMA_NLDEV_ATTR_RES_TYPE", "uint8"),
-                (27, "RDMA_NLDEV_ATTR_RES_STATE", "uint8"),
-                (28, "RDMA_NLDEV_ATTR_RES_PID", "uint32"),
-                (29, "RDMA_NLDEV_ATTR_RES_KERN_NAME", "asciiz"),
-            )
 
 
 class _NldevMarshal(Marshal):  # type: ignore[misc]
@@ -236,12 +225,28 @@ class RdmaSocket:
         """The queue pairs of a device, with the pid (as the host counts) of the process that made each."""
         pairs = []
         for reply in self._ask(CMD_RES_QP_GET, [("RDMA_NLDEV_ATTR_DEV_INDEX", index)], dump=True):
-            table = reply.get_attr("RDMA_NLDEV_ATTR_RES_QP")
-            for entry in table.get_attrs("RDMA_NLDEV_ATTR_RES_QP_ENTRY") if table is not None else []:
-                qpn = entry.get_attr("RDMA_NLDEV_ATTR_RES_LQPN")
-                if qpn is not None:
-                    pairs.append(QueuePair(qpn=qpn, pid=entry.get_attr("RDMA_NLDEV_ATTR_RES_PID")))
+            for _, entry in _attributes(reply.get_attr("RDMA_NLDEV_ATTR_RES_QP") or b""):
+                found = dict(_attributes(entry))
+                if RES_LQPN in found:
+                    qpn, pid = (found.get(kind) for kind in (RES_LQPN, RES_PID))
+                    pairs.append(QueuePair(qpn=_number(qpn), pid=None if pid is None else _number(pid)))
         return pairs
+
+
+def _attributes(raw: bytes) -> Iterator[tuple[int, bytes]]:
+    """Types and contents of netlink attributes (struct nlattr), one behind another. There may be hundreds of queue
+    pairs with a dozen attributes each, and an object for each of those takes twenty times as long."""
+    place = 0
+    while place + _NLATTR.size <= len(raw):
+        length, kind = _NLATTR.unpack_from(raw, place)
+        if length < _NLATTR.size:
+            return
+        yield kind & NLA_TYPE_MASK, raw[place + _NLATTR.size : place + length]
+        place += (length + 3) & ~3
+
+
+def _number(raw: bytes | None) -> int:
+    return int.from_bytes(raw or b"", sys.byteorder)
 
 
 def _rdma_socket() -> socket.socket:
