@@ -7,6 +7,7 @@ Measured where a nanosecond is an instruction of the whole machine: what a conte
 from __future__ import annotations
 
 import contextlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from rdmanet.errors import RdmanetError
 FAMILIES = ("ipv4", "ipv6")
 FEW = f"{OURS} with 2 pods"
 ADDS_AT_ONCE = 4
+#: New interfaces solicit routers and report their groups for some seconds (RFC 4861 6.3.7, RFC 3810 9.11). Time is
+#: virtual: idle seconds pass at once.
+SETTLE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,9 @@ class Work:
 
 
 WORKS = (
-    Work("tcp-rr", (200, 100, 5), (1800, 450, 18)),
-    Work("tcp-crr", (50, 30, 2), (450, 90, 9)),
-    Work("udp-rr", (200, 100, 5), (1800, 450, 18)),
+    Work("tcp-rr", (200, 100, 5), (1800, 360, 18)),
+    Work("tcp-crr", (50, 30, 2), (450, 135, 9)),
+    Work("udp-rr", (200, 100, 5), (1800, 360, 18)),
     Work("tcp-stream", (8192, 4096, 64), (9 << 12, 9 << 10, 9 << 6), "ns/KiB"),
 )
 #: What may not get dearer as pods become more.
@@ -70,6 +74,8 @@ def grow(run: Run, attacher: Attacher, ours: Way) -> None:
     for contender in (FEW, OURS):
         if contender == OURS:
             fill(run, attacher, pods)
+            if run.place is Place.ICOUNT:
+                time.sleep(SETTLE_S)
         for _ in run.rounds(full=5, quick=2):
             for work in GROWING:
                 for family in FAMILIES:
