@@ -1,7 +1,8 @@
 """What does a packet from pod to pod on one node cost, beside loopback, a veth pair, routing, masquerading, a bridge?
 
 Real pods of a real agent, real pods of the reference plugins, and one load program for all (benchmarks/netload.c).
-Measured where a nanosecond is an instruction of the whole machine: what a contender's own idle processes do counts too.
+Measured where a nanosecond is an instruction of the whole machine, with all contenders in it: what our agent does when
+idle meets all alike, and falls into single blocks of the load program.
 """
 
 from __future__ import annotations
