@@ -55,8 +55,12 @@ class RevokedEnds:
     def due(self, now_s: float) -> list[Effect]:
         """What to ask the kernel now."""
         asked: dict[Device, list[tuple[int, int]]] = {}
-        for key, end in self._ends.items():
-            if end.query is not None or end.check_s > now_s:
+        waiting = [(key, end) for key, end in self._ends.items() if end.query is None]
+        devices = {end.device for _, end in waiting if end.check_s <= now_s}
+        # One look at a device answers for all its queue pairs: what would be asked soon is asked with the rest.
+        soon_s = now_s + self._limits.first_check_s
+        for key, end in waiting:
+            if end.device not in devices or end.check_s > soon_s:
                 continue
             if end.device is None:
                 self._later(end, now_s)  # nothing can be asked; the entry goes with the pod

@@ -73,8 +73,8 @@ class Guard(Protocol):
 
     def set_guard(self, address: bytes, qpn: int, entry: GuardEntry) -> None: ...
 
-    def delete_guard(self, address: bytes, qpn: int) -> None:
-        """Succeeds where there is no such entry."""
+    def delete_guards(self, keys: Sequence[Key]) -> None:
+        """Those that are not there are passed over."""
 
     def guards(self) -> Mapping[Key, GuardEntry]: ...
 
@@ -385,12 +385,11 @@ class BrokerServer:
         return failure
 
     def _delete_guards(self, keys: tuple[Key, ...]) -> None:
-        for key in keys:
-            try:
-                self._guard.delete_guard(*key)
-            except RdmanetError as error:
-                self._guard_failures += 1
-                _log.error("guard entry of queue pair %d could not be deleted: %s", key[1], error)
+        try:
+            self._guard.delete_guards(keys)
+        except RdmanetError as error:
+            self._guard_failures += 1
+            _log.error("guard entries of queue pairs %s could not be deleted: %s", [qpn for _, qpn in keys], error)
 
     async def _find_holders(self, device: Device, queries: tuple[tuple[int, int], ...]) -> None:
         loop = asyncio.get_running_loop()

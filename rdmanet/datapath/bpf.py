@@ -32,7 +32,7 @@ BPF_FS_MAGIC = 0xCAFE4A11
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_GET_NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
 _PROG_TEST_RUN = 10
-_MAP_UPDATE_BATCH = 26
+_MAP_UPDATE_BATCH, _MAP_DELETE_BATCH = 26, 27
 _PROG_GET_FD_BY_ID = 13
 _OBJ_GET_INFO_BY_FD = 15
 
@@ -119,6 +119,23 @@ def update_batch(descriptor: int, keys: bytes, values: bytes, count: int) -> Non
     result, number = _call(_MAP_UPDATE_BATCH, attr)
     if result < 0:
         raise _failed("BPF_MAP_UPDATE_BATCH", f"map descriptor {descriptor}", number)
+
+
+def delete_batch(descriptor: int, keys: bytes, key_bytes: int) -> None:
+    """Removes the entries of these keys, one behind another; those that are not there are passed over."""
+    key_buffer, first, count = _buffer(keys), 0, len(keys) // key_bytes
+    while first < count:
+        place = ctypes.addressof(key_buffer) + first * key_bytes
+        attr = ctypes.create_string_buffer(
+            struct.pack("=QQQQIIQQ", 0, 0, place, 0, count - first, descriptor, ANY, 0), _ATTR_BYTES
+        )
+        result, number = _call_buffer(_MAP_DELETE_BATCH, attr)
+        if result >= 0:
+            return
+        if number != errno.ENOENT:
+            raise _failed("BPF_MAP_DELETE_BATCH", f"map descriptor {descriptor}", number)
+        # It says how many it has removed before the one that is not there.
+        first += struct.unpack_from("=I", attr, 32)[0] + 1
 
 
 def delete(descriptor: int, key: bytes) -> bool:

@@ -175,6 +175,11 @@ class Datapath:
         """Forgets the queue pair: it is unleased from now on."""
         self._delete("guard", layout.encode_guard_key(address, qpn))
 
+    def delete_guards(self, keys: Sequence[tuple[bytes, int]]) -> None:
+        """``delete_guard`` of many in one call."""
+        packed = b"".join([layout.encode_guard_key(*key) for key in keys])
+        bpf.delete_batch(self._pinned.maps["guard"], packed, layout.GUARD_KEY.size)
+
     def guards(self) -> dict[tuple[bytes, int], GuardEntry]:
         """By (address key, QPN)."""
         found = {}

@@ -24,12 +24,13 @@ class OpenDevice:
 
     def __init__(self, name: str):
         self.name = name
-        if name not in compat.device_names():
-            raise UnavailableError(_why_absent(name), operation="open", subject=name)
         try:
             with compat.call(f"the RDMA device {name} could not be opened", "ibv_open_device", name):
                 self.context = compat.Context(name=name)
         except VerbsError as error:
+            # Asked only now: to list the devices is most of what opening one costs.
+            if name not in compat.device_names():
+                raise UnavailableError(_why_absent(name), operation="open", subject=name) from error
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise UnavailableError(
                     f"this process may not open the RDMA device {name}: the container's device rules do not allow it",

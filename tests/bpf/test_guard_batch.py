@@ -31,5 +31,14 @@ def test_a_full_map_is_named_and_keeps_what_fits(bench: Bench) -> None:
     assert len(held) == GUARD_ENTRIES
     assert held[OWN, 16] == entries(1)[0][1]
     bench.datapath.set_guards(entries(10, GuardState.REVOKED))  # what is there can be changed
-    for key in held:
-        bench.datapath.delete_guard(*key)
+    bench.datapath.delete_guards(list(held))
+    assert bench.datapath.guards() == {}
+
+
+@pytest.mark.parametrize("there", [[], [0], [3], [0, 1, 5], [*range(8)]])
+def test_what_is_not_there_is_passed_over(bench: Bench, there: list[int]) -> None:
+    keys = [(OWN, 16 + number) for number in range(8)]
+    bench.datapath.set_guards([entries(8)[number] for number in there])
+    bench.datapath.set_guard(PEER, 99, entries(1)[0][1])
+    bench.datapath.delete_guards(keys)
+    assert set(bench.datapath.guards()) == {(PEER, 99)}

@@ -97,8 +97,9 @@ class MemoryGuard:
             raise BpfError(self.failure)
         self.entries[address, qpn] = entry
 
-    def delete_guard(self, address: bytes, qpn: int) -> None:
-        self.entries.pop((address, qpn), None)
+    def delete_guards(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self.entries.pop(key, None)
 
     def guards(self) -> Mapping[Key, GuardEntry]:
         return dict(self.entries)

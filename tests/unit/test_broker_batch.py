@@ -200,3 +200,19 @@ def test_each_is_claimed_on_its_own(world: World, train_0: Process, train_1: Pro
     new.advance(31)
     assert again_0.lost() == [*leases[60:]]
     assert [view.state for view in new.core.snapshot(0)] == ["granted"] * 60
+
+
+def test_one_look_answers_for_what_is_due_soon(world: World, train_0: Process, train_1: Process) -> None:
+    for qpn in (50, 51, 52):
+        train_0.connect("train-1:params", qpn)
+        train_1.accept(qpn + 300)
+    leases = sorted(int(view.lease, 16) for view in world.core.snapshot(0))
+    for lease in leases:
+        train_0.release(lease)
+        world.advance(0.2)
+    assert [len(e.queries) for e in world.asked] == [3, 3]  # per device, when the first was due
+    assert len(world.guard) == 6
+    world.holders.clear()
+    world.advance(1.1)
+    assert [len(e.queries) for e in world.asked] == [3, 3, 3, 3]
+    assert world.guard == {}
