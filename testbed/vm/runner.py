@@ -157,7 +157,9 @@ def run(
 
 def _compile_bytecode() -> None:
     """Bytecode for the guest, made while it boots: emulated, each source costs ten times as much to compile."""
-    folders = [str(folder) for name in ("rdmanet", "testbed", "benchmarks", "tests") if (folder := REPOSITORY / name).is_dir()]
+    folders = [
+        str(folder) for name in ("rdmanet", "testbed", "benchmarks", "tests") if (folder := REPOSITORY / name).is_dir()
+    ]
     argv = [sys.executable, "-m", "compileall", "-q", *folders]
     # What does not compile, or cannot be written, the guest's own Python will tell better.
     subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
