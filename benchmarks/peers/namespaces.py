@@ -53,12 +53,20 @@ class Pair:
 
 
 @contextlib.contextmanager
-def ours(name: str, mtu_bytes: int = MTU_BYTES) -> Iterator[Pair]:
-    """Two pods attached by an agent of their own, with its defaults."""
-    configuration = {"cniVersion": "1.1.0", "name": name, "type": "rdmanet", "rdma": True, "mtu": mtu_bytes}
-    with Host.scratch(name) as host, contextlib.ExitStack() as stack:
+def agent_host(name: str) -> Iterator[Host]:
+    """A scratch host with an agent and its defaults. One at a time: agents name devices by their own numbers, and in
+    shared mode a name is the machine's."""
+    with Host.scratch(name) as host:
         host.start_agent()
-        stack.callback(host.stop_agent)
+        yield host
+        host.stop_agent()
+
+
+@contextlib.contextmanager
+def ours(host: Host, name: str, mtu_bytes: int = MTU_BYTES) -> Iterator[Pair]:
+    """Two pods attached by the agent of `host`."""
+    configuration = {"cniVersion": "1.1.0", "name": name, "type": "rdmanet", "rdma": True, "mtu": mtu_bytes}
+    with contextlib.ExitStack() as stack:
         pods = [stack.enter_context(Pod.create(host, f"{name}-{end}")) for end in "ab"]
         for pod in pods:
             outcome = host.cni("ADD", pod, configuration)

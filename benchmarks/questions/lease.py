@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.peers import rdma_cm
-from benchmarks.peers.namespaces import End, Pair, ours
+from benchmarks.peers.namespaces import End, Pair, agent_host, ours
 from benchmarks.question import OURS, Goal, Place, Question, Run
 from rdmanet.errors import RdmanetError
 from testbed.paths import REPOSITORY
@@ -58,7 +58,8 @@ CASES = (
 def measure(run: Run) -> None:
     """Every way of leasing in turn with rdma_cm."""
     with contextlib.ExitStack() as stack:
-        pair = stack.enter_context(ours("lease"))
+        host = stack.enter_context(agent_host("lease"))
+        pair = stack.enter_context(ours(host, "lease"))
         server, client = (stack.enter_context(_library(end)) for end in (pair.server, pair.client))
         for case in (CASES[0], CASES[-1]):
             server.ask("hold", service=case.service, small=case.small)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.peers import perftest
-from benchmarks.peers.namespaces import MTU_BYTES, End, Pair, one_veth, ours, routed
+from benchmarks.peers.namespaces import MTU_BYTES, End, Pair, agent_host, one_veth, ours, routed
 from benchmarks.question import OURS, Goal, Place, Question, Run
 from rdmanet.errors import RdmanetError
 from testbed.paths import REPOSITORY
@@ -34,11 +34,6 @@ SIZES = {64: ("64B", 500, 2000), 4096: ("4KiB", 500, 1000), 65536: ("64KiB", 100
 SMOKE_OPERATIONS = 10
 #: One that sleeps and one that polls, a latency and a stream; not ib_send_lat, which stalls often on two processors.
 SMOKE_TESTS = ("read-lat", "write-bw")
-PATHS: dict[str, Callable[..., contextlib.AbstractContextManager[Pair]]] = {
-    OURS: ours,
-    "routed": routed,
-    "one veth": one_veth,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +71,13 @@ def measure(run: Run) -> None:
     """Every test over every path in turn, then the library against perftest."""
     wanted = cases(run)
     with contextlib.ExitStack() as stack:
+        host = stack.enter_context(agent_host("rdma"))
         pairs: dict[int, dict[str, Pair]] = {}
         for number, mtu_bytes in enumerate(sorted({case.mtu_bytes for case in wanted})):
             pairs[mtu_bytes] = {
-                path: stack.enter_context(make(f"{path[:2]}{number}", mtu_bytes)) for path, make in PATHS.items()
+                OURS: stack.enter_context(ours(host, f"ours{number}", mtu_bytes)),
+                "routed": stack.enter_context(routed(f"routed{number}", mtu_bytes)),
+                "one veth": stack.enter_context(one_veth(f"veth{number}", mtu_bytes)),
             }
             run.tell(f"pods with an MTU of {mtu_bytes} are there")
         pair = pairs[MTU_BYTES][OURS]
