@@ -16,13 +16,13 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from rdmanet import verbs
-from rdmanet.errors import RdmanetError
 from rdmanet.verbs import RemoteRegion
 from rdmanet.verbs.queue_pair import QueuePair
+from testbed.answering import Requests, answer_requests
 
 TIMEOUT_S = 60.0
 #: As small as the queues that cmtime asks for.
@@ -139,10 +139,10 @@ class Program:
         self._fresh.clear()
         return {}
 
-    async def answer(self, line: bytes) -> dict[str, Any]:
-        """Carry out one request."""
-        request = json.loads(line)
-        requests: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+    @property
+    def requests(self) -> Requests:
+        """What can be asked."""
+        return {
             "hello": self.hello,
             "serve": self.serve,
             "send": self.send,
@@ -151,20 +151,7 @@ class Program:
             "lease": self.lease,
             "drop": self.drop,
         }
-        do = requests[request.pop("do")]
-        try:
-            return {**await do(**request), "ok": True}
-        except RdmanetError as error:
-            return {"ok": False, "kind": type(error).__name__, "sentence": str(error)}
-
-
-async def main() -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    program = Program()
-    while line := await reader.readline():
-        print(json.dumps(await program.answer(line)), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(answer_requests(Program().requests))

@@ -18,13 +18,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rdmanet import verbs
-from rdmanet.errors import RdmanetError
 from rdmanet.model import IPAddress
 from rdmanet.verbs.queue_pair import QueuePair
+from testbed.answering import Requests, answer_requests
 
 ROUND_BYTES = 1 << 16
 TIMEOUT_S = 60.0
@@ -187,10 +186,10 @@ class Peer:
         stream, self._stream = self._stream, None
         return await stream.end()
 
-    async def answer(self, line: bytes) -> dict[str, Any]:
-        """Carry out one request."""
-        request = json.loads(line)
-        requests: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+    @property
+    def requests(self) -> Requests:
+        """What can be asked."""
+        return {
             "hello": self.hello,
             "serve": self.serve,
             "connect": self.connect,
@@ -199,22 +198,7 @@ class Peer:
             "stream_reach": self.stream_reach,
             "stream_end": self.stream_end,
         }
-        do = requests[request.pop("do")]
-        try:
-            return {**await do(**request), "ok": True}
-        except RdmanetError as error:
-            return {"ok": False, "kind": type(error).__name__, "sentence": str(error)}
-        except TimeoutError:
-            return {"ok": False, "kind": "TimeoutError", "sentence": f"{line.decode().strip()} is not done in time"}
-
-
-async def main() -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    peer = Peer()
-    while line := await reader.readline():
-        print(json.dumps(await peer.answer(line)), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(answer_requests(Peer().requests))
