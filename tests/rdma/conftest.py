@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from testbed.host import Host
 from testbed.kernel import why_not_here
 from testbed.pod import Pod
 from testbed.session import end_session
+from tests.rdma import lease_lab
+from tests.rdma.lease_lab import Lab
 
 SCRATCH_NETNS = Path("/run/netns/rxe-test")
 
@@ -67,3 +69,18 @@ def scratch_netns() -> Iterator[Path]:
     subprocess.run(["ip", "netns", "add", SCRATCH_NETNS.name], check=True)
     yield SCRATCH_NETNS
     subprocess.run(["ip", "netns", "delete", SCRATCH_NETNS.name], check=True)
+
+
+@pytest.fixture(scope="module")
+def pods() -> Iterator[Lab]:
+    """Made outside of any event loop: netlink sockets have one of their own."""
+    with lease_lab.lab() as made:
+        yield made
+
+
+@pytest.fixture
+async def lab(pods: Lab) -> AsyncIterator[Lab]:
+    """The pods with a fresh broker."""
+    await pods.start_broker()
+    yield pods
+    await pods.stop_broker()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import pytest
@@ -16,7 +16,6 @@ from rdmanet.model import GuardState, address_key
 from rdmanet.netlink.nldev import RdmaSocket
 from rdmanet.verbs import RemoteRegion
 from rdmanet.verbs.queue_pair import QueuePair
-from tests.rdma import lease_lab
 from tests.rdma.lease_lab import Baton, Lab
 
 T = TypeVar("T")
@@ -24,20 +23,10 @@ U = TypeVar("U")
 COUNT = 64
 
 
-@pytest.fixture(scope="module")
-def pods() -> Iterator[Lab]:
-    """Made outside of any event loop: netlink sockets have one of their own."""
-    with lease_lab.lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def lab(pods: Lab) -> AsyncIterator[Lab]:
-    """The pods with a fresh broker."""
+@pytest.fixture(autouse=True)
+def room_for_batches(pods: Lab) -> None:
+    """More leases than the lab's pods may have otherwise."""
     pods.directory.max_leases = 2 * COUNT
-    await pods.start_broker()
-    yield pods
-    await pods.stop_broker()
 
 
 async def batch(

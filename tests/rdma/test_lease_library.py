@@ -10,7 +10,6 @@ import hashlib
 import ipaddress
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,25 +19,9 @@ from rdmanet.model import address_key
 from rdmanet.netlink.nldev import RdmaSocket
 from rdmanet.verbs import Options, RemoteRegion
 from rdmanet.verbs.queue_pair import QueuePair
-from tests.rdma import lease_lab
 from tests.rdma.lease_lab import Baton, Lab, pair
 
 pytestmark = pytest.mark.both_modes
-
-
-@pytest.fixture(scope="module")
-def pods() -> Iterator[Lab]:
-    """Made outside of any event loop: netlink sockets have one of their own."""
-    with lease_lab.lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def lab(pods: Lab) -> AsyncIterator[Lab]:
-    """The pods with a fresh broker."""
-    await pods.start_broker()
-    yield pods
-    await pods.stop_broker()
 
 
 async def test_a_write_arrives_whole(lab: Lab) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -18,7 +18,6 @@ from rdmanet.errors import InputError, LeaseRefusedError, LeaseRevokedError, Una
 from rdmanet.model import GuardState
 from rdmanet.verbs import Options, RemoteRegion
 from rdmanet.verbs.queue_pair import QueuePair
-from tests.rdma import lease_lab
 from tests.rdma.lease_lab import Baton, Lab, PodProcess, pair
 
 #: A peer in a process of its own, which listens and then waits to be killed.
@@ -51,21 +50,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(scope="module")
-def pods() -> Iterator[Lab]:
-    """Made outside of any event loop: netlink sockets have one of their own."""
-    with lease_lab.lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def lab(pods: Lab) -> AsyncIterator[Lab]:
-    """The pods with a fresh broker."""
-    await pods.start_broker()
-    yield pods
-    await pods.stop_broker()
 
 
 # Refusals
