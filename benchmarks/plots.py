@@ -19,7 +19,7 @@ from benchmarks.results import Comparison
 WIN, LOSS, EVEN, GOAL, PEER = "#009E73", "#D55E00", "#999999", "#000000", "#56B4E9"
 BAND = "#F3F3F3"
 #: More panels than this do not fit a page; the rest of the cases is in the samples.
-MOST_PANELS = 24
+MOST_PANELS = 30
 #: A panel's axis is logarithmic where one contender costs so many times as much as another.
 LINEAR_UP_TO = 10
 #: Fewer samples are drawn as the dots that they are, as well.
