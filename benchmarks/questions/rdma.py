@@ -4,7 +4,8 @@ perftest inside our pods (`rdmanet`), in two namespaces that the host routes bet
 two namespaces with one veth pair between them (`one veth`, the limit): benchmarks/peers/namespaces.py makes them,
 benchmarks/peers/perftest.py says how perftest is told to be event-driven, and why ``write-lat`` is ib_write_bw with one
 request at a time. The MTU is 1500 everywhere (RoCE's path MTU is then 1024), 9000 (4096) in ``mtu-9000``; IPv4, but for
-``ipv6``. With instructions counted a nanosecond is one, and a value repeats within 0.5 %.
+``ipv6``. With instructions counted a nanosecond is one. A value repeats within 0.5 % where perftest polls, 1 % where it
+sleeps; streams of 64 bytes vary by a tenth with the number of packets that the kernel takes in one go, on every path.
 
 ``python`` is `rdmanet.verbs` from Python against perftest's C between the same two of our pods: ``send-lat`` is half of
 a message there and back, ``write-lat`` one WRITE that is waited for.
