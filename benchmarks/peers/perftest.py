@@ -17,14 +17,13 @@ from pathlib import Path
 from benchmarks.peers.namespaces import Pair
 from rdmanet.errors import UnavailableError
 from testbed.container import CommandError, Completed, cgroup2_root
-from testbed.demo.rdma import wait_for_line
+from testbed.demo.rdma import last_figures, wait_for_line
 from testbed.paths import BUILD
 
 LISTENING = "Waiting for client"
 #: perftest 4.5's ib_send_lat takes one completion per event: when two come with one it waits for ever, on any path.
 STALLED_S = 10.0
 ATTEMPTS = 8
-FEWEST_COLUMNS = 5
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -69,7 +68,7 @@ def cost_us(pair: Pair, name: str, size_bytes: int, iterations: int, version: in
                 raise
     else:
         raise UnavailableError(f"{TESTS[name].program} stalled {ATTEMPTS} times in a row", subject=name)
-    figures = _figures(done, size_bytes)
+    figures = last_figures(done)
     if TESTS[name].latency:
         return figures[5] / _clock_mhz()
     mib_s, million_per_s = figures[3], figures[4]
@@ -104,15 +103,6 @@ def _run(pair: Pair, test: Test, size_bytes: int, iterations: int, version: int)
             raise CommandError(f"ended with status {done.returncode}: {said!r}", done)
         server.wait(STALLED_S)
     return done
-
-
-def _figures(done: Completed, size_bytes: int) -> list[float]:
-    """The row of its table; the standard deviation in it may be nan, for rounding."""
-    for line in reversed(done.stdout.splitlines()):
-        fields = line.split()
-        if len(fields) >= FEWEST_COLUMNS and fields[0] == str(size_bytes):
-            return [float(field) for field in fields]
-    raise CommandError(f"printed no figures: {done.stdout[-300:]!r}", done)
 
 
 @contextlib.contextmanager

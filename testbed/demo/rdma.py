@@ -115,10 +115,10 @@ def wait_for_line(process: Process, text: str, timeout_s: float) -> None:
 
 
 def last_figures(done: Completed) -> list[float]:
-    """The numbers of a perftest table's last row."""
+    """The numbers of a perftest table's last row. The standard deviation may be nan, for perftest's rounding."""
     for line in reversed(done.stdout.splitlines()):
         fields = line.split()
-        if len(fields) >= FEWEST_COLUMNS and all(re.fullmatch(r"\d+(\.\d+)?", field) for field in fields):
+        if len(fields) >= FEWEST_COLUMNS and all(re.fullmatch(r"\d+(\.\d+)?|-?nan", field) for field in fields):
             return [float(field) for field in fields]
     raise StepError(f"{done.argv[0]} printed no figures")
 

@@ -75,5 +75,7 @@ LATENCY = """
 
 def test_last_figures() -> None:
     assert last_figures(Completed(("ib_send_lat",), 0, LATENCY, "", 1.0))[:5] == [2, 200, 310.11, 2903.32, 402.75]
+    rounded = LATENCY.replace("220.35", "-nan")
+    assert last_figures(Completed(("ib_send_lat",), 0, rounded, "", 1.0))[4] == 402.75
     with pytest.raises(StepError, match="ib_send_lat printed no figures"):
         last_figures(Completed(("ib_send_lat",), 0, "Unable to connect\n", "", 1.0))
