@@ -38,7 +38,7 @@ packages() {
 	# what benchmarks/ compares with
 	echo containernetworking-plugins iptables
 	# the test kernel and its virtual machine
-	if ! kernel_has_rxe; then echo qemu-system-x86 busybox-static cpio zstd; fi
+	if ! kernel_has_rxe; then echo qemu-system-x86 busybox-static cpio zstd e2fsprogs; fi
 }
 
 # Only where the running kernel can give a namespace its own rxe is no virtual machine needed (7.1 and later).
