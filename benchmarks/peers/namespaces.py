@@ -35,11 +35,12 @@ class End:
 
     def gid_index(self, version: int) -> int:
         """Where its device's GID table has its address; NotFoundError while it has not."""
-        wanted = ipaddress.IPv6Address(address_key(self.addresses[version])).exploded
+        wanted = ipaddress.IPv6Address(address_key(self.addresses[version]))
         gids = SYSFS / "infiniband" / self.device / "ports/1/gids"
         for index in range(len(list(gids.iterdir()))):
             with contextlib.suppress(OSError):  # an empty place
-                if (gids / str(index)).read_text().strip() == wanted:
+                # As numbers: Python writes the end of a mapped IPv4 address with dots since 3.13, the kernel does not.
+                if ipaddress.IPv6Address((gids / str(index)).read_text().strip()) == wanted:
                     return index
         raise NotFoundError(f"{self.device} has no GID {wanted}", subject=self.pod.name)
 
