@@ -33,7 +33,8 @@ ATTEMPTS = 20
 def ready_us(pair: Pair, connections: int) -> float:
     """Microseconds per connection, from asking to ready to send, of so many that are made together.
 
-    cmtime takes each step for all connections before the next; the steps' times are added. UnavailableError when the
+    cmtime takes each step for all connections before the next; the steps' times are added. Since 56 it makes and ends
+    one connection before those that it times: its first is then as warm as the others. UnavailableError when the
     server does not listen, CommandError when cmtime fails or prints something else.
     """
     address = pair.server.addresses[4]
