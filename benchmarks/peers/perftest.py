@@ -55,23 +55,37 @@ TESTS = {
 def cost_us(pair: Pair, name: str, size_bytes: int, iterations: int, version: int = 4) -> float:
     """Microseconds per operation of `TESTS[name]`: latency tests' average, or the time per message of a stream.
 
-    Addresses of IP `version` are used. A run that stalls is made again; UnavailableError when all do, CommandError
-    when a tool fails.
+    Addresses of IP `version` are used. A run that stalls, or that could not tell the clock's rate, is made again;
+    UnavailableError when all do, CommandError when a tool fails.
     """
+    why = "stalled"
     for _ in range(ATTEMPTS):
         try:
             with _idle() if TESTS[name].polls else contextlib.nullcontext():
                 done = _run(pair, TESTS[name], size_bytes, iterations, version)
-            break
         except (TimeoutError, CommandError) as error:
             if isinstance(error, CommandError) and error.completed.returncode is not None:
                 raise
-    else:
-        raise UnavailableError(f"{TESTS[name].program} stalled {ATTEMPTS} times in a row", subject=name)
-    figures = last_figures(done)
-    if TESTS[name].latency:
-        return figures[5] / _clock_mhz()
+            why = "stalled"
+            continue
+        found_us = each_us(TESTS[name], size_bytes, last_figures(done))
+        if found_us is not None:
+            return found_us
+        why = "printed nothing but zeros"
+    raise UnavailableError(f"{TESTS[name].program} failed {ATTEMPTS} times in a row; the last one {why}", subject=name)
+
+
+def each_us(test: Test, size_bytes: int, figures: list[float]) -> float | None:
+    """Microseconds per operation in a tool's table; None where it printed zeros.
+
+    It measures the rate of the clock before it starts, and takes 0 for it when its samples do not lie on a line
+    (perftest, get_clock.c, sample_get_cpu_mhz), as on a busy machine: every rate is 0 then.
+    """
+    if test.latency:
+        return figures[5] / _clock_mhz() or None
     mib_s, million_per_s = figures[3], figures[4]
+    if not mib_s and not million_per_s:
+        return None
     # They are printed with two and six digits: take the one with more of them.
     return 1 / million_per_s if million_per_s * 1e6 > mib_s * 1e2 else size_bytes / (1 << 20) / mib_s * 1e6
 

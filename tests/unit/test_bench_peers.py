@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from benchmarks.peers import namespaces
+from benchmarks.peers import namespaces, perftest
 from benchmarks.peers.namespaces import End
 from benchmarks.peers.rdma_cm import connected_us
 from rdmanet.errors import NotFoundError
@@ -98,3 +98,17 @@ def test_gid_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert end.gid_index(6) == 2
     with pytest.raises(NotFoundError, match="rxe0 has no GID"):
         End(pod, "rxe0", {4: "10.213.0.4"}).gid_index(4)
+
+
+@pytest.mark.parametrize(
+    ("figures", "each_us"),
+    [
+        # bytes, iterations, peak MiB/s, average MiB/s, million messages per second
+        pytest.param([65536, 10, 0.0, 20.0, 0.000320], 1 / 0.000320, id="more digits in messages"),
+        pytest.param([65536, 10, 0.0, 0.05, 0.000001], 1.25e6, id="more digits in bytes"),
+        pytest.param([65536, 10, 0.0, 0.0, 0.0], None, id="no clock, no rates"),
+    ],
+)
+def test_stream_of_perftest_per_message(figures: list[float], each_us: float | None) -> None:
+    found = perftest.each_us(perftest.TESTS["write-bw"], 65536, figures)
+    assert found == (None if each_us is None else pytest.approx(each_us))
