@@ -1,8 +1,6 @@
 # The two commands of a newcomer: `make demo` and `make test` (./make.sh demo where make is not installed yet).
 # Both set up what they need first; CONTRIBUTING.md and docs/testing.md tell more.
 PYTHON := .venv/bin/python
-# A command that runs where network namespaces have rxe devices of their own: here, or in the virtual machine.
-WITH_RXE := $(PYTHON) -m testbed.vm run --if-needed
 
 # More for podman build; where a proxy signs: IMAGE_FLAGS="-v /etc/ssl/certs:/etc/ssl/certs:ro".
 IMAGE_FLAGS ?=
@@ -17,7 +15,7 @@ help:
 	@echo "make check    ruff, mypy, clang-format"
 	@echo "make format   let ruff and clang-format write"
 	@echo "make bench    every path against what else there is: [ONLY=cni,rdma] [QUICK=1: 10 minutes] [KEEP=1: into RESULTS.md]"
-	@echo "make accept   the slow acceptance runs"
+	@echo "make accept   the slow proofs, at full size: [ONLY=rdma] [ROWS=pool,ucx]"
 	@echo "make image    the container image of agent and command line"
 	@echo "make clean    remove what was built, keep downloads; make distclean removes those too"
 
@@ -40,8 +38,7 @@ bench: setup
 	@$(PYTHON) -m benchmarks.bench --only "$(ONLY)" --effort $(if $(QUICK),quick,full) $(if $(KEEP),--keep)
 
 accept: setup
-	@if [ -d benchmarks/$@ ] || [ -f benchmarks/$@.py ]; then $(WITH_RXE) -- $(PYTHON) -m benchmarks.$@; \
-	else echo "make $@: benchmarks/$@ does not exist yet"; exit 1; fi
+	@$(PYTHON) -m benchmarks.accept --only "$(ONLY)" --rows "$(ROWS)"
 
 image:
 	podman build --network host --cap-add CAP_SYS_ADMIN $(IMAGE_FLAGS) -t rdmanet:test .

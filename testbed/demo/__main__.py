@@ -11,10 +11,11 @@ from rdmanet.errors import RdmanetError
 from rdmanet.model import RdmaMode
 from testbed import kernel
 from testbed.demo import network, rdma
-from testbed.demo.rows import STEPS, Figure, Row, measure, passed, show, verdict, write
+from testbed.demo.rows import STEPS, passed, verdict
 from testbed.demo.world import World
 from testbed.paths import BUILD
 from testbed.progress import heartbeat, say
+from testbed.rows import Figure, Row, measure, show, write
 from testbed.session import end_session
 
 RESULT = BUILD / "demo.json"

@@ -7,11 +7,11 @@ from statistics import median
 from typing import Any
 
 from testbed import cni_spec
-from testbed.demo.rows import Figure, need
 from testbed.demo.world import FAMILIES, PODS, World
 from testbed.host import DUMP
 from testbed.outside import FAR_IPV4, FAR_IPV6, HOST_IPV4, HOST_IPV6
 from testbed.pod import Pod
+from testbed.rows import Figure, need
 
 VERIFIED_BYTES = 1 << 20
 PROBE_BYTES = 32 << 20

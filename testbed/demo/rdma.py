@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 from testbed.container import CommandError, Completed, Process
-from testbed.demo.rows import Figure, StepError, need
 from testbed.demo.world import SERVICE, TRAINERS, Clock, World
 from testbed.host import diff
 from testbed.paths import BUILD
 from testbed.peer import PeerError
+from testbed.rows import Figure, StepError, need
 
 LEASE_BYTES = 64_000_000
 TARGET = f"train-1:{SERVICE}"

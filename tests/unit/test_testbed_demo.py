@@ -10,7 +10,8 @@ import pytest
 from rdmanet.errors import UnavailableError
 from testbed.container import Completed
 from testbed.demo.rdma import last_figures
-from testbed.demo.rows import STEPS, Figure, Row, StepError, measure, need, passed, text, verdict, write
+from testbed.demo.rows import STEPS, passed, verdict
+from testbed.rows import Figure, Row, StepError, measure, need, text, write
 
 GOOD = [Row(step, True, 1.0, "ms", "") for step in STEPS]
 
