@@ -35,6 +35,8 @@ packages() {
 	echo python3 python3-venv python3-bpfcc python3-pyverbs gcc libc6-dev musl-tools make
 	# user space of network and RDMA, and the unmodified programs that the tests run
 	echo iproute2 iputils-ping kmod procps rdma-core ibverbs-providers ibverbs-utils rdmacm-utils perftest iperf3
+	# UCX and MPI over it, and the tests of rdma-core itself (python3-pyverbs has them among its documentation)
+	echo ucx-utils openmpi-bin python3-mpi4py
 	# what benchmarks/ compares with
 	echo containernetworking-plugins iptables
 	# the test kernel and its virtual machine
