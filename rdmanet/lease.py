@@ -1,12 +1,13 @@
 """The messages that the pod-side library and the broker exchange about leases.
 
 One JSON object per WebSocket text message, at most :data:`MAX_MESSAGE_BYTES` bytes (docs/verbs.md, "The
-protocol"). A request carries ``id`` and is answered by ``reply`` or ``error`` with the same id; ``incoming`` and
-``revoked`` are pushed. Every message is a frozen dataclass whose FIELDS say how each attribute is read and
-written; the JSON keys are the attributes' names.
+protocol"). A request carries ``id`` and is answered by ``reply`` or ``error`` with the same id; ``incoming``,
+``revoked`` and ``device`` are pushed. Every message is a frozen dataclass whose FIELDS say how each attribute is read
+and written; the JSON keys are the attributes' names.
 
 Leases are asked for in batches of 1 to :data:`MAX_BATCH` queue pairs. ``lease`` of a batch's messages is its first
-lease; the others follow it without a gap, in the order of the queue pairs.
+lease; the others follow it without a gap, in the order of the queue pairs. A UD queue pair is leased alone, and again
+for each peer.
 
 Parsing is strict: unknown or repeated keys, wrong types and values out of bounds raise RequestError with a
 sentence. Lease ids are written as 16 hexadecimal digits, since JSON numbers above 2**53 are not safe everywhere;
@@ -24,10 +25,10 @@ from typing import Any, ClassVar, NamedTuple
 from rdmanet.codec import Codec, Fields, integer, integers, optional, pair_of, text_like, tuple_of
 from rdmanet.codec import Json as Json
 from rdmanet.errors import RequestError
-from rdmanet.model import DEFAULT_NAMESPACE, IPAddress, PodName, address_key, address_of
+from rdmanet.model import DEFAULT_NAMESPACE, IPAddress, PodName, Transport, address_key, address_of
 
 #: Version of this protocol; a broker refuses a ``hello`` with another one.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 #: Longest message either side sends or reads.
 MAX_MESSAGE_BYTES = 4096
 #: Most queue pairs in one ``connect``, and leases in one ``claim``, ``release`` or ``revoked``; more need several.
@@ -106,10 +107,18 @@ def _decode_address(value: object, what: str) -> IPAddress:
         raise RequestError(f"{what} must be an IP address: {error}"[:200]) from error
 
 
+def _decode_transport(value: object, what: str) -> Transport:
+    if not isinstance(value, str) or value not in tuple(Transport):
+        raise RequestError(f"{what} must be one of {', '.join(Transport)}")
+    return Transport(value)
+
+
 _ID = integer(0, 2**53 - 1)
 #: QPN 0 and 1 are management, 0xffffff is multicast (InfiniBand 3.5.10).
 QPNS = (2, 2**24 - 2)
 _QPN = integer(*QPNS)
+#: The kernel keeps the upper half for privileged users.
+QKEYS = (0, 2**31 - 1)
 _LEASE = Codec(_decode_lease, lease_text)
 _LEASES = tuple_of(_LEASE, MAX_BATCH, 1)
 _SENTENCE = Codec(_decode_sentence, sentence_of)
@@ -117,6 +126,7 @@ _POD = Codec(_decode_pod, str)
 _NAME = text_like(_SERVICE.pattern)
 _ADDRESS = Codec(_decode_address, str)
 _GID_TEXT = text_like(r"[0-9a-f]{32}")
+_TRANSPORT = Codec(_decode_transport, str)
 _GID = Codec(lambda value, what: bytes.fromhex(_GID_TEXT.decode(value, what)), lambda gid: gid.hex())
 
 
@@ -168,17 +178,25 @@ class Ends(Fields):
         "mtu_bytes": Codec(_decode_mtu),
         "qpns": integers(*QPNS, MAX_BATCH),
         "psns": integers(0, 2**24 - 1, MAX_BATCH),
+        "transport": _TRANSPORT,
+        "qkey": optional(integer(*QKEYS)),
     }
     gid: bytes  # 16 bytes: the pod's address key, which is its RoCE GID
     mtu_bytes: int  # largest path MTU of this side; the smaller of both is used
     qpns: tuple[int, ...]  # one per lease
     psns: tuple[int, ...]  # of each the first packet sequence number that it sends
+    transport: Transport = Transport.RC
+    qkey: int | None = None  # of a UD queue pair: who sends to it must name this (InfiniBand 3.5.3)
 
     @classmethod
     def from_json(cls, value: object) -> Ends:
         ends = super().from_json(value)
         if len(ends.qpns) != len(ends.psns) or len(set(ends.qpns)) != len(ends.qpns):
             raise RequestError("'qpns' and 'psns' of ends must be as many, and 'qpns' all different")
+        if (ends.qkey is None) is (ends.transport is Transport.UD):
+            raise RequestError("'qkey' of ends is for transport ud, and must be there for it")
+        if ends.transport is Transport.UD and len(ends.qpns) != 1:
+            raise RequestError(f"'qpns' of ends with transport ud must be one, not {len(ends.qpns)}")
         return ends
 
     @property
@@ -202,19 +220,23 @@ class Hello(Fields):
 
 @dataclass(frozen=True)
 class Listen(Fields):
-    """Let others connect to ``service`` of this pod."""
+    """Let others connect to ``service`` of this pod with queue pairs of this transport."""
 
     TYPE = "listen"
-    FIELDS: ClassVar = {"id": _ID, "service": _NAME}
+    FIELDS: ClassVar = {"id": _ID, "service": _NAME, "transport": _TRANSPORT}
     id: int
     service: str
+    transport: Transport = Transport.RC
 
 
 @dataclass(frozen=True)
-class Unlisten(Listen):
+class Unlisten(Fields):
     """Take a Listen back; leases made through it live on."""
 
     TYPE = "unlisten"
+    FIELDS: ClassVar = {"id": _ID, "service": _NAME}
+    id: int
+    service: str
 
 
 @dataclass(frozen=True)
@@ -331,7 +353,18 @@ class Revoked(Fields):
     sentence: str
 
 
-Answer = Reply | Refusal | Incoming | Revoked
+@dataclass(frozen=True)
+class DeviceState(Fields):
+    """Pushed: the pod's device cannot be used any more, and why; or, without a sentence, it can be used again. Leases
+    that it had are over."""
+
+    TYPE = "device"
+    FIELDS: ClassVar = {"sentence": optional(_SENTENCE)}
+    sentence: str | None
+
+
+Pushed = Incoming | Revoked | DeviceState
+Answer = Reply | Refusal | Pushed
 
 
 @dataclass(frozen=True)
@@ -344,11 +377,17 @@ class HelloReply(Fields):
         "device": optional(text_like(r"[A-Za-z0-9_.\-]{1,63}")),
         "addresses": tuple_of(_ADDRESS, 16),
         "max_leases": integer(0, 2**31 - 1),
+        "traffic_class": integer(0, 255),
+        "service_level": integer(0, 7),
+        "unhealthy": optional(_SENTENCE),
     }
     pod: PodName
     device: str | None  # name of its RDMA device
     addresses: tuple[IPAddress, ...]  # the pod's own, IPv4 first: look the GID index up by one of these
     max_leases: int
+    traffic_class: int = 0  # for the address vectors of its queue pairs (InfiniBand 8.2.2): its bandwidth class
+    service_level: int = 0
+    unhealthy: str | None = None  # why its device cannot be used now
 
 
 @dataclass(frozen=True)
@@ -373,7 +412,7 @@ class ClaimReply(Fields):
 
 
 _REQUESTS = {m.TYPE: m for m in (Hello, Listen, Unlisten, Connect, Accept, Reject, Claim, Release)}
-_ANSWERS = {m.TYPE: m for m in (Reply, Refusal, Incoming, Revoked)}
+_ANSWERS = {m.TYPE: m for m in (Reply, Refusal, Incoming, Revoked, DeviceState)}
 
 
 def dump(message: Request | Answer) -> str:

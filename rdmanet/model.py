@@ -56,6 +56,14 @@ class GuardState(enum.StrEnum):
 
     GRANTED = "granted"
     REVOKED = "revoked"
+    DATAGRAM = "datagram"  # a leased UD queue pair: who may send to it has entries of its own
+
+
+class Transport(enum.StrEnum):
+    """The transport service of a queue pair (InfiniBand 3.2.2)."""
+
+    RC = "rc"  # reliable connection: one peer
+    UD = "ud"  # unreliable datagram: many peers, one lease with each
 
 
 class AttachmentState(enum.StrEnum):

@@ -22,8 +22,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from rdmanet import lease as wire
 from rdmanet.broker import rules
+from rdmanet.broker.claims import Claims
 from rdmanet.broker.revoked import RevokedEnds, queries
-from rdmanet.broker.table import Batch, Claiming, Connection, Lease, LeaseTable, Phase, Side, adoptable
+from rdmanet.broker.table import Batch, Connection, Lease, LeaseTable, Phase, Side, adoptable
 from rdmanet.broker.values import (
     Cause,
     Close,
@@ -31,8 +32,8 @@ from rdmanet.broker.values import (
     DeleteGuard,
     Directory,
     Effect,
-    FindHolders,
     Granted,
+    Greeted,
     Key,
     LeaseView,
     Limits,
@@ -46,7 +47,7 @@ from rdmanet.broker.values import (
 )
 from rdmanet.errors import RequestError
 from rdmanet.lease import pod_text
-from rdmanet.model import Device, GuardEntry, GuardState, PodName, address_of
+from rdmanet.model import GuardEntry, GuardState, PodName, address_of
 
 
 class BrokerCore:
@@ -69,7 +70,7 @@ class BrokerCore:
         self._leases = LeaseTable(random_id)
         self._queries = queries()
         self._revoked = RevokedEnds(self._limits, self._queries)
-        self._claims: dict[int, Claiming] = {}  # query → the claim that waits for it
+        self._claims = Claims(self._connections, self._leases, self._queries, self.counts)
 
     # What the server reports
 
@@ -122,7 +123,7 @@ class BrokerCore:
                     return self._accept(connection, view, batch, request, now_s)
                 return self._reject(connection, batch, request, now_s)
             case wire.Claim():
-                return self._claim(connection, state, request)
+                return self._claims.ask(connection, state, request)
             case wire.Release():
                 return self._release(connection, state, request, now_s)
 
@@ -166,9 +167,9 @@ class BrokerCore:
         effects: list[Effect] = []
         gone = []
         for query, pid in holders.items():
-            claim = self._claims.pop(query, None)
-            if claim is not None:
-                effects += self._claim_decided(claim, query, pid)
+            claimed = self._claims.holder_found(query, pid)
+            if claimed is not None:
+                effects += claimed
             elif (key := self._revoked.holder_found(query, pid, now_s)) is not None:
                 gone.append(key)
         return [*effects, DeleteGuard(tuple(gone))] if gone else effects
@@ -176,15 +177,12 @@ class BrokerCore:
     def holders_unknown(self, queries: Iterable[int], now_s: float) -> list[Effect]:
         """FindHolders could not be answered: what depends on it is asked again later."""
         effects: list[Effect] = []
-        sentence = "the kernel's list of queue pairs could not be read; claim again"
         for query in queries:
-            claim = self._claims.pop(query, None)
-            if claim is not None:
-                for other in claim.waiting:
-                    self._claims.pop(other, None)
-                effects.append(error(claim.connection, claim.request_id, Reason.UNAVAILABLE, sentence))
-            else:
+            refused = self._claims.holder_unknown(query)
+            if refused is None:
                 self._revoked.holder_unknown(query, now_s)
+            else:
+                effects += refused
         return effects
 
     def adopt(self, guards: Mapping[Key, GuardEntry], now_s: float) -> list[Effect]:
@@ -220,6 +218,29 @@ class BrokerCore:
             if state.cookie == cookie:
                 effects += [*self.disconnected(connection, now_s), Close(connection, sentence)]
         return effects + self._revoked.addresses_gone(addresses)
+
+    def device_gone(self, cookie: int, sentence: str, now_s: float) -> list[Effect]:
+        """The device of the pod in this network namespace cannot be used any more: its leases are over, and its
+        processes are told why. Its view says so from now on (``PodView.unhealthy``)."""
+        effects = self._tell_of_device(cookie, sentence)
+        connections = {number for number, state in self._connections.items() if state.cookie == cookie}
+        view = self._directory.by_cookie(cookie)
+        addresses = () if view is None else view.addresses
+        ended = [
+            lease
+            for lease in self._leases
+            if any(s.connection in connections or (s.key is not None and s.key[0] in addresses) for s in lease.sides)
+        ]
+        return effects + self._end(ended, Cause.DEVICE_GONE, Reason.NO_DEVICE, sentence, now_s)
+
+    def device_back(self, cookie: int) -> list[Effect]:
+        """It can be used again."""
+        return self._tell_of_device(cookie, None)
+
+    def _tell_of_device(self, cookie: int, sentence: str | None) -> list[Effect]:
+        message = wire.DeviceState(None if sentence is None else wire.sentence_of(sentence))
+        told = [number for number, state in self._connections.items() if state.cookie == cookie and state.greeted]
+        return [Send(number, message) for number in told]
 
     def tick(self, now_s: float) -> list[Effect]:
         """Time has passed: end what is overdue, ask the kernel about revoked queue pairs."""
@@ -260,15 +281,24 @@ class BrokerCore:
             )
             return [error(connection, request.id, Reason.VERSION, sentence)]
         state.greeted = True
-        device = view.device.name if view.device else None
-        answer = wire.HelloReply(view.name, device, tuple(map(address_of, view.addresses)), view.max_leases)
-        return [reply(connection, request.id, answer.to_json())]
+        answer = wire.HelloReply(
+            view.name,
+            view.device.name if view.device else None,
+            tuple(map(address_of, view.addresses)),
+            view.max_leases,
+            view.traffic_class,
+            view.service_level,
+            view.unhealthy,
+        )
+        return [reply(connection, request.id, answer.to_json()), Greeted(state.cookie, state.pid)]
 
     def _listen(self, connection: int, state: Connection, view: PodView, request: wire.Listen) -> list[Effect]:
         place = (view.name, request.service)
         name = pod_text(view.name)
         if view.device is None:
             return [error(connection, request.id, Reason.NO_DEVICE, wire.no_device(view.name))]
+        if view.unhealthy is not None:
+            return [error(connection, request.id, Reason.NO_DEVICE, view.unhealthy)]
         if place in self._listening:
             sentence = f"a process of {name} listens on {request.service} already"
             return [error(connection, request.id, Reason.CONFLICT, sentence)]
@@ -367,52 +397,6 @@ class BrokerCore:
             *self._end(found, Cause.RELEASED, Reason.PEER_GONE, sentence, now_s, by=connection),
             reply(connection, request.id),
         ]
-
-    def _claim(self, connection: int, state: Connection, request: wire.Claim) -> list[Effect]:
-        claim = Claiming(connection, request.id, {})
-        asked: dict[Device, list[tuple[int, int]]] = {}
-        for item in request.leases:
-            lease = self._leases.get(item.lease)
-            side = next(
-                (
-                    s
-                    for s in (lease.sides if lease is not None else ())
-                    if s.connection is None and s.pod == state.pod and s.key is not None and s.key[1] == item.qpn
-                ),
-                None,
-            )
-            if lease is None or side is None:
-                claim.lost.append(item.lease)
-                continue
-            query = next(self._queries)
-            claim.waiting[query] = (lease, side)
-            self._claims[query] = claim
-            asked.setdefault(side.device, []).append((query, item.qpn))
-        effects: list[Effect] = [FindHolders(device, tuple(queries)) for device, queries in asked.items()]
-        return effects + self._claim_answer(claim)
-
-    def _claim_decided(self, claim: Claiming, query: int, pid: int | None) -> list[Effect]:
-        lease, side = claim.waiting.pop(query)
-        state = self._connections.get(claim.connection)
-        if state is None:
-            return []
-        # Where the kernel cannot say whose the queue pair is, pod, QPN and the lease's secret id have to do.
-        if pid in (state.pid, 0) and lease.id in self._leases and side.connection is None:
-            side.connection, side.pid = claim.connection, state.pid
-            state.leases.add(lease.id)
-            claim.claimed.append(lease.id)
-            self.counts.claimed += 1
-            if all(s.connection is not None for s in lease.sides):
-                self._leases.no_deadline(lease)
-        else:
-            claim.lost.append(lease.id)
-        return self._claim_answer(claim)
-
-    def _claim_answer(self, claim: Claiming) -> list[Effect]:
-        if claim.waiting:
-            return []
-        answer = wire.ClaimReply(tuple(claim.claimed), tuple(claim.lost))
-        return [reply(claim.connection, claim.request_id, answer.to_json())]
 
     # How leases end
 

@@ -44,10 +44,14 @@ def connect_refusal(
     caller, name = pod_text(view.name), pod_text(target)
     if view.device is None:
         return Reason.NO_DEVICE, no_device(view.name)
+    if view.unhealthy is not None:
+        return Reason.NO_DEVICE, view.unhealthy
     if peer is None:
         return Reason.NO_SUCH_POD, f"there is no pod {name} on this host"
     if peer.device is None:
         return Reason.PEER_NO_DEVICE, no_device(target)
+    if peer.unhealthy is not None:
+        return Reason.PEER_NO_DEVICE, peer.unhealthy
     denied = permits(view, peer)
     if denied is not None:
         return Reason.POLICY, denied

@@ -39,6 +39,7 @@ from rdmanet.broker.values import (
     Effect,
     FindHolders,
     Granted,
+    Greeted,
     Key,
     LeaseView,
     Limits,
@@ -153,12 +154,16 @@ class BrokerServer:
         grace_s: float = Limits().grace_s,
         permits: Callable[[PodView, PodView], str | None] = rules.permits_all,
         observe_granted: Callable[[float], None] = lambda seconds: None,
+        on_first_contact: Callable[[int, int], None] = lambda cookie, pid: None,
     ):
+        """``on_first_contact`` is called on the event loop each time a process has said hello: with its network
+        namespace's cookie and its pid."""
         self._limits = Limits(grace_s=grace_s)
         self._core = BrokerCore(directory, limits=self._limits, permits=permits)
         self._guard = guard
         self._queue_pairs = queue_pairs
         self._observe_granted = observe_granted
+        self._on_first_contact = on_first_contact
         self._numbers = itertools.count(1)
         self._connections: dict[int, _Connection] = {}
         self._listeners: dict[int, _Listener] = {}
@@ -228,6 +233,15 @@ class BrokerServer:
         connections; returns when no guard entry of the addresses is left, so that others can have them."""
         self._apply(self._core.pod_gone(name, addresses, cookie, asyncio.get_running_loop().time()))
         await self._settled()
+
+    def device_gone(self, cookie: int, sentence: str) -> None:
+        """The device of the pod in this network namespace cannot be used any more: ends its leases and tells its
+        processes and their peers why. Its view must say so already (``PodView.unhealthy``)."""
+        self._apply(self._core.device_gone(cookie, sentence, asyncio.get_running_loop().time()))
+
+    def device_back(self, cookie: int) -> None:
+        """It can be used again, and its view says so."""
+        self._apply(self._core.device_back(cookie))
 
     def snapshot(self) -> list[LeaseView]:
         """All leases, oldest first."""
@@ -364,6 +378,8 @@ class BrokerServer:
                         _put(connection, None, sentence)
                 case Granted(seconds):
                     self._observe_granted(seconds)
+                case Greeted(cookie, pid):
+                    self._on_first_contact(cookie, pid)
                 case _Barrier(reached):
                     reached.set_result(None)
 

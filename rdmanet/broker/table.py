@@ -80,17 +80,6 @@ class Connection:
     leases: set[int] = field(default_factory=set)
 
 
-@dataclass(slots=True, eq=False)
-class Claiming:
-    """A claim that waits for the kernel to say whose the queue pairs are."""
-
-    connection: int
-    request_id: int
-    waiting: dict[int, tuple[Lease, Side]]  # query → what it decides
-    claimed: list[int] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-
-
 class LeaseTable:
     """All leases, findable by id and by end, counted per pod."""
 

@@ -15,12 +15,15 @@ Key = tuple[bytes, int]  # one end: address key, QPN
 
 @dataclass(frozen=True, slots=True)
 class PodView:
-    """What the broker knows of a pod: its name, addresses (address keys, IPv4 first), device and limit."""
+    """What the broker knows of a pod: its name, addresses (address keys, IPv4 first), device, limit and class."""
 
     name: PodName
     addresses: tuple[bytes, ...]
     device: Device | None
     max_leases: int
+    traffic_class: int = 0
+    service_level: int = 0
+    unhealthy: str | None = None  # a sentence: why its device cannot be used now
 
 
 class Directory(Protocol):
@@ -45,6 +48,7 @@ class Reason(enum.StrEnum):
     NO_DEVICE = "no_device"  # the caller has none
     PEER_NO_DEVICE = "peer_no_device"
     NOT_LISTENING = "not_listening"
+    TRANSPORT = "transport"  # the service is of the other one
     ADDRESS_FAMILY = "address_family"
     FOREIGN_GID = "foreign_gid"
     CONFLICT = "conflict"
@@ -63,6 +67,7 @@ class Cause(enum.StrEnum):
     RELEASED = "released"
     DISCONNECTED = "disconnected"
     POD_GONE = "pod_gone"
+    DEVICE_GONE = "device_gone"
     UNCLAIMED = "unclaimed"
     SUPERSEDED = "superseded"
     INCOMPLETE = "incomplete"  # an earlier agent died while it wrote the guard
@@ -121,6 +126,14 @@ class Granted:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Greeted:
+    """A process with this pid has said hello from the network namespace with this cookie."""
+
+    cookie: int
+    pid: int
+
+
 def reply(connection: int, number: int, values: Json | None = None) -> Send:
     """Answer the request ``number``."""
     return Send(connection, Reply(number, values or {}))
@@ -136,7 +149,7 @@ def dismiss(connection: int, reason: Reason, sentence: str) -> list[Effect]:
     return [error(connection, None, reason, sentence), Close(connection, sentence)]
 
 
-Effect = Send | SetGuard | DeleteGuard | FindHolders | Close | Granted
+Effect = Send | SetGuard | DeleteGuard | FindHolders | Close | Granted | Greeted
 
 
 @dataclass(slots=True)

@@ -27,7 +27,8 @@ KINDS = ("ip", "roce")
 COUNTED = tuple((direction, kind) for direction in DIRECTIONS for kind in KINDS)
 NEAR_PLACES = 4096  # bpf/endpoint.h
 COUNTER_SLOTS = 4096  # bpf/counters.h
-_GUARD_STATES = {GuardState.GRANTED: 1, GuardState.REVOKED: 2}  # enum guard_state in bpf/guard.h
+#: enum guard_state in bpf/guard.h.
+_GUARD_STATES = {GuardState.GRANTED: 1, GuardState.REVOKED: 2, GuardState.DATAGRAM: 3}
 _GUARD_STATE_NAMES = {number: state for state, number in _GUARD_STATES.items()}
 
 
@@ -309,12 +310,12 @@ def encode_guard_key(key: bytes, qpn: int) -> bytes:
 def encode_guards(entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> tuple[bytes, bytes]:
     """Many keys and their entries, one behind another. Raises InputError as ``encode_guard_key`` does."""
     keys, values = bytearray(), bytearray()
-    granted, number, other = GuardState.GRANTED, _GUARD_STATES[GuardState.GRANTED], _GUARD_STATES[GuardState.REVOKED]
+    granted, number = GuardState.GRANTED, _GUARD_STATES[GuardState.GRANTED]
     for (own, qpn), (lease, peer, peer_qpn, state, packets, size) in entries:
         if not 0 <= qpn <= 0xFFFFFF or len(own) != ADDRESS_BYTES or len(peer) != ADDRESS_BYTES:
             raise InputError(f"{qpn} and {own.hex()} are no key of the guard map, or {peer.hex()} is none.")
         keys += GUARD_KEY.pack(own, qpn)
-        values += GUARD.pack(lease, packets, size, peer, peer_qpn, number if state is granted else other)
+        values += GUARD.pack(lease, packets, size, peer, peer_qpn, number if state is granted else _GUARD_STATES[state])
     return bytes(keys), bytes(values)
 
 

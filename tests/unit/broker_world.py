@@ -12,6 +12,7 @@ from rdmanet.broker.values import (
     Effect,
     FindHolders,
     Granted,
+    Greeted,
     Key,
     Limits,
     PodView,
@@ -47,6 +48,7 @@ class World:
         self.inbox: dict[int, list[wire.Answer]] = {}
         self.closed: dict[int, str] = {}
         self.granted: list[float] = []
+        self.greeted: list[tuple[int, int]] = []
         self.asked: list[FindHolders] = []
         self.log: list[Effect] = []
         self.now_s = 0.0
@@ -91,6 +93,8 @@ class World:
                     self.do(self.core.disconnected(connection, self.now_s))
                 case Granted(seconds):
                     self.granted.append(seconds)
+                case Greeted(cookie, pid):
+                    self.greeted.append((cookie, pid))
 
     def write(self, effect: SetGuard) -> None:
         if self.guard_failure is None:

@@ -72,8 +72,8 @@ def test_a_wrong_key_among_many_is_refused(address: bytes, qpn: int, peer: bytes
 
 
 def test_a_guard_state_of_another_version_is_refused() -> None:
-    raw = layout.GUARD.pack(1, 0, 0, bytes(16), 17, 3)
-    with pytest.raises(StateError, match="state 3"):
+    raw = layout.GUARD.pack(1, 0, 0, bytes(16), 17, 4)
+    with pytest.raises(StateError, match="state 4"):
         layout.decode_guard(raw)
 
 

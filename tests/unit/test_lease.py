@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rdmanet import lease as wire
 from rdmanet.errors import RequestError
-from rdmanet.model import PodName, address_key, address_of
+from rdmanet.model import PodName, Transport, address_key, address_of
 
 ids = st.integers(0, 2**53 - 1)
 leases = st.integers(1, 2**63 - 1)
@@ -22,17 +22,28 @@ names = st.builds(str.__add__, first, rest)
 pods = st.builds(PodName, names, names)
 sentences = st.text(min_size=1, max_size=600).map(wire.sentence_of)
 pairs = st.tuples(st.integers(2, 2**24 - 2), st.integers(0, 2**24 - 1))
-ends = st.builds(
+gids = st.binary(min_size=16, max_size=16)
+mtus = st.sampled_from(wire.MTUS_BYTES)
+transports = st.sampled_from(Transport)
+connected = st.builds(
     lambda gid, mtu_bytes, found: wire.Ends(gid, mtu_bytes, *zip(*found, strict=True)),
-    st.binary(min_size=16, max_size=16),
-    st.sampled_from(wire.MTUS_BYTES),
+    gids,
+    mtus,
     st.lists(pairs, min_size=1, max_size=64, unique_by=lambda pair: pair[0]),
 )
+datagrams = st.builds(
+    lambda gid, mtu_bytes, pair, qkey: wire.Ends(gid, mtu_bytes, pair[:1], pair[1:], Transport.UD, qkey),
+    gids,
+    mtus,
+    pairs,
+    st.integers(*wire.QKEYS),
+)
+ends = connected | datagrams
 batches = st.lists(leases, min_size=1, max_size=64).map(tuple)
 targets = st.builds(wire.Target, st.none() | names, names, names)
 requests = st.one_of(
     st.builds(wire.Hello, ids, st.integers(0, 2**31 - 1)),
-    st.builds(wire.Listen, ids, names),
+    st.builds(wire.Listen, ids, names, transports),
     st.builds(wire.Unlisten, ids, names),
     st.builds(wire.Connect, ids, targets, ends),
     st.builds(wire.Accept, ids, leases, ends),
@@ -48,6 +59,7 @@ answers = st.one_of(
     st.builds(wire.Refusal, st.none() | ids, st.text("abc_", min_size=1, max_size=32), sentences),
     st.builds(wire.Incoming, leases, pods, names, ends),
     st.builds(wire.Revoked, batches, sentences),
+    st.builds(wire.DeviceState, st.none() | sentences),
 )
 ENDS = wire.Ends(address_key("10.0.0.2"), 1024, (17,), (5,))
 #: As long as messages get: 64 queue pairs with the largest numbers.
@@ -81,6 +93,9 @@ def test_answers_are_read_as_written_and_fit(answer: wire.Answer) -> None:
             .map(lambda found: [address_of(address_key(a)) for a in found])
             .map(tuple),
             st.integers(0, 2**31 - 1),
+            st.integers(0, 255),
+            st.integers(0, 7),
+            st.none() | sentences,
         ),
         st.builds(
             wire.ClaimReply,
@@ -156,7 +171,15 @@ GOOD = {"type": "connect", "id": 1, "target": "train-1:params", "ends": ENDS.to_
         ({"ends": {**ENDS.to_json(), "gid": "00"}}, "'gid' of ends"),
         ({"ends": {**ENDS.to_json(), "gid": ENDS.gid.hex().upper()}}, "'gid' of ends"),
         ({"ends": None}, "ends must be a JSON object"),
-        ({"ends": {"gid": ENDS.gid.hex()}}, "ends lacks 'mtu_bytes', 'psns', 'qpns'"),
+        ({"ends": {"gid": ENDS.gid.hex()}}, "ends lacks 'mtu_bytes', 'psns', 'qkey', 'qpns', 'transport'"),
+        ({"ends": {**ENDS.to_json(), "transport": "uc"}}, "'transport' of ends must be one of rc, ud"),
+        ({"ends": {**ENDS.to_json(), "transport": "ud"}}, "'qkey' of ends"),
+        ({"ends": {**ENDS.to_json(), "qkey": 7}}, "'qkey' of ends"),
+        ({"ends": {**ENDS.to_json(), "transport": "ud", "qkey": 1 << 31}}, "'qkey' of ends"),
+        (
+            {"ends": {**ENDS.to_json(), "transport": "ud", "qkey": 7, "qpns": [17, 18], "psns": [1, 2]}},
+            "'qpns' of ends with transport ud must be one, not 2",
+        ),
     ],
 )
 def test_refusals_name_what_is_wrong(change: dict[str, object], part: str) -> None:
