@@ -8,11 +8,11 @@ from __future__ import annotations
 import enum
 import os
 import platform
-import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rdmanet import memlock
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.errors import RdmanetError
@@ -23,7 +23,6 @@ from rdmanet.node import find_uplinks, kernel_release
 from rdmanet.rdma.rxe import wanted_release
 
 ROCE_MTU_BYTES = 4200  # 4096 of path MTU and the headers around it
-MEMLOCK_WANTED_BYTES = 64 << 20
 
 
 class Verdict(enum.StrEnum):
@@ -182,14 +181,25 @@ def _nodes(config: Config) -> Lines:
 
 
 def _memlock(config: Config) -> Lines:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= MEMLOCK_WANTED_BYTES:
-        yield Verdict.OK, "memlock here is large enough to register memory; containers get theirs from the runtime"
-    else:
+    found = list(memlock.runtimes())
+    for runtime in found:
+        if runtime.limit.enough:
+            yield Verdict.OK, f"containers of {runtime.name} may lock {runtime.limit} ({runtime.source})"
+        else:
+            yield (
+                Verdict.WARNING,
+                f"containers of {runtime.name} may lock {runtime.limit} ({runtime.source}): RDMA programs in them fail "
+                f"to register memory, or take TCP without a word; raise it: {runtime.remedy}",
+            )
+    own = memlock.here()
+    if own.enough:
+        yield Verdict.OK, f"processes started here may lock {own}"
+    elif not found:
         yield (
             Verdict.WARNING,
-            f"memlock is {soft >> 10} KiB here: memory regions above that cannot be registered; raise it"
-            " (`ulimit -l unlimited`, LimitMEMLOCK=infinity in the runtime's unit)",
+            f"memlock is {own} here, and no container runtime runs that would say what its containers get: memory "
+            "regions above that cannot be registered; raise it (`ulimit -l unlimited`, LimitMEMLOCK=infinity in the "
+            "runtime's unit)",
         )
 
 

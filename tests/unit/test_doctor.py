@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rdmanet import cli, doctor
+from rdmanet import cli, doctor, memlock
 from rdmanet.config import Config, parse
 from rdmanet.doctor import Finding, Verdict, examine
 from rdmanet.model import RdmaMode
@@ -170,6 +170,7 @@ def test_rdma_switched_off() -> None:
 )
 def test_memlock(monkeypatch: pytest.MonkeyPatch, soft: int, verdict: Verdict) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    monkeypatch.setattr(memlock, "runtimes", lambda: iter(()))
     assert [found for found, _ in lines(Config(), "memlock")] == [verdict]
 
 
@@ -183,3 +184,15 @@ def test_command(
     assert capsys.readouterr().out == f"CHECK   VERDICT\nkernel  {verdict.ljust(7)}  a sentence\n"
     assert cli.main(["doctor", "--config", str(tmp_path / "c.toml"), "-o", "json"]) == status
     assert f'"verdict": "{verdict}"' in capsys.readouterr().out
+
+
+def test_memlock_of_a_runtime_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"containerd": memlock.Limit(8 << 20, 8 << 20), "docker": memlock.Limit(None, None)}
+    found = [memlock.Runtime(name, limit, "from a test", "do this") for name, limit in limits.items()]
+    monkeypatch.setattr(memlock, "runtimes", lambda: iter(found))
+    monkeypatch.setattr(memlock, "here", lambda: memlock.Limit(8 << 20, None))
+    (warning, small), (fine, large) = lines(Config(), "memlock")
+    assert (warning, fine) == (Verdict.WARNING, Verdict.OK)
+    assert "containers of containerd may lock 8 MiB (from a test)" in small
+    assert "raise it: do this" in small
+    assert "docker may lock unlimited" in large

@@ -23,6 +23,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "model": set(),
     "show": set(),
+    "memlock": set(),
     "codec": {"errors"},
     "lease": NOUNS | {"codec"},
     "config": NOUNS,
@@ -33,7 +34,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "datapath": NOUNS,
     "rdma": NOUNS,
     "broker": NOUNS | {"lease"},
-    "verbs": NOUNS | {"lease"},
+    "verbs": NOUNS | {"lease", "memlock"},
     "pending": {"cni", "errors"},
     "node": NOUNS | {"config", "ipam", "netlink", "store"},
     "devices": NOUNS | {"config", "node", "netlink", "rdma"},
@@ -44,13 +45,13 @@ MAY_KNOW: dict[str, set[str]] = {
     "adoption": NOUNS | {"datapath", "netlink", "steps"},
     "attach": NOUNS | {"adoption", "cni", "ipam", "netlink", "removal", "steps"},
     "api": NOUNS | {"attach", "cni", "pending"},
-    "doctor": NOUNS | {"config", "datapath", "netlink", "node", "rdma"},
+    "doctor": NOUNS | {"config", "datapath", "memlock", "netlink", "node", "rdma"},
     "uninstall": NOUNS | {"config", "datapath", "devices", "netlink", "node", "rdma", "removal", "store"},
     "cli": NOUNS | {"agent", "config", "datapath", "doctor", "show", "uninstall"},
     "__main__": {"cli"},
 }
 #: The composition root: everything but what people type.
-MAY_KNOW["agent"] = set(MAY_KNOW) - {"cli", "show", "doctor", "uninstall", "verbs", "__main__"}
+MAY_KNOW["agent"] = set(MAY_KNOW) - {"cli", "show", "doctor", "memlock", "uninstall", "verbs", "__main__"}
 
 #: Module from outside → where alone it may be imported, relative to rdmanet.
 SOLE_IMPORTERS = {
@@ -149,7 +150,7 @@ def test_verbs_needs_nothing_of_the_agents_packages() -> None:
         waiting |= {known for path in files for known in parts_known_by(path)} - reached
         foreign = {n.split(".")[0] for path in files for n in imports(path)} & {"pyroute2", "prometheus_client", "bcc"}
         assert not foreign, f"rdmanet.{part} imports {foreign}"
-    assert reached <= {"verbs", "lease", "codec", "model", "errors"}
+    assert reached <= {"verbs", "lease", "codec", "memlock", "model", "errors"}
 
 
 def sources() -> list[Path]:
