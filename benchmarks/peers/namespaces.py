@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,16 @@ def agent_host(name: str) -> Iterator[Host]:
 @contextlib.contextmanager
 def ours(host: Host, name: str, mtu_bytes: int = MTU_BYTES) -> Iterator[Pair]:
     """Two pods attached by the agent of `host`."""
-    configuration = {"cniVersion": "1.1.0", "name": name, "type": "rdmanet", "rdma": True, "mtu": mtu_bytes}
+    with attached(host, [f"{name}-{end}" for end in "ab"], mtu_bytes) as ends:
+        yield Pair(*ends)
+
+
+@contextlib.contextmanager
+def attached(host: Host, names: Sequence[str], mtu_bytes: int = MTU_BYTES) -> Iterator[list[End]]:
+    """Pods of these names with an RDMA device each, attached by the agent of `host` and started."""
+    configuration = {"cniVersion": "1.1.0", "name": "rdma", "type": "rdmanet", "rdma": True, "mtu": mtu_bytes}
     with contextlib.ExitStack() as stack:
-        pods = [stack.enter_context(Pod.create(host, f"{name}-{end}")) for end in "ab"]
+        pods = [stack.enter_context(Pod.create(host, name)) for name in names]
         for pod in pods:
             outcome = host.cni("ADD", pod, configuration)
             if outcome.returncode != 0:
@@ -85,7 +92,7 @@ def ours(host: Host, name: str, mtu_bytes: int = MTU_BYTES) -> Iterator[Pair]:
         # The containers end before DEL takes their interfaces.
         for pod in pods:
             stack.callback(pod.stop)
-        yield Pair(*ends)
+        yield ends
 
 
 @contextlib.contextmanager
