@@ -11,7 +11,9 @@
 
 struct attachment_entry {
 	__u32 id;
-	__u32 flags;
+	__u16 flags;
+	__u8 traffic_class; /* of its RoCE packets; the lowest two bits are 0 */
+	__u8 pad_class;
 	struct address_key ipv4; /* zero: none */
 	struct address_key ipv6; /* zero: none */
 	__u8 mac[6];

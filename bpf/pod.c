@@ -9,6 +9,7 @@
 #include "nat.h"
 #include "node.h"
 #include "packet.h"
+#include "traffic_class.h"
 #include "usual.h"
 
 #ifndef AF_INET
@@ -254,8 +255,12 @@ int pod(struct __sk_buff *skb)
 	reason = parse_transport(skb, &packet);
 	if (reason)
 		return drop(attachment->id, reason);
-	if ((packet.flags & IS_ROCE) && !(attachment->flags & HAS_DEVICE))
-		return drop(attachment->id, DROP_ROCE_NO_DEVICE);
+	if (packet.flags & IS_ROCE) {
+		if (!(attachment->flags & HAS_DEVICE))
+			return drop(attachment->id, DROP_ROCE_NO_DEVICE);
+		if (set_traffic_class(skb, &packet, attachment->traffic_class))
+			return drop(attachment->id, DROP_MALFORMED);
+	}
 
 	if (!endpoint)
 		endpoint = endpoints.lookup(&packet.destination);

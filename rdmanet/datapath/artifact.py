@@ -26,6 +26,9 @@ NEWEST = "datapath.json"
 INSTRUCTION_BYTES = 8
 #: Hooks and their slots in the program array, as enum hook in bpf/dispatcher.c has them.
 HOOKS: Mapping[str, int] = {"pod": 0, "host": 1, "uplink": 2}
+#: The program for pods' cgroups (bpf/device.c). It is in no slot: each pod's is loaded with a map of its own.
+DEVICE_PROGRAM = "device"
+DEVICE_MAP = "pod_devices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,7 @@ def _integrity(body: Mapping[str, Any]) -> str:
 
 def _check(artifact: Artifact, origin: str) -> None:
     """What the loader relies on."""
-    wanted = [*HOOKS, *(f"dispatch_{hook}" for hook in HOOKS)]
+    wanted = [*HOOKS, *(f"dispatch_{hook}" for hook in HOOKS), DEVICE_PROGRAM]
     missing = [name for name in wanted if name not in artifact.programs]
     if missing or "programs" not in artifact.maps:
         raise _unusable(origin, f"it lacks {', '.join(missing) or 'the map programs'}")

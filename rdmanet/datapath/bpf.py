@@ -24,6 +24,8 @@ MAP_TYPE_PROG_ARRAY = 3
 MAP_TYPE_PERCPU_HASH = 5
 MAP_TYPE_LRU_HASH = 9
 PROG_TYPE_SCHED_CLS = 3
+PROG_TYPE_CGROUP_DEVICE = 15
+ATTACH_CGROUP_DEVICE = 6
 #: Update whatever is there, or not.
 ANY = 0
 
@@ -31,7 +33,8 @@ BPF_FS_MAGIC = 0xCAFE4A11
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_GET_NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
-_PROG_TEST_RUN = 10
+_PROG_ATTACH, _PROG_DETACH, _PROG_TEST_RUN = 8, 9, 10
+_PROG_QUERY = 16
 _MAP_UPDATE_BATCH, _MAP_DELETE_BATCH = 26, 27
 _PROG_GET_FD_BY_ID = 13
 _OBJ_GET_INFO_BY_FD = 15
@@ -40,6 +43,9 @@ _NAME_BYTES = 16  # BPF_OBJ_NAME_LEN, the closing zero included
 _ATTR_BYTES = 152
 _LOG_BYTES = 1 << 20
 _PERCPU_TYPES = (5, 6, 10)
+#: The kernel allows 64 programs of a kind on a cgroup (include/linux/bpf-cgroup.h, BPF_CGROUP_MAX_PROGS).
+_CGROUP_MAX_PROGS = 64
+_F_ALLOW_MULTI, _F_REPLACE = 2, 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -238,6 +244,37 @@ def program_by_id(number: int) -> int | None:
             return None
         raise _failed("BPF_PROG_GET_FD_BY_ID", f"program {number}", code)
     return result
+
+
+def attach_to_cgroup(cgroup: int, program: int, type_: int, replaced: int | None = None) -> None:
+    """Adds a program to those of a cgroup (BPF_F_ALLOW_MULTI), or puts it in the place of one; it stays until it is
+    detached or the cgroup goes."""
+    flags = _F_ALLOW_MULTI | (0 if replaced is None else _F_REPLACE)
+    attr = struct.pack("=IIIII", cgroup, program, type_, flags, replaced or 0)
+    result, number = _call(_PROG_ATTACH, attr)
+    if result < 0:
+        raise _failed("BPF_PROG_ATTACH", f"program descriptor {program}", number)
+
+
+def detach_from_cgroup(cgroup: int, program: int, type_: int) -> bool:
+    """Takes a program away from a cgroup; False when it is not there."""
+    result, number = _call(_PROG_DETACH, struct.pack("=III", cgroup, program, type_))
+    if result < 0:
+        if number == errno.ENOENT:
+            return False
+        raise _failed("BPF_PROG_DETACH", f"program descriptor {program}", number)
+    return True
+
+
+def programs_of_cgroup(cgroup: int, type_: int) -> list[int]:
+    """Kernel ids of the programs that are attached to the cgroup itself, in the order in which they run."""
+    ids = (ctypes.c_uint32 * _CGROUP_MAX_PROGS)()
+    packed = struct.pack("=IIIIQI", cgroup, type_, 0, 0, ctypes.addressof(ids), len(ids))
+    attr = ctypes.create_string_buffer(packed, _ATTR_BYTES)
+    result, number = _call_buffer(_PROG_QUERY, attr)
+    if result < 0:
+        raise _failed("BPF_PROG_QUERY", f"cgroup descriptor {cgroup}", number)
+    return list(ids[: struct.unpack_from("=I", attr, 24)[0]])
 
 
 def map_info(descriptor: int) -> MapInfo:

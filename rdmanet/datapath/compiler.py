@@ -21,7 +21,16 @@ from typing import Any
 
 from rdmanet.datapath import artifact as artifacts
 from rdmanet.datapath import source
-from rdmanet.datapath.artifact import HOOKS, INSTRUCTION_BYTES, Artifact, Layout, MapDefinition, Program, Relocation
+from rdmanet.datapath.artifact import (
+    DEVICE_PROGRAM,
+    HOOKS,
+    INSTRUCTION_BYTES,
+    Artifact,
+    Layout,
+    MapDefinition,
+    Program,
+    Relocation,
+)
 from rdmanet.errors import NotFoundError, RdmanetError, StateError, UnavailableError
 
 #: bcc's own helpers leave unused variables and shadowed macros behind; our parts are checked by their tests.
@@ -124,9 +133,8 @@ def _compile(lib: Any, text: str, key: str, compiler: str) -> Artifact:
         maps, names = _maps(lib, module)
         layouts = {name: _layout(lib, module, name) for name in maps}
         programs = {}
-        for hook in HOOKS:
-            for name in (hook, f"dispatch_{hook}"):
-                programs[name] = _program(name, _instructions(lib, module, name), names)
+        for name in (*HOOKS, *(f"dispatch_{hook}" for hook in HOOKS), DEVICE_PROGRAM):
+            programs[name] = _program(name, _instructions(lib, module, name), names)
         return Artifact(
             hash=key,
             compiler=compiler,

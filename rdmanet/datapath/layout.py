@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rdmanet.errors import InputError, StateError
-from rdmanet.model import GuardEntry, GuardState
+from rdmanet.model import DatagramEntry, GuardEntry, GuardState
+
+End = tuple[bytes, int]  # of a lease: address key, QPN
 
 ADDRESS_BYTES = 16
 NO_ADDRESS = bytes(ADDRESS_BYTES)
@@ -78,7 +80,9 @@ NODE = StructTable(
 ATTACHMENT = StructTable(
     "attachment_entry",
     ("id", "I"),
-    ("flags", "I"),
+    ("flags", "H"),
+    ("traffic_class", "B"),
+    ("pad_class", "x"),
     ("ipv4", "16s"),
     ("ipv6", "16s"),
     ("mac", "6s"),
@@ -107,6 +111,14 @@ GUARD = StructTable(
     ("peer_qpn", "I"),
     ("state", "I"),
 )
+DATAGRAM_KEY = StructTable(
+    "datagram_key",
+    ("destination", "16s"),
+    ("qpn", "I"),
+    ("source", "16s"),
+    ("source_qpn", "I"),
+)
+DATAGRAM = StructTable("datagram_entry", ("lease", "Q"), ("packets", "Q"), ("bytes", "Q"))
 NAT_TUPLE = StructTable(
     "nat_tuple",
     ("local", "16s"),
@@ -127,6 +139,7 @@ NAT_ENTRY = StructTable(
 )
 COUNTER = StructTable("counter_entry", ("packets", "4Q"), ("bytes", "4Q"))  # of COUNTED, in this order
 DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "I"))
+DEVICE_NUMBER = StructTable("device_number", ("major", "I"), ("minor", "I"))
 
 #: Key and value of every map.
 MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
@@ -139,9 +152,12 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "nat_forward": (NAT_TUPLE, NAT_ENTRY),
     "nat_reverse": (NAT_TUPLE, NAT_ENTRY),
     "guard": (GUARD_KEY, GUARD),
+    "datagrams": (DATAGRAM_KEY, DATAGRAM),
     "counters": (U32, COUNTER),
     "drops": (DROP_KEY, U64),
     "programs": (U32, U32),
+    "rdma_majors": (U32, U32),
+    "pod_devices": (DEVICE_NUMBER, U32),
 }
 
 
@@ -180,16 +196,18 @@ class AttachmentEntry:
     ipv6: bytes = NO_ADDRESS
     device: bool = False
     enforce: bool = False
+    traffic_class: int = 0  # of its RoCE packets, the two ECN bits 0
 
     def encode(self, slot: int) -> bytes:
         """struct attachment_entry; ``slot`` is its counters'."""
         flags = _flags(self.device, self.enforce)
-        return ATTACHMENT.pack(self.attachment_id, flags, address(self.ipv4), address(self.ipv6), _mac(self.mac), slot)
+        ipv4, ipv6, mac = address(self.ipv4), address(self.ipv6), _mac(self.mac)
+        return ATTACHMENT.pack(self.attachment_id, flags, self.traffic_class, ipv4, ipv6, mac, slot)
 
     @classmethod
     def decode(cls, raw: bytes) -> AttachmentEntry:
         """From struct attachment_entry."""
-        id_, flags, ipv4, ipv6, mac, _ = ATTACHMENT.unpack(raw)
+        id_, flags, traffic_class, ipv4, ipv6, mac, _ = ATTACHMENT.unpack(raw)
         return cls(
             attachment_id=int(id_),
             mac=_raw(mac),
@@ -197,6 +215,7 @@ class AttachmentEntry:
             ipv6=_raw(ipv6),
             device=bool(int(flags) & HAS_DEVICE),
             enforce=bool(int(flags) & ENFORCE),
+            traffic_class=int(traffic_class),
         )
 
 
@@ -317,6 +336,30 @@ def encode_guards(entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> tu
         keys += GUARD_KEY.pack(own, qpn)
         values += GUARD.pack(lease, packets, size, peer, peer_qpn, number if state is granted else _GUARD_STATES[state])
     return bytes(keys), bytes(values)
+
+
+def encode_datagram_key(key: tuple[End, End]) -> bytes:
+    """The key of what one UD queue pair sends to another. Raises InputError for a QPN beyond 24 bits."""
+    (own, qpn), (peer, peer_qpn) = key
+    if not 0 <= qpn <= 0xFFFFFF or not 0 <= peer_qpn <= 0xFFFFFF:
+        raise InputError(f"{qpn} or {peer_qpn} is no queue pair number: those have 24 bits.")
+    return DATAGRAM_KEY.pack(address(own), qpn, address(peer), peer_qpn)
+
+
+def decode_datagram_key(raw: bytes) -> tuple[End, End]:
+    """Who may send to whom: the receiver's end, then the sender's."""
+    own, qpn, peer, peer_qpn = DATAGRAM_KEY.unpack(raw)
+    return (_raw(own), int(qpn)), (_raw(peer), int(peer_qpn))
+
+
+def encode_datagram(entry: DatagramEntry) -> bytes:
+    """An entry of the datagrams map."""
+    return DATAGRAM.pack(*entry)
+
+
+def decode_datagram(raw: bytes) -> DatagramEntry:
+    """From struct datagram_entry."""
+    return DatagramEntry(*map(int, DATAGRAM.unpack(raw)))
 
 
 def address(key: bytes) -> bytes:

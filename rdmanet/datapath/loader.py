@@ -10,13 +10,13 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rdmanet.datapath import bpf
-from rdmanet.datapath.artifact import HOOKS, INSTRUCTION_BYTES, Artifact, MapDefinition
+from rdmanet.datapath.artifact import DEVICE_MAP, HOOKS, INSTRUCTION_BYTES, Artifact, MapDefinition
 from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
 
 _PROGRAM_ARRAY = "programs"
@@ -123,7 +123,8 @@ def _open_maps(pinned: Pinned, artifact: Artifact) -> None:
     """Opens the artifact's maps; checks all layouts before it makes the first that is missing."""
     opened: dict[str, int] = {}
     with ExitStack() as undo:
-        for name, definition in artifact.maps.items():
+        wanted = {name: definition for name, definition in artifact.maps.items() if name != DEVICE_MAP}
+        for name, definition in wanted.items():
             if name in pinned.maps:
                 _check_layout(pinned.maps[name], definition, pinned.directory / name)
                 continue
@@ -132,9 +133,9 @@ def _open_maps(pinned: Pinned, artifact: Artifact) -> None:
                 undo.callback(os.close, descriptor)
                 _check_layout(descriptor, definition, pinned.directory / name)
                 opened[name] = descriptor
-        for name, definition in artifact.maps.items():
+        for name, definition in wanted.items():
             if name not in pinned.maps and name not in opened:
-                descriptor = _create_map(definition)
+                descriptor = create_map(definition)
                 undo.callback(os.close, descriptor)
                 bpf.pin(descriptor, pinned.directory / name)
                 opened[name] = descriptor
@@ -142,7 +143,8 @@ def _open_maps(pinned: Pinned, artifact: Artifact) -> None:
     pinned.maps.update(opened)
 
 
-def _create_map(definition: MapDefinition) -> int:
+def create_map(definition: MapDefinition) -> int:
+    """A new map's descriptor. Raises UnavailableError where eBPF is refused."""
     try:
         return bpf.create_map(
             definition.name,
@@ -181,7 +183,7 @@ def _open_dispatcher(artifact: Artifact, directory: Path, hook: str, maps: dict[
     name = f"dispatch_{hook}"
     descriptor = bpf.get(directory / name)
     if descriptor is None:
-        descriptor = _load(artifact, name, name, maps)
+        descriptor = load(artifact, name, name, maps)
         try:
             bpf.pin(descriptor, directory / name)
         except BaseException:
@@ -197,7 +199,7 @@ def _fill_slots(artifact: Artifact, maps: dict[str, int]) -> None:
         for hook, slot in HOOKS.items():
             name = _slot_name(artifact, hook)
             if _running(maps[_PROGRAM_ARRAY], slot) != name:
-                descriptor = _load(artifact, hook, name, maps)
+                descriptor = load(artifact, hook, name, maps)
                 loaded.callback(os.close, descriptor)
                 updates.append((slot, descriptor))
         for slot, descriptor in updates:
@@ -223,13 +225,15 @@ def _running(program_array: int, slot: int) -> str | None:
         os.close(descriptor)
 
 
-def _load(artifact: Artifact, program_name: str, name: str, maps: dict[str, int]) -> int:
+def load(
+    artifact: Artifact, program_name: str, name: str, maps: Mapping[str, int], type_: int = bpf.PROG_TYPE_SCHED_CLS
+) -> int:
     """Patches map descriptors into the first half of 64-bit loads and loads the program."""
     program = artifact.programs[program_name]
     code = bytearray(program.instructions)
     for relocation in program.relocations:
         struct.pack_into("=i", code, relocation.instruction * INSTRUCTION_BYTES + 4, maps[relocation.map])
-    return bpf.load_program(name, bytes(code), artifact.license)
+    return bpf.load_program(name, bytes(code), artifact.license, type_)
 
 
 def running(pinned: Pinned) -> dict[str, str]:

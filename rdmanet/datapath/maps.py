@@ -9,23 +9,24 @@ import contextlib
 import errno
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from rdmanet.datapath import bpf, layout, loader
+from rdmanet.datapath import bpf, devices, layout, loader
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import (
     COUNTED,
     AttachmentEntry,
     Count,
+    End,
     EndpointEntry,
     NodeEntry,
     UplinkEntry,
 )
 from rdmanet.datapath.slots import Slots
 from rdmanet.errors import BpfError, ExhaustedError, StateError
-from rdmanet.model import GuardEntry
+from rdmanet.model import DatagramEntry, GuardEntry
 
 __all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry", "UplinkEntry"]
 
@@ -188,6 +189,44 @@ class Datapath:
             assert isinstance(address, bytes)
             found[address, int(qpn)] = layout.decode_guard(value)
         return found
+
+    # Which RDMA devices cgroups may open
+
+    def set_rdma_majors(self, majors: Collection[int]) -> None:
+        """The majors of RDMA character devices, of which cgroups may open their own alone."""
+        for raw in self._keys("rdma_majors"):
+            if _number(raw) not in majors:
+                self._delete("rdma_majors", raw)
+        for major in majors:
+            self._update("rdma_majors", layout.U32.pack(major), layout.U32.pack(1))
+
+    def restrict_devices(self, cgroup: Path, numbers: Collection[devices.Number]) -> None:
+        """Lets a cgroup open no other RDMA devices than these; see ``devices.restrict``. One call at a time for each
+        cgroup."""
+        devices.restrict(self._pinned, cgroup, numbers)
+
+    @staticmethod
+    def release_devices(cgroup: Path) -> None:
+        """Takes that back. Idempotent."""
+        devices.release(cgroup)
+
+    def set_datagrams(self, entries: Sequence[tuple[tuple[End, End], DatagramEntry]]) -> None:
+        """Lets UD queue pairs send to others, by the receiver's and the sender's end. The receivers' guard entries must
+        say DATAGRAM, else nothing looks here. Raises as ``set_guards``."""
+        keys = b"".join([layout.encode_datagram_key(key) for key, _ in entries])
+        values = b"".join([layout.encode_datagram(entry) for _, entry in entries])
+        with self._full("datagrams"):
+            bpf.update_batch(self._pinned.maps["datagrams"], keys, values, len(entries))
+
+    def delete_datagrams(self, keys: Sequence[tuple[End, End]]) -> None:
+        """From now on what these send to those is dropped as ``roce_not_peer``."""
+        packed = b"".join([layout.encode_datagram_key(key) for key in keys])
+        bpf.delete_batch(self._pinned.maps["datagrams"], packed, layout.DATAGRAM_KEY.size)
+
+    def datagrams(self) -> dict[tuple[End, End], DatagramEntry]:
+        """By the receiver's and the sender's end."""
+        items = self._items("datagrams")
+        return {layout.decode_datagram_key(key): layout.decode_datagram(value) for key, value in items}
 
     # What the programs counted
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rdmanet.datapath import artifact as artifacts
-from rdmanet.datapath.artifact import HOOKS, Artifact, Layout, MapDefinition, Program, Relocation
+from rdmanet.datapath.artifact import DEVICE_PROGRAM, HOOKS, Artifact, Layout, MapDefinition, Program, Relocation
 from rdmanet.errors import NotFoundError, StateError
 
 MAPS = {
@@ -28,8 +28,7 @@ ARTIFACT = Artifact(
     layouts={name: Layout(NUMBER, {"ifindex": (0, 4), "mac": (12, 6)}) for name in MAPS},
     programs={
         name: Program(name, bytes(range(32)), (Relocation(0, "programs"), Relocation(2, "endpoints")))
-        for hook in HOOKS
-        for name in (hook, f"dispatch_{hook}")
+        for name in (*HOOKS, *(f"dispatch_{hook}" for hook in HOOKS), DEVICE_PROGRAM)
     },
 )
 
@@ -95,6 +94,7 @@ def _signed(change: Callable[[dict[str, Any]], None]) -> str:
         (lambda body: body["maps"]["endpoints"].update(colour=1), "wrong type"),
         (lambda body: body["maps"].pop("programs"), "lacks the map programs"),
         (lambda body: body["programs"].pop("dispatch_host"), "lacks dispatch_host"),
+        (lambda body: body["programs"].pop("device"), "lacks device"),
         (lambda body: body["layouts"].pop("endpoints"), "layouts are not those"),
         (lambda body: body["programs"]["pod"].update(instructions="AAAA"), "whole instructions"),
         (lambda body: body["programs"]["pod"].update(instructions=""), "whole instructions"),

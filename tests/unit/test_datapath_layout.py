@@ -29,7 +29,7 @@ def test_node(mac: bytes, ifindex: int, masquerade: bool, ports: list[int]) -> N
     assert NodeEntry.decode(entry.encode()) == entry
 
 
-@given(st.builds(AttachmentEntry, U32, MAC, ADDRESS, ADDRESS, st.booleans(), st.booleans()))
+@given(st.builds(AttachmentEntry, U32, MAC, ADDRESS, ADDRESS, st.booleans(), st.booleans(), st.integers(0, 255)))
 def test_attachment(entry: AttachmentEntry) -> None:
     raw = entry.encode(5)
     assert AttachmentEntry.decode(raw) == entry

@@ -39,6 +39,7 @@ def test_parts_are_put_in_place_once_with_their_lines(directory: Path) -> None:
         "int host;",
         "int uplink;",
         "int dispatcher;",
+        "int device;",
     ]
 
 
