@@ -8,6 +8,7 @@
 enum guard_state {
 	GUARD_GRANTED = 1,
 	GUARD_REVOKED = 2,
+	GUARD_DATAGRAM = 3, /* leased, to whom is in datagrams: an unreliable datagram queue pair */
 };
 
 /* QPNs start near 16 on every device and collide: the address belongs to the key. */
@@ -21,11 +22,48 @@ struct guard_entry {
 	__u64 packets;
 	__u64 bytes;
 	struct address_key peer_address; /* the only source that may send to this queue pair */
-	__u32 peer_qpn; /* told by the lease; no RoCE packet carries its source's QPN */
+	__u32 peer_qpn; /* told by the lease; packets of reliable connections do not carry it */
 	__u32 state;
 };
 
 BPF_F_TABLE("hash", struct guard_key, struct guard_entry, guard, 65536, 0);
+
+/* An unreliable datagram queue pair has many peers, and its packets say from which they are. */
+struct datagram_key {
+	struct address_key destination;
+	__u32 qpn;
+	struct address_key source;
+	__u32 source_qpn;
+};
+
+struct datagram_entry {
+	__u64 lease;
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* Not preallocated: two for each lease of such a queue pair, which few hosts have. */
+BPF_F_TABLE("hash", struct datagram_key, struct datagram_entry, datagrams, 65536,
+	    BPF_F_NO_PREALLOC);
+
+/* A packet to a leased queue pair for unreliable datagrams. */
+static __always_inline int guard_judge_datagram(struct __sk_buff *skb, const struct packet *packet)
+{
+	struct datagram_key key = {.destination = packet->destination,
+				   .qpn = packet->destination_qpn,
+				   .source = packet->source,
+				   .source_qpn = packet->source_qpn};
+	struct datagram_entry *entry;
+
+	if (!(packet->flags & IS_DATAGRAM))
+		return DROP_ROCE_NOT_PEER;
+	entry = datagrams.lookup(&key);
+	if (!entry)
+		return DROP_ROCE_NOT_PEER;
+	__sync_fetch_and_add(&entry->packets, 1);
+	__sync_fetch_and_add(&entry->bytes, skb->len);
+	return 0;
+}
 
 /*
  * Judges a RoCE packet; 0 or a drop reason. Flags are those of the source's attachment and the
@@ -43,9 +81,11 @@ static __always_inline int guard_judge(struct __sk_buff *skb, const struct packe
 	entry = guard.lookup(&key);
 	if (!entry)
 		return (source_flags | destination_flags) & ENFORCE ? DROP_ROCE_UNLEASED : 0;
+	if (entry->state == GUARD_DATAGRAM)
+		return guard_judge_datagram(skb, packet);
 	if (entry->state != GUARD_GRANTED)
 		return DROP_ROCE_REVOKED;
-	if (!address_equal(&entry->peer_address, &packet->source))
+	if (!address_equal(&entry->peer_address, &packet->source) || (packet->flags & IS_DATAGRAM))
 		return DROP_ROCE_NOT_PEER;
 	__sync_fetch_and_add(&entry->packets, 1);
 	__sync_fetch_and_add(&entry->bytes, skb->len);

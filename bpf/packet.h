@@ -28,6 +28,7 @@
 #define DONT_FRAGMENT	  4
 #define IS_ROCE		  8
 #define IS_TO_GROUP	  16 /* by its destination MAC: multicast or broadcast */
+#define IS_DATAGRAM	  32 /* RoCE of an unreliable datagram queue pair */
 
 /* struct packet.tcp_flags, as byte 13 of the header has them (RFC 9293 3.1) */
 #define TCP_FIN 0x01
@@ -52,6 +53,7 @@ struct packet {
 	__u8 pad[2];
 	__u32 end;	       /* offset of the IP packet's end; 0: the frame's (BIG TCP) */
 	__u32 destination_qpn; /* where IS_ROCE */
+	__u32 source_qpn;      /* where IS_DATAGRAM */
 };
 
 #define NETWORK_OFFSET ETH_HLEN
@@ -200,19 +202,32 @@ static __always_inline bool has_transport(const struct packet *packet, __u32 byt
 	return !packet->end || packet->transport + bytes <= packet->end;
 }
 
+/* The upper three bits of an opcode are the transport; those of unreliable datagrams. */
+#define ROCE_TRANSPORT	 0xe0
+#define ROCE_IS_DATAGRAM 0x60
+
 /*
  * Base transport header, InfiniBand 9.2: opcode, flags, partition key, then the destination QPN in
- * the low 24 bits.
+ * the low 24 bits. Behind it an unreliable datagram has its queue key and, in the low 24 bits, its
+ * source's QPN (9.3.1).
  */
 static __always_inline int parse_roce(struct __sk_buff *skb, struct packet *packet)
 {
-	__be32 bth[3];
+	__u32 offset = packet->transport + sizeof(struct udphdr);
+	__be32 bth[3], deth[2];
 
 	if (!has_transport(packet, sizeof(struct udphdr) + sizeof(bth)) ||
-	    bpf_skb_load_bytes(skb, packet->transport + sizeof(struct udphdr), bth, sizeof(bth)))
+	    bpf_skb_load_bytes(skb, offset, bth, sizeof(bth)))
 		return DROP_MALFORMED;
 	packet->destination_qpn = bpf_ntohl(bth[1]) & 0xffffff;
 	packet->flags |= IS_ROCE;
+	if ((*(const __u8 *)bth & ROCE_TRANSPORT) != ROCE_IS_DATAGRAM)
+		return 0;
+	if (!has_transport(packet, sizeof(struct udphdr) + sizeof(bth) + sizeof(deth)) ||
+	    bpf_skb_load_bytes(skb, offset + sizeof(bth), deth, sizeof(deth)))
+		return DROP_MALFORMED;
+	packet->source_qpn = bpf_ntohl(deth[1]) & 0xffffff;
+	packet->flags |= IS_DATAGRAM;
 	return 0;
 }
 

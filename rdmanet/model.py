@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+#: Leases that one pod may hold at a time, unless somebody says otherwise.
+DEFAULT_MAX_LEASES = 256
+
 #: What names look like without Kubernetes: pods live in this namespace unless CNI_ARGS says otherwise.
 DEFAULT_NAMESPACE = "default"
 
@@ -42,6 +45,13 @@ class RdmaMode(enum.StrEnum):
 
     SHARED = "shared"
     EXCLUSIVE = "exclusive"
+
+
+class Backend(enum.StrEnum):
+    """Where pods' RDMA devices come from; later also virtual functions."""
+
+    RXE = "rxe"
+    SHARED = "shared"
 
 
 class GuardMode(enum.StrEnum):
@@ -90,7 +100,7 @@ class Device:
     """An RDMA device that a pod can use, and how it got there."""
 
     name: str
-    backend: str  # "rxe"; later "shared", "vf"
+    backend: Backend
     mode: RdmaMode
     index: int  # the kernel's device index, unique on the host
     uverbs: str  # the character device's name below /dev/infiniband
@@ -99,7 +109,8 @@ class Device:
 
 
 class GuardEntry(NamedTuple):  # there are two per lease, and a frozen dataclass takes six times as long to make
-    """What the guard map holds for one queue pair; its key is (address key of the queue pair's pod, QPN)."""
+    """What the guard map holds for one queue pair; its key is (address key of the queue pair's pod, QPN). In state
+    DATAGRAM the lease and the peer are 0: DatagramEntry has them."""
 
     lease: int  # lease id, 63 bits, never 0
     peer_address: bytes  # address key of the only source that may send to it
@@ -109,12 +120,30 @@ class GuardEntry(NamedTuple):  # there are two per lease, and a frozen dataclass
     bytes: int = 0
 
 
+class DatagramEntry(NamedTuple):
+    """What the datagrams map holds for packets to one UD queue pair from another; its key is both ends, each (address
+    key, QPN), first that of the receiver."""
+
+    lease: int
+    packets: int = 0  # as in GuardEntry
+    bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class NetnsId:
     """What a network namespace is, whatever path leads to it: device and inode number of its nsfs file."""
 
     dev: int
     ino: int
+
+
+@dataclass(frozen=True, slots=True)
+class PodCgroup:
+    """The cgroup whose processes a pod's limits hold for."""
+
+    path: str  # in the cgroup2 hierarchy, from its root "/"
+    id: int  # inode number: a later cgroup of that name is another one
+    before: dict[str, str] = field(default_factory=dict)  # what its rdma.max said of the attachment's device
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +165,11 @@ class Attachment:
     wants_rdma: bool
     guard: GuardMode = GuardMode.OBSERVE
     device: Device | None = None
+    max_leases: int = DEFAULT_MAX_LEASES
+    traffic_class: int = 0  # of its RoCE packets, the two ECN bits 0
+    service_level: int = 0
+    pod_uid: str | None = None  # Kubernetes'
+    cgroup: PodCgroup | None = None  # None: not known (yet)
     result: dict[str, object] = field(default_factory=dict)  # the CNI result as 1.1.0, empty until ready
 
     @property

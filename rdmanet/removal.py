@@ -225,9 +225,9 @@ class Removals:
         datapath = self._parts.datapath
         keys = {address_key(address) for one in attachments if one.wants_rdma for address in one.addresses}
         if keys:
-            for address, qpn in datapath.guards():
-                if address in keys:
-                    datapath.delete_guard(address, qpn)
+            datapath.delete_guards([(address, qpn) for address, qpn in datapath.guards() if address in keys])
+            pairs = datapath.datagrams()
+            datapath.delete_datagrams([pair for pair in pairs if any(address in keys for address, _ in pair)])
         for attachment in attachments:
             datapath.forget(attachment.id)
         self._fault_point("forget")

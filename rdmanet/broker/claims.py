@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rdmanet import lease as wire
 from rdmanet.broker.table import Connection, Lease, LeaseTable, Side
 from rdmanet.broker.values import Counts, Effect, FindHolders, Reason, error, reply
-from rdmanet.model import Device
+from rdmanet.model import Device, Transport
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +68,8 @@ class Claims:
         if state is None:
             return []
         # Where the kernel cannot say whose the queue pair is, pod, QPN and the lease's secret id have to do.
-        if pid in (state.pid, 0) and lease.id in self._leases and side.connection is None:
+        rightful = pid in (state.pid, 0) and not self._is_anothers(side, claim.connection)
+        if rightful and lease.id in self._leases and side.connection is None:
             side.connection, side.pid = claim.connection, state.pid
             state.leases.add(lease.id)
             claim.claimed.append(lease.id)
@@ -78,6 +79,10 @@ class Claims:
         else:
             claim.lost.append(lease.id)
         return _answer(claim)
+
+    def _is_anothers(self, side: Side, connection: int) -> bool:
+        """Whether another connection holds the queue pair, for its leases with other peers."""
+        return side.key is not None and self._leases.held([side.key], Transport.UD, connection) is not None
 
     def holder_unknown(self, query: int) -> list[Effect] | None:
         """The kernel did not answer: the claim can be made again. None when no claim has asked this."""

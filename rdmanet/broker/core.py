@@ -22,13 +22,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from rdmanet import lease as wire
 from rdmanet.broker import rules
+from rdmanet.broker.adopted import adopted
 from rdmanet.broker.claims import Claims
 from rdmanet.broker.revoked import RevokedEnds, queries
-from rdmanet.broker.table import Batch, Connection, Lease, LeaseTable, Phase, Side, adoptable
+from rdmanet.broker.table import Batch, Connection, Lease, LeaseTable, Phase, Service, Side
 from rdmanet.broker.values import (
     Cause,
     Close,
     Counts,
+    DatagramKey,
     DeleteGuard,
     Directory,
     Effect,
@@ -47,7 +49,10 @@ from rdmanet.broker.values import (
 )
 from rdmanet.errors import RequestError
 from rdmanet.lease import pod_text
-from rdmanet.model import GuardEntry, GuardState, PodName, address_of
+from rdmanet.model import DatagramEntry, GuardEntry, GuardState, PodName, Transport, address_of
+
+#: The own entry of a UD queue pair; who may send to it is in the datagrams map.
+DATAGRAM = GuardEntry(0, bytes(16), 0, GuardState.DATAGRAM)
 
 
 class BrokerCore:
@@ -66,7 +71,7 @@ class BrokerCore:
         self._limits = limits or Limits()
         self._permits = permits
         self._connections: dict[int, Connection] = {}
-        self._listening: dict[tuple[PodName, str], int] = {}
+        self._listening: dict[tuple[PodName, str], Service] = {}
         self._leases = LeaseTable(random_id)
         self._queries = queries()
         self._revoked = RevokedEnds(self._limits, self._queries)
@@ -185,26 +190,22 @@ class BrokerCore:
                 effects += refused
         return effects
 
-    def adopt(self, guards: Mapping[Key, GuardEntry], now_s: float) -> list[Effect]:
-        """Take over what an earlier agent left in the guard map; before the first connection."""
+    def adopt(
+        self, guards: Mapping[Key, GuardEntry], datagrams: Mapping[DatagramKey, DatagramEntry], now_s: float
+    ) -> list[Effect]:
+        """Take over what an earlier agent left in the guard's maps; before the first connection."""
+        found = adopted(guards, datagrams, self._directory, now_s, now_s + self._limits.grace_s)
+        for lease in found.leases:
+            self._leases.add(lease)
+        self.counts.adopted += len(found.leases)
+        for key, device in found.revoked:
+            self._revoked.add(key, device, None, now_s)
         effects: list[Effect] = []
-        for key, entry in sorted(guards.items(), key=lambda item: (item[1].lease, item[0])):
-            if self._leases.by_end(key) is not None:
-                continue  # came with its other end
-            view = self._directory.by_address(key[0])
-            if view is None:
-                effects.append(DeleteGuard((key,)))
-                continue
-            lease = adoptable(guards, key, self._directory, now_s, now_s + self._limits.grace_s)
-            if lease is not None and lease.id not in self._leases:
-                self._leases.add(lease)
-                self.counts.adopted += 1
-                continue
-            if entry.state is GuardState.GRANTED:
-                self.counts.revoked[Cause.INCOMPLETE] += 1
-                revoked = GuardEntry(entry.lease, entry.peer_address, entry.peer_qpn, GuardState.REVOKED)
-                effects.append(SetGuard(entry.lease, ((key, revoked),)))
-            self._revoked.add(key, view.device, None, now_s)
+        if found.incomplete:
+            self.counts.revoked[Cause.INCOMPLETE] += len(found.incomplete)
+            effects.append(SetGuard(found.incomplete[0][1].lease, tuple(found.incomplete)))
+        if found.strange or found.strange_datagrams:
+            effects.append(DeleteGuard(tuple(found.strange), tuple(found.strange_datagrams)))
         return effects
 
     def pod_gone(self, name: PodName, addresses: Collection[bytes], cookie: int | None, now_s: float) -> list[Effect]:
@@ -305,7 +306,7 @@ class BrokerCore:
         if sum(pod == view.name for pod, _ in self._listening) >= self._limits.listeners_per_pod:
             sentence = f"{name} listens on {self._limits.listeners_per_pod} services already, the most"
             return [error(connection, request.id, Reason.LIMIT, sentence)]
-        self._listening[place] = connection
+        self._listening[place] = Service(connection, request.transport)
         state.services.add(request.service)
         return [reply(connection, request.id)]
 
@@ -326,6 +327,8 @@ class BrokerCore:
             target,
             service,
             keys,
+            transport=request.ends.transport,
+            connection=connection,
             leases=self._leases,
             listening=self._listening,
             limits=self._limits,
@@ -338,13 +341,13 @@ class BrokerCore:
         assert peer.device is not None
         assert view.device is not None
         effects = self._supersede(keys, view, now_s)
-        listening = self._listening[target, service]
+        listening = self._listening[target, service].connection
         listener = self._connections[listening]
         batch = Batch(request.id)
         for number, key in zip(self._leases.new_ids(len(keys)), keys, strict=True):
             connecting = Side(view.name, view.device, connection, state.pid, key)
             accepting = Side(peer.name, peer.device, listening, listener.pid, None)
-            batch.leases.append(Lease(number, connecting, accepting, service, now_s, batch))
+            batch.leases.append(Lease(number, connecting, accepting, service, now_s, batch, request.ends.transport))
         batch.first.deadline_s = now_s + self._limits.pending_s
         self._leases.add_batch(batch)
         numbers = [lease.id for lease in batch.leases]
@@ -370,13 +373,21 @@ class BrokerCore:
         self._leases.answered(batch, request.ends)
         batch.accept_id = request.id
         entries = []
+        datagrams: list[tuple[DatagramKey, DatagramEntry]] = []
         for lease, key in zip(batch.leases, request.ends.keys, strict=True):
             connecting = lease.connector.key
             assert connecting is not None
+            if lease.transport is Transport.UD:
+                entries += [(connecting, DATAGRAM), (key, DATAGRAM)]
+                datagrams += [
+                    ((connecting, key), DatagramEntry(lease.id)),
+                    ((key, connecting), DatagramEntry(lease.id)),
+                ]
+                continue
             entries.append((connecting, GuardEntry(lease.id, *key, GuardState.GRANTED)))
             entries.append((key, GuardEntry(lease.id, *connecting, GuardState.GRANTED)))
         self._revoked.forget([key for key, _ in entries])
-        return [*effects, SetGuard(batch.first.id, tuple(entries))]
+        return [*effects, SetGuard(batch.first.id, tuple(entries), tuple(datagrams))]
 
     def _reject(self, connection: int, batch: Batch, request: wire.Reject, now_s: float) -> list[Effect]:
         listener = batch.first.listener
@@ -403,7 +414,7 @@ class BrokerCore:
     def _supersede(self, keys: Collection[Key], view: PodView, now_s: float) -> list[Effect]:
         """An unclaimed lease ends when its QPN is named for a new one: the old queue pair cannot exist any more."""
         sentence = f"{pod_text(view.name)} uses the queue pair for another lease"
-        return self._end(self._leases.by_ends(keys), Cause.SUPERSEDED, Reason.PEER_GONE, sentence, now_s)
+        return self._end(self._leases.unclaimed(keys), Cause.SUPERSEDED, Reason.PEER_GONE, sentence, now_s)
 
     def _end(
         self,
@@ -418,6 +429,7 @@ class BrokerCore:
         """These leases are over; of a batch that is not granted yet all are, or none. Their packets are dropped first;
         then whoever is left is told, except the side of connection ``by``, which ended them."""
         entries: list[tuple[Key, GuardEntry]] = []
+        datagrams: list[DatagramKey] = []
         told: dict[int, list[int]] = {}
         effects: list[Effect] = []
         for lease in leases:
@@ -428,6 +440,11 @@ class BrokerCore:
                     state.leases.discard(lease.id)
             if lease.phase is not Phase.PENDING:
                 entries += self._revoke(lease, now_s)
+                if lease.transport is Transport.UD:
+                    one, other = (side.key for side in lease.sides)
+                    assert one is not None
+                    assert other is not None
+                    datagrams += [(one, other), (other, one)]
             if lease.batch is not None:
                 if lease is lease.batch.first:
                     self.counts.refused[reason] += 1
@@ -443,7 +460,11 @@ class BrokerCore:
             for first in range(0, len(numbers), wire.MAX_BATCH):
                 some = tuple(numbers[first : first + wire.MAX_BATCH])
                 effects.append(Send(connection, wire.Revoked(some, sentence)))
-        return [SetGuard(leases[0].id, tuple(entries)), *effects] if entries else effects
+        # First what says that nobody may send, then the peers of datagrams: never is a queue pair without either.
+        guard: list[Effect] = [SetGuard(leases[0].id, tuple(entries))] if entries else []
+        if datagrams:
+            guard.append(DeleteGuard((), tuple(datagrams)))
+        return guard + effects
 
     def _batch_ended(self, batch: Batch, reason: Reason, sentence: str, by: int | None) -> list[Effect]:
         """What to say about a batch that is never granted; ``by`` is its listener's connection or None."""
@@ -463,6 +484,8 @@ class BrokerCore:
         for side, peer in (lease.sides, lease.sides[::-1]):
             assert side.key is not None
             assert peer.key is not None
+            if self._leases.in_guard(side.key):
+                continue  # a UD queue pair that has other peers
             entries.append((side.key, GuardEntry(lease.id, *peer.key, GuardState.REVOKED)))
             self._revoked.add(side.key, side.device, side.pid, now_s)
         return entries

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from rdmanet.broker.table import Batch, LeaseTable
+from rdmanet.broker.table import Batch, LeaseTable, Service
 from rdmanet.broker.values import Key, Limits, PodView, Reason
 from rdmanet.lease import Ends, lease_text, no_device, pod_text
-from rdmanet.model import PodName, address_of
+from rdmanet.model import PodName, Transport, address_of
 
 
 def permits_all(connector: PodView, listener: PodView) -> str | None:
@@ -34,13 +34,15 @@ def connect_refusal(
     service: str,
     keys: Sequence[Key],
     *,
+    transport: Transport,
+    connection: int,
     leases: LeaseTable,
-    listening: Mapping[tuple[PodName, str], int],
+    listening: Mapping[tuple[PodName, str], Service],
     limits: Limits,
     permits: Callable[[PodView, PodView], str | None],
 ) -> tuple[Reason, str] | None:
-    """Why ``view`` gets no leases to ``service`` of ``target`` for its queue pairs ``keys``, which are all of one
-    address; None when it gets one for each."""
+    """Why ``connection`` of ``view`` gets no leases to ``service`` of ``target`` for its queue pairs ``keys``, which
+    are all of one address; None when it gets one for each."""
     caller, name = pod_text(view.name), pod_text(target)
     if view.device is None:
         return Reason.NO_DEVICE, no_device(view.name)
@@ -57,6 +59,10 @@ def connect_refusal(
         return Reason.POLICY, denied
     if (target, service) not in listening:
         return Reason.NOT_LISTENING, f"no process of {name} listens on {service}"
+    if listening[target, service].transport is not transport:
+        use = "rdmanet.verbs.connect" if transport is Transport.UD else "rdmanet.verbs.datagram"
+        sentence = f"{name}:{service} does not take {transport} queue pairs; use {use}, or listen with the other"
+        return Reason.TRANSPORT, sentence
     address = keys[0][0]
     foreign = foreign_gid(view, address)
     if foreign is not None:
@@ -65,7 +71,7 @@ def connect_refusal(
     if all(address_of(own).version != family for own in peer.addresses):
         sentence = f"{name} has no IPv{family} address, and {caller} connects from one"
         return Reason.ADDRESS_FAMILY, sentence
-    held = leases.held(keys)
+    held = leases.held(keys, transport, connection)
     if held is not None:
         return Reason.CONFLICT, f"queue pair {held[1]} of {caller} has a lease already; create another"
     if leases.pending_of(view.name) >= limits.pending_per_pod:
@@ -90,10 +96,21 @@ def accept_refusal(view: PodView, batch: Batch, ends: Ends, leases: LeaseTable) 
     assert connector.key is not None
     if len(ends.qpns) != len(batch.leases):
         return f"{len(batch.leases)} queue pairs were asked for and {len(ends.qpns)} accepted"
+    transport = batch.first.transport
+    if ends.transport is not transport:
+        return f"a {transport} queue pair was asked for and a {ends.transport} one accepted"
     foreign = foreign_gid(view, ends.gid)
     if foreign is not None:
         return foreign
     if address_of(ends.gid).version != address_of(connector.key[0]).version:
         return "the two ends use addresses of different families"
-    held = leases.held(ends.keys)
-    return None if held is None else f"queue pair {held[1]} of {pod_text(view.name)} has a lease already"
+    assert batch.first.listener.connection is not None
+    held = leases.held(ends.keys, transport, batch.first.listener.connection)
+    if held is not None:
+        return f"queue pair {held[1]} of {pod_text(view.name)} has a lease already"
+    if transport is Transport.UD and leases.between(connector.key, ends.keys[0]) is not None:
+        return (
+            f"queue pair {connector.key[1]} of {pod_text(connector.pod)} and {ends.qpns[0]} of {pod_text(view.name)} "
+            "are leased to each other already"
+        )
+    return None

@@ -34,6 +34,7 @@ from rdmanet.broker.core import BrokerCore
 from rdmanet.broker.values import (
     Close,
     Counts,
+    DatagramKey,
     DeleteGuard,
     Directory,
     Effect,
@@ -48,7 +49,7 @@ from rdmanet.broker.values import (
     SetGuard,
 )
 from rdmanet.errors import ConflictError, RdmanetError
-from rdmanet.model import Device, GuardEntry, PodName, address_of
+from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName, Transport, address_of
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,14 @@ class Guard(Protocol):
         """Those that are not there are passed over."""
 
     def guards(self) -> Mapping[Key, GuardEntry]: ...
+
+    def set_datagrams(self, entries: Sequence[tuple[DatagramKey, DatagramEntry]]) -> None:
+        """As ``set_guards``."""
+
+    def delete_datagrams(self, keys: Sequence[DatagramKey]) -> None:
+        """As ``delete_guards``."""
+
+    def datagrams(self) -> Mapping[DatagramKey, DatagramEntry]: ...
 
 
 class QueuePairs(Protocol):
@@ -186,10 +195,10 @@ class BrokerServer:
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="broker effects")
 
     async def adopt(self) -> None:
-        """Take over the leases in the guard map and begin to serve. Raises what ``guards()`` raises."""
+        """Take over the leases in the guard's maps and begin to serve. Raises what ``guards()`` raises."""
         loop = asyncio.get_running_loop()
-        guards = await loop.run_in_executor(self._thread, self._guard.guards)
-        self._apply(self._core.adopt(guards, loop.time()))
+        guards, datagrams = await loop.run_in_executor(self._thread, self._entries)
+        self._apply(self._core.adopt(guards, datagrams, loop.time()))
         self._adopted.set()
 
     async def stop(self) -> None:
@@ -249,8 +258,11 @@ class BrokerServer:
 
     async def status(self) -> list[dict[str, object]]:
         """All leases, oldest first, with the packets and bytes that reached their ends (for JSON)."""
-        guards = await asyncio.get_running_loop().run_in_executor(self._thread, self._guard.guards)
-        return [_status(view, guards) for view in self.snapshot()]
+        guards, datagrams = await asyncio.get_running_loop().run_in_executor(self._thread, self._entries)
+        return [_status(view, guards, datagrams) for view in self.snapshot()]
+
+    def _entries(self) -> tuple[Mapping[Key, GuardEntry], Mapping[DatagramKey, DatagramEntry]]:
+        return self._guard.guards(), self._guard.datagrams()
 
     def services(self) -> list[tuple[PodName, str]]:
         """What can be connected to: pods and their services."""
@@ -363,11 +375,11 @@ class BrokerServer:
                     connection = self._connections.get(number)
                     if connection is not None:
                         _put(connection, wire.dump(message))
-                case SetGuard(lease, entries):
-                    failure = await loop.run_in_executor(self._thread, self._set_guards, entries)
+                case SetGuard(lease, entries, datagrams):
+                    failure = await loop.run_in_executor(self._thread, self._set_guards, entries, datagrams)
                     self._apply(self._core.guard_written(lease, failure, loop.time()))
-                case DeleteGuard(keys):
-                    await loop.run_in_executor(self._thread, self._delete_guards, keys)
+                case DeleteGuard(keys, datagram_keys):
+                    await loop.run_in_executor(self._thread, self._delete_guards, keys, datagram_keys)
                 case FindHolders(device, queries):
                     lookup = loop.create_task(self._find_holders(device, queries))
                     self._lookups.add(lookup)
@@ -383,11 +395,21 @@ class BrokerServer:
                 case _Barrier(reached):
                     reached.set_result(None)
 
-    def _set_guards(self, entries: tuple[tuple[Key, GuardEntry], ...]) -> str | None:
+    def _set_guards(
+        self,
+        entries: tuple[tuple[Key, GuardEntry], ...],
+        datagrams: tuple[tuple[DatagramKey, DatagramEntry], ...],
+    ) -> str | None:
         try:
             self._guard.set_guards(entries)
+            if datagrams:
+                self._guard.set_datagrams(datagrams)
             return None
         except RdmanetError as error:
+            if datagrams:
+                self._guard_failures += 1
+                _log.error("guard entries of lease %s: %s", wire.lease_text(datagrams[0][1].lease), error)
+                return str(error)
             _log.warning("guard entries are written one by one: %s", error)
         failure = None
         for key, entry in entries:
@@ -400,12 +422,16 @@ class BrokerServer:
                 failure = str(error)
         return failure
 
-    def _delete_guards(self, keys: tuple[Key, ...]) -> None:
+    def _delete_guards(self, keys: tuple[Key, ...], datagrams: tuple[DatagramKey, ...]) -> None:
         try:
-            self._guard.delete_guards(keys)
+            if datagrams:
+                self._guard.delete_datagrams(datagrams)
+            if keys:
+                self._guard.delete_guards(keys)
         except RdmanetError as error:
             self._guard_failures += 1
-            _log.error("guard entries of queue pairs %s could not be deleted: %s", [qpn for _, qpn in keys], error)
+            qpns = [qpn for _, qpn in (*keys, *(own for own, _ in datagrams))]
+            _log.error("guard entries of queue pairs %s could not be deleted: %s", qpns, error)
 
     async def _find_holders(self, device: Device, queries: tuple[tuple[int, int], ...]) -> None:
         loop = asyncio.get_running_loop()
@@ -419,11 +445,18 @@ class BrokerServer:
             self._apply(self._core.holders_found(holders, loop.time()))
 
 
-def _status(view: LeaseView, guards: Mapping[Key, GuardEntry]) -> dict[str, object]:
+def _status(
+    view: LeaseView, guards: Mapping[Key, GuardEntry], datagrams: Mapping[DatagramKey, DatagramEntry]
+) -> dict[str, object]:
     ends = {}
     packets = size = 0
-    for name, end in (("connector", view.connector), ("listener", view.listener)):
-        entry = guards.get(end.key) if end.key is not None else None
+    both = (("connector", view.connector, view.listener), ("listener", view.listener, view.connector))
+    for name, end, peer in both:
+        entry: GuardEntry | DatagramEntry | None = None
+        if view.transport is Transport.RC and end.key is not None:
+            entry = guards.get(end.key)
+        elif end.key is not None and peer.key is not None:
+            entry = datagrams.get((end.key, peer.key))
         packets += entry.packets if entry is not None else 0
         size += entry.bytes if entry is not None else 0
         ends[name] = {
@@ -433,6 +466,7 @@ def _status(view: LeaseView, guards: Mapping[Key, GuardEntry]) -> dict[str, obje
         }
     return {
         "lease": view.lease,
+        "transport": view.transport,
         "state": view.state,
         "service": view.service,
         **ends,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from rdmanet import lease as wire
-from rdmanet.broker.values import Directory, EndView, Key, LeaseView
+from rdmanet.broker.values import EndView, Key, LeaseView
 from rdmanet.lease import lease_text
-from rdmanet.model import Device, GuardEntry, GuardState, PodName
+from rdmanet.model import Device, PodName, Transport
 
 
 class Phase(enum.Enum):
@@ -57,6 +58,7 @@ class Lease:
     service: str | None  # None for adopted leases, whose connector and listener are not told apart either
     since_s: float
     batch: Batch | None  # None: granted
+    transport: Transport = Transport.RC
     deadline_s: float | None = None  # of a batch's first: when it times out; unclaimed: when it is revoked
 
     @property
@@ -66,6 +68,13 @@ class Lease:
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.connector, self.listener
+
+
+class Service(NamedTuple):
+    """What others can connect to: who listens there, and for which queue pairs."""
+
+    connection: int
+    transport: Transport
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +96,7 @@ class LeaseTable:
         self._random_id = random_id
         self._leases: dict[int, Lease] = {}
         self._by_end: dict[Key, int] = {}
+        self._by_datagram: dict[Key, set[int]] = {}  # ends of UD queue pairs
         self._per_pod: Counter[PodName] = Counter()
         self._pending_per_pod: Counter[PodName] = Counter()
         self._with_deadline: set[int] = set()
@@ -100,15 +110,49 @@ class LeaseTable:
     def get(self, number: int) -> Lease | None:
         return self._leases.get(number)
 
-    def by_end(self, key: Key) -> Lease | None:
+    def of_end(self, key: Key) -> list[Lease]:
+        """The leases that this end is in: several where it is a UD queue pair's."""
         number = self._by_end.get(key)
-        return None if number is None else self._leases[number]
+        if number is not None:
+            return [self._leases[number]]
+        return [self._leases[number] for number in sorted(self._by_datagram.get(key, ()))]
 
-    def by_ends(self, keys: Collection[Key]) -> list[Lease]:
-        """The leases that these ends are in."""
-        if self._by_end.keys().isdisjoint(keys):
+    def between(self, one: Key, other: Key) -> Lease | None:
+        """The lease of these two UD queue pairs with each other."""
+        both = self._by_datagram.get(one, set()) & self._by_datagram.get(other, set())
+        return self._leases[both.pop()] if both else None
+
+    def unclaimed(self, keys: Collection[Key]) -> list[Lease]:
+        """The leases in which one of these ends is, and nobody has claimed it yet."""
+        if self._knows_none(keys):
             return []
-        return [self._leases[number] for number in {self._by_end[key] for key in keys if key in self._by_end}]
+        found = {lease.id: (lease, side) for key in keys for lease, side in self._sides(key) if side.connection is None}
+        return [lease for lease, _ in found.values()]
+
+    def in_guard(self, key: Key) -> bool:
+        """Whether this end is in a lease that the guard knows of: granted, or being written."""
+        return any(lease.phase is not Phase.PENDING for lease in self.of_end(key))
+
+    def _knows_none(self, keys: Collection[Key]) -> bool:
+        return self._by_end.keys().isdisjoint(keys) and self._by_datagram.keys().isdisjoint(keys)
+
+    def _sides(self, key: Key) -> list[tuple[Lease, Side]]:
+        return [(lease, side) for lease in self.of_end(key) for side in lease.sides if side.key == key]
+
+    def _enter(self, lease: Lease, key: Key) -> None:
+        if lease.transport is Transport.RC:
+            self._by_end[key] = lease.id
+        else:
+            self._by_datagram.setdefault(key, set()).add(lease.id)
+
+    def _take_out(self, lease: Lease, key: Key) -> None:
+        if lease.transport is Transport.RC:
+            del self._by_end[key]
+            return
+        numbers = self._by_datagram[key]
+        numbers.discard(lease.id)
+        if not numbers:
+            del self._by_datagram[key]
 
     def new_ids(self, count: int) -> range:
         """Consecutive random ids that are not in use: nobody can guess another's, and a new agent cannot repeat one."""
@@ -124,7 +168,7 @@ class LeaseTable:
         for side in lease.sides:
             self._per_pod[side.pod] += 1
             if side.key is not None:
-                self._by_end[side.key] = lease.id
+                self._enter(lease, side.key)
         if lease.deadline_s is not None:
             self._with_deadline.add(lease.id)
 
@@ -134,7 +178,7 @@ class LeaseTable:
         for lease in batch.leases:
             self._leases[lease.id] = lease
             if lease.connector.key is not None:
-                self._by_end[lease.connector.key] = lease.id
+                self._enter(lease, lease.connector.key)
         self._per_pod[connector.pod] += len(batch.leases)
         self._per_pod[listener.pod] += len(batch.leases)
         self._with_deadline.add(batch.first.id)
@@ -145,7 +189,7 @@ class LeaseTable:
         batch.phase, batch.ends = Phase.WRITING, ends
         for lease, key in zip(batch.leases, ends.keys, strict=True):
             lease.listener.key = key
-            self._by_end[key] = lease.id
+            self._enter(lease, key)
         self._pending_per_pod[batch.first.connector.pod] -= 1
         self.no_deadline(batch.first)
 
@@ -159,20 +203,22 @@ class LeaseTable:
         for side in lease.sides:
             self._per_pod[side.pod] -= 1
             if side.key is not None:
-                del self._by_end[side.key]
+                self._take_out(lease, side.key)
         if lease.batch is not None and lease.phase is Phase.PENDING and lease is lease.batch.first:
             self._pending_per_pod[lease.connector.pod] -= 1
         self._with_deadline.discard(lease.id)
 
-    def held(self, keys: Collection[Key]) -> Key | None:
-        """The first of these ends that is in a lease of a living connection. An unclaimed one gives way: its QPN is in
-        the hands of whoever names it now."""
-        if self._by_end.keys().isdisjoint(keys):
+    def held(self, keys: Collection[Key], transport: Transport, connection: int) -> Key | None:
+        """The first of these ends that ``connection`` cannot lease: it is in a lease of a living connection. A UD queue
+        pair may be in many leases, all of its own connection. An unclaimed one gives way: its QPN is in the hands of
+        whoever names it now."""
+        if self._knows_none(keys):
             return None
         for key in keys:
-            lease = self.by_end(key)
-            if lease is not None and not any(s.key == key and s.connection is None for s in lease.sides):
-                return key
+            for lease, side in self._sides(key):
+                several = lease.transport is transport is Transport.UD and side.connection == connection
+                if side.connection is not None and not several:
+                    return key
         return None
 
     def ends_of(self, pod: PodName) -> int:
@@ -204,33 +250,10 @@ def _view(lease: Lease, now_s: float) -> LeaseView:
     unclaimed = any(side.connection is None for side in lease.sides)
     return LeaseView(
         lease=lease_text(lease.id),
+        transport=lease.transport,
         state="unclaimed" if unclaimed else "granted" if lease.phase is Phase.GRANTED else "pending",
         connector=EndView(str(connector.pod), connector.key),
         listener=EndView(str(listener.pod), listener.key),
         service=lease.service,
         age_s=now_s - lease.since_s,
-    )
-
-
-def adoptable(
-    guards: Mapping[Key, GuardEntry], key: Key, directory: Directory, now_s: float, deadline_s: float
-) -> Lease | None:
-    """The lease that this entry of an earlier agent and its peer's make, None unless each names the other and both can
-    go on."""
-    entry = guards[key]
-    peer_key = (entry.peer_address, entry.peer_qpn)
-    peer, view, peer_view = guards.get(peer_key), directory.by_address(key[0]), directory.by_address(peer_key[0])
-    if peer is None or view is None or peer_view is None or view.device is None or peer_view.device is None:
-        return None
-    mutual = peer_key != key and (peer.lease, peer.peer_address, peer.peer_qpn) == (entry.lease, *key)
-    if not mutual or not entry.state is peer.state is GuardState.GRANTED:
-        return None
-    return Lease(
-        entry.lease,
-        Side(view.name, view.device, None, None, key),
-        Side(peer_view.name, peer_view.device, None, None, peer_key),
-        None,
-        now_s,
-        None,
-        deadline_s=deadline_s,
     )

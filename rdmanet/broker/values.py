@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rdmanet.lease import Answer, Json, Refusal, Reply, sentence_of
-from rdmanet.model import Device, GuardEntry, PodName
+from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName, Transport
 
 Key = tuple[bytes, int]  # one end: address key, QPN
+DatagramKey = tuple[Key, Key]  # what one UD queue pair sends to another: the receiver's end, then the sender's
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,13 @@ class SetGuard:
 
     lease: int
     entries: tuple[tuple[Key, GuardEntry], ...]
+    datagrams: tuple[tuple[DatagramKey, DatagramEntry], ...] = ()  # written after the entries
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteGuard:
     keys: tuple[Key, ...]
+    datagrams: tuple[DatagramKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ class LeaseView:
     """One lease as ``rdmanet status`` shows it."""
 
     lease: str
+    transport: Transport
     state: str  # "pending", "granted" or "unclaimed"
     connector: EndView  # of adopted leases only the two ends are known, not who connected
     listener: EndView

@@ -72,7 +72,7 @@ class Bench:
 
     def reset(self) -> None:
         """Empty tables, the usual entries."""
-        for name in ("guard", "nat_forward", "nat_reverse", "counters", "drops", "uplinks"):
+        for name in ("guard", "datagrams", "nat_forward", "nat_reverse", "counters", "drops", "uplinks"):
             self.clear(name)
         self.datapath.configure(NodeEntry(GATEWAY_MAC, self.lab.host_ifindex, True, labs.FIRST_PORT, labs.LAST_PORT))
         self.datapath.set_uplink(

@@ -57,6 +57,11 @@ def roce(qpn: int, *, source: int = 0xC000, payload: bytes = b"write", opcode: i
     return udp(source, ROCE_PORT, header + payload + b"ICRC")
 
 
+def datagram(qpn: int, source_qpn: int, *, opcode: int = 0x64) -> bytes:
+    """``roce`` of an unreliable datagram (SEND only): with the datagram header (InfiniBand 9.3.1)."""
+    return roce(qpn, payload=struct.pack("!II", 0x11111111, source_qpn) + b"message", opcode=opcode)
+
+
 @dataclass(frozen=True)
 class Ip:
     """A network header of either family around a transport packet; ``bytes()`` gives the IP packet."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rdmanet.errors import ExhaustedError
-from rdmanet.model import GuardEntry, GuardState, address_key
+from rdmanet.errors import ExhaustedError, InputError
+from rdmanet.model import DatagramEntry, GuardEntry, GuardState, address_key
 from tests.bpf.bench import Bench
 
 OWN, PEER = address_key("10.213.0.1"), address_key("fd00:213::2")
@@ -33,6 +33,21 @@ def test_a_full_map_is_named_and_keeps_what_fits(bench: Bench) -> None:
     bench.datapath.set_guards(entries(10, GuardState.REVOKED))  # what is there can be changed
     bench.datapath.delete_guards(list(held))
     assert bench.datapath.guards() == {}
+
+
+def test_datagrams_are_written_read_and_forgotten(bench: Bench) -> None:
+    pairs = [((OWN, 16), (PEER, 500 + n)) for n in range(100)]
+    written = {pair: DatagramEntry(1000 + n, n, 2 * n) for n, pair in enumerate(pairs)}
+    for _ in range(2):
+        bench.datapath.set_datagrams(list(written.items()))
+        assert bench.datapath.datagrams() == written
+    bench.datapath.delete_datagrams([*pairs[:40], (pairs[0][1], pairs[0][0]), *pairs[60:]])
+    assert set(bench.datapath.datagrams()) == set(pairs[40:60])
+    bench.datapath.set_datagrams([])
+    bench.datapath.delete_datagrams(pairs)
+    assert bench.datapath.datagrams() == {}
+    with pytest.raises(InputError, match="24 bits"):
+        bench.datapath.set_datagrams([(((OWN, 1 << 24), (PEER, 1)), DatagramEntry(1))])
 
 
 @pytest.mark.parametrize("there", [[], [0], [3], [0, 1, 5], [*range(8)]])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from rdmanet.model import GuardEntry, GuardState, address_key
+from rdmanet.model import DatagramEntry, GuardEntry, GuardState, address_key
 from tests.bpf import packets
 from tests.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, rewritten, to
 from tests.bpf.lab import FAR, GATEWAYS, Pod
@@ -82,6 +82,85 @@ def test_roce_from_a_pod(bench: Bench, case: RoceCase, version: int) -> None:
         assert outcome.frame == rewritten(frame, target.mac)
     assert outcome.counters == expected
     assert [(entry.packets, entry.bytes) for entry in guards] == [(1, len(frame))] * len(guards)
+
+
+@dataclass(frozen=True)
+class DatagramCase:
+    """From train_0's UD queue pair 20 to QPN 17 of train_1, which has leases with some (pod, QPN)."""
+
+    name: str
+    reason: str | None
+    peers: tuple[tuple[str, int], ...] = ()
+    own: GuardState | None = GuardState.DATAGRAM
+    payload: bytes = packets.datagram(17, 20)
+    source: str = "train_0"
+    destination: str = "train_1"
+
+
+OURS, OTHERS = ("train_0", 20), ("strict", 20)
+DATAGRAMS = [
+    DatagramCase("leased", None, (OURS,)),
+    DatagramCase("with immediate data", None, (OURS,), payload=packets.datagram(17, 20, opcode=0x65)),
+    DatagramCase("one of many peers", None, (OTHERS, OURS, ("train_0", 21))),
+    DatagramCase(
+        "upper byte of the source's word is reserved", None, (OURS,), payload=packets.datagram(17, 20 | 7 << 24)
+    ),
+    DatagramCase("leased, enforced", None, (OURS,), destination="strict"),
+    DatagramCase("from an enforcing pod", None, (OTHERS,), source="strict"),
+    DatagramCase("unleased, observed", None, own=None),
+    DatagramCase("unleased, enforced", "roce_unleased", own=None, destination="strict"),
+    DatagramCase("no peer at all", "roce_not_peer"),
+    DatagramCase("other peers", "roce_not_peer", (OTHERS, ("train_0", 21))),
+    DatagramCase("another queue pair of a peer's pod", "roce_not_peer", (("train_0", 21),)),
+    DatagramCase("a peer's number in another pod", "roce_not_peer", (OURS,), source="strict"),
+    DatagramCase("revoked", "roce_revoked", (OURS,), own=GuardState.REVOKED),
+    DatagramCase("of a connected queue pair", "roce_not_peer", (OURS,), payload=packets.roce(17)),
+    DatagramCase("to a connected queue pair", "roce_not_peer", own=GuardState.GRANTED),
+    DatagramCase("from a pod without device", "roce_no_device", (("web", 20),), source="web"),
+]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("case", DATAGRAMS, ids=lambda case: case.name)
+def test_datagrams(bench: Bench, case: DatagramCase, version: int) -> None:
+    source, target = getattr(bench, case.source), getattr(bench, case.destination)
+    own = (address_key(target.addresses[version]), 17)
+    if case.own is not None:
+        bench.datapath.set_guard(*own, GuardEntry(0, address_key(source.addresses[version]), 20, case.own))
+    ends = [(address_key(getattr(bench, pod).addresses[version]), qpn) for pod, qpn in case.peers]
+    bench.datapath.set_datagrams([((own, end), DatagramEntry(5)) for end in ends])
+    frame = pod_frame(source, between(source, target, version, UDP, case.payload))
+    outcome = bench.from_pod(source, frame)
+    counted = {key: (entry.packets, entry.bytes) for key, entry in bench.datapath.datagrams().items()}
+    if case.reason is not None:
+        assert (outcome.verdict, outcome.drops) == (SHOT, {(source.id, case.reason): 1})
+        assert set(counted.values()) <= {(0, 0)}
+        return
+    assert (outcome.verdict, outcome.drops) == (REDIRECT, {})
+    assert outcome.counters == {(source.id, "from_pod", "roce"): 1, (target.id, "to_pod", "roce"): 1}
+    peer = (address_key(source.addresses[version]), 20)
+    expected = {(own, end): (1, len(frame)) if end == peer else (0, 0) for end in ends}
+    assert counted == expected
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_datagrams_from_the_host(bench: Bench, version: int) -> None:
+    own = (address_key(bench.train_0.addresses[version]), 17)
+    bench.datapath.set_guard(*own, GuardEntry(0, bytes(16), 0, GuardState.DATAGRAM))
+    frame = host_frame(Ip(GATEWAYS[version], bench.train_0.addresses[version], UDP, packets.datagram(17, 20)))
+    assert bench.from_host(frame).drops == {(bench.train_0.id, "roce_not_peer"): 1}
+    bench.datapath.set_datagrams([((own, (address_key(GATEWAYS[version]), 20)), DatagramEntry(5))])
+    assert bench.from_host(frame).verdict == REDIRECT
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("size", [20, 24, 27])
+def test_datagram_too_short_to_judge_is_malformed(bench: Bench, version: int, size: int) -> None:
+    """UDP and base transport header, and too little of the datagram header."""
+    frame = pod_frame(
+        bench.train_0, between(bench.train_0, bench.train_1, version, UDP, packets.datagram(17, 20)[:size])
+    )
+    assert bench.from_pod(bench.train_0, frame).drops == {(bench.train_0.id, "malformed"): 1}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -21,9 +21,9 @@ import pytest
 
 from rdmanet import lease as wire
 from rdmanet.broker.server import BrokerServer
-from rdmanet.broker.values import Key, PodView
+from rdmanet.broker.values import DatagramKey, Key, PodView
 from rdmanet.errors import BpfError, ConflictError, NetlinkError
-from rdmanet.model import Device, GuardEntry, GuardState, PodName, RdmaMode, address_key
+from rdmanet.model import DatagramEntry, Device, GuardEntry, GuardState, PodName, RdmaMode, address_key
 from rdmanet.netlink import namespace
 
 NAME = wire.SOCKET_NAME.removeprefix("\0")
@@ -79,6 +79,7 @@ class MemoryGuard:
 
     def __init__(self) -> None:
         self.entries: dict[Key, GuardEntry] = {}
+        self.pairs: dict[DatagramKey, DatagramEntry] = {}
         self.may_write = threading.Event()
         self.may_write.set()
         self.failure: str | None = None
@@ -103,6 +104,18 @@ class MemoryGuard:
 
     def guards(self) -> Mapping[Key, GuardEntry]:
         return dict(self.entries)
+
+    def set_datagrams(self, entries: Sequence[tuple[DatagramKey, DatagramEntry]]) -> None:
+        if self.failure is not None:
+            raise BpfError(self.failure)
+        self.pairs.update(entries)
+
+    def delete_datagrams(self, keys: Sequence[DatagramKey]) -> None:
+        for key in keys:
+            self.pairs.pop(key, None)
+
+    def datagrams(self) -> Mapping[DatagramKey, DatagramEntry]:
+        return dict(self.pairs)
 
 
 class Pods:

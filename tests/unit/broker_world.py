@@ -8,6 +8,7 @@ from rdmanet import lease as wire
 from rdmanet.broker.core import BrokerCore
 from rdmanet.broker.values import (
     Close,
+    DatagramKey,
     DeleteGuard,
     Effect,
     FindHolders,
@@ -19,7 +20,7 @@ from rdmanet.broker.values import (
     Send,
     SetGuard,
 )
-from rdmanet.model import Device, GuardEntry, PodName, RdmaMode, address_key
+from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName, RdmaMode, Transport, address_key
 
 LIMITS = Limits(connections_per_pod=4, listeners_per_pod=2, pending_per_pod=2)
 
@@ -37,14 +38,21 @@ def pod(name: str, number: int, *, rdma: bool = True, ipv6_only: bool = False, m
 class World:
     """Does the core's effects: sends into lists, guard entries into a dict, answers about queue pairs from a dict."""
 
-    def __init__(self, *pods: PodView, limits: Limits = LIMITS, guard: dict[Key, GuardEntry] | None = None):
+    def __init__(
+        self,
+        *pods: PodView,
+        limits: Limits = LIMITS,
+        guard: dict[Key, GuardEntry] | None = None,
+        datagrams: dict[DatagramKey, DatagramEntry] | None = None,
+    ):
         self.pods = dict(enumerate(pods, start=100))  # by cookie
         self.guard = guard if guard is not None else {}
+        self.datagrams = datagrams if datagrams is not None else {}
         self.holders: dict[tuple[str, int], int] = {}
         self.holder_known = True
         self.guard_failure: str | None = None
         self.writes_wait = False
-        self.waiting: list[SetGuard] = []
+        self.waiting: list[SetGuard | DeleteGuard] = []
         self.inbox: dict[int, list[wire.Answer]] = {}
         self.closed: dict[int, str] = {}
         self.granted: list[float] = []
@@ -73,14 +81,11 @@ class World:
                 case Send(connection, message):
                     wire.parse_answer(wire.dump(message))
                     self.inbox.setdefault(connection, []).append(message)
-                case SetGuard():
+                case SetGuard() | DeleteGuard():
                     if self.writes_wait:
                         self.waiting.append(effect)
                     else:
                         self.write(effect)
-                case DeleteGuard(keys):
-                    for key in keys:
-                        self.guard.pop(key, None)
                 case FindHolders(found, queries):
                     self.asked.append(effect)
                     if self.holder_known:
@@ -96,9 +101,16 @@ class World:
                 case Greeted(cookie, pid):
                     self.greeted.append((cookie, pid))
 
-    def write(self, effect: SetGuard) -> None:
+    def write(self, effect: SetGuard | DeleteGuard) -> None:
+        if isinstance(effect, DeleteGuard):
+            for key in effect.keys:
+                self.guard.pop(key, None)
+            for pair in effect.datagrams:
+                self.datagrams.pop(pair, None)
+            return
         if self.guard_failure is None:
             self.guard.update(effect.entries)
+            self.datagrams.update(effect.datagrams)
         self.do(self.core.guard_written(effect.lease, self.guard_failure, self.now_s))
 
     def advance(self, seconds: float) -> None:
@@ -160,24 +172,28 @@ class Process:
     def revoked(self) -> list[wire.Revoked]:
         return [m for m in self.messages if isinstance(m, wire.Revoked)]
 
-    def ends(self, *qpns: int, address: int = 0) -> wire.Ends:
+    def ends(self, *qpns: int, address: int = 0, transport: Transport = Transport.RC) -> wire.Ends:
         assert self.view is not None
         if self.view.device is not None:
             self.world.holders |= {(self.view.device.name, qpn): self.pid for qpn in qpns}
-        return wire.Ends(self.view.addresses[address], 1024, qpns, (7,) * len(qpns))
+        qkey = 1000 + qpns[0] if transport is Transport.UD else None
+        return wire.Ends(self.view.addresses[address], 1024, qpns, (7,) * len(qpns), transport, qkey)
 
     def key(self, qpn: int) -> Key:
         assert self.view is not None
         return self.view.addresses[0], qpn
 
-    def listen(self, service: str = "params") -> wire.Reply | wire.Refusal:
-        return self.ask(wire.Listen(self.id(), service))
+    def listen(self, service: str = "params", transport: Transport = Transport.RC) -> wire.Reply | wire.Refusal:
+        return self.ask(wire.Listen(self.id(), service, transport))
 
-    def connect(self, target: str = "train-1:params", qpn: int = 17, *more: int) -> int:
-        return self.tell(wire.Connect(self.id(), wire.Target.parse(target), self.ends(qpn, *more)))
+    def connect(
+        self, target: str = "train-1:params", qpn: int = 17, *more: int, transport: Transport = Transport.RC
+    ) -> int:
+        ends = self.ends(qpn, *more, transport=transport)
+        return self.tell(wire.Connect(self.id(), wire.Target.parse(target), ends))
 
-    def accept(self, qpn: int = 18, *more: int) -> int:
-        return self.tell(wire.Accept(self.id(), self.incoming().lease, self.ends(qpn, *more)))
+    def accept(self, qpn: int = 18, *more: int, transport: Transport = Transport.RC) -> int:
+        return self.tell(wire.Accept(self.id(), self.incoming().lease, self.ends(qpn, *more, transport=transport)))
 
     def release(self, *leases: int) -> wire.Reply | wire.Refusal:
         return self.ask(wire.Release(self.id(), leases))
@@ -197,10 +213,18 @@ def refusal(answer: wire.Reply | wire.Refusal | None) -> wire.Refusal:
     return answer
 
 
-def leased(train_0: Process, train_1: Process) -> int:
+def leased(
+    train_0: Process,
+    train_1: Process,
+    qpn: int = 17,
+    peer_qpn: int = 18,
+    *,
+    target: str = "train-1:params",
+    transport: Transport = Transport.RC,
+) -> int:
     """A granted lease between queue pairs 17 and 18; its id."""
-    asked = train_0.connect()
-    train_1.accept()
+    asked = train_0.connect(target, qpn, transport=transport)
+    train_1.accept(peer_qpn, transport=transport)
     answer = train_0.answer(asked)
     assert isinstance(answer, wire.Reply), answer
     return wire.ConnectReply.from_json(answer.values).lease
@@ -208,9 +232,9 @@ def leased(train_0: Process, train_1: Process) -> int:
 
 def restarted(world: World) -> World:
     """A new agent with the same pods, queue pairs and guard map."""
-    new = World(limits=LIMITS, guard=world.guard)
+    new = World(limits=LIMITS, guard=world.guard, datagrams=world.datagrams)
     new.pods, new.holders = world.pods, world.holders
-    new.do(new.core.adopt(dict(world.guard), new.now_s))
+    new.do(new.core.adopt(dict(world.guard), dict(world.datagrams), new.now_s))
     return new
 
 

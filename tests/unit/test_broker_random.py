@@ -7,13 +7,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rdmanet import lease as wire
-from rdmanet.broker.values import Limits
-from rdmanet.model import GuardState
+from rdmanet.broker.values import DatagramKey, Limits
+from rdmanet.model import GuardState, Transport
 from tests.unit.broker_world import Process, World, claim, pod, restarted
 
 COOKIES = st.sampled_from([100, 101, 102])
 QPNS = st.integers(17, 21)
+#: Of connected queue pairs two, of datagrams one.
+SERVICES = st.sampled_from(["a", "b", "gossip", "gossip"])
 LIMITS = Limits(connections_per_pod=6, listeners_per_pod=3, pending_per_pod=3)
+
+
+def transport_of(service: str) -> Transport:
+    return Transport.UD if service == "gossip" else Transport.RC
 
 
 class Broker(RuleBasedStateMachine):
@@ -38,20 +44,25 @@ class Broker(RuleBasedStateMachine):
                 self.processes.append(process)
 
     @precondition(lambda self: self.processes)
-    @rule(data=st.data(), service=st.sampled_from(["a", "b"]))
+    @rule(data=st.data(), service=SERVICES)
     def listen(self, data: st.DataObject, service: str) -> None:
-        self.pick(data).listen(service)
+        self.pick(data).listen(service, transport_of(service))
 
     @precondition(lambda self: self.processes)
     @rule(
         data=st.data(),
-        service=st.sampled_from(["a", "b"]),
+        service=SERVICES,
         listener=st.integers(0, 2),
         qpn=QPNS,
         more=st.integers(0, 2),
+        other=st.integers(0, 9),
     )
-    def connect(self, data: st.DataObject, service: str, listener: int, qpn: int, more: int) -> None:
-        self.pick(data).connect(f"train-{listener}:{service}", *range(qpn, qpn + more + 1))
+    def connect(self, data: st.DataObject, service: str, listener: int, qpn: int, more: int, other: int) -> None:
+        transport = transport_of(service)
+        if not other:
+            transport = Transport.RC if transport is Transport.UD else Transport.UD
+        qpns = range(qpn, qpn + more + 1 if transport is Transport.RC else qpn + 1)
+        self.pick(data).connect(f"train-{listener}:{service}", *qpns, transport=transport)
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data(), qpn=QPNS)
@@ -59,7 +70,8 @@ class Broker(RuleBasedStateMachine):
         process = self.pick(data)
         for message in [m for m in process.messages if isinstance(m, wire.Incoming)]:
             count = len(message.ends.qpns) if data.draw(st.integers(0, 9)) else 1
-            process.tell(wire.Accept(process.id(), message.lease, process.ends(*range(qpn, qpn + count))))
+            ends = process.ends(*range(qpn, qpn + count), transport=message.ends.transport)
+            process.tell(wire.Accept(process.id(), message.lease, ends))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data())
@@ -122,9 +134,15 @@ class Broker(RuleBasedStateMachine):
             return
         views = [v for v in self.world.core.snapshot(0) if v.state != "pending"]
         expected = {}
+        datagrams: dict[DatagramKey, int] = {}
         for view in views:
             assert view.connector.key is not None
             assert view.listener.key is not None
+            if view.transport is Transport.UD:
+                pair = (view.connector.key, view.listener.key)
+                assert pair not in datagrams, "two leases of the same two queue pairs"
+                datagrams |= {pair: int(view.lease, 16), pair[::-1]: int(view.lease, 16)}
+                continue
             expected[view.connector.key] = (int(view.lease, 16), *view.listener.key)
             expected[view.listener.key] = (int(view.lease, 16), *view.connector.key)
         found = {
@@ -133,6 +151,9 @@ class Broker(RuleBasedStateMachine):
             if entry.state is GuardState.GRANTED
         }
         assert found == expected
+        assert {key: entry.lease for key, entry in self.world.datagrams.items()} == datagrams
+        own = {key for key, entry in self.world.guard.items() if entry.state is GuardState.DATAGRAM}
+        assert own == {key for pair in datagrams for key in pair}
 
     @invariant()
     def batches_are_granted_whole(self) -> None:
@@ -160,7 +181,7 @@ class Broker(RuleBasedStateMachine):
             self.world.delete_pod(cookie)
         assert self.world.core.snapshot(0) == []
         assert self.world.core.next_deadline_s() is None
-        assert self.world.guard == {}
+        assert (self.world.guard, self.world.datagrams) == ({}, {})
 
 
 TestBroker = Broker.TestCase

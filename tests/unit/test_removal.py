@@ -31,6 +31,7 @@ class Kernel:
         self.refusing: dict[str, int] = {}  # by subject
         self.forgotten: list[tuple[int, ...]] = []
         self.deleted_guards: list[int] = []
+        self.deleted_datagrams: list[tuple[int, int]] = []
         self.counters: list[int] = []
         self.disk_full = False
         self.gate: threading.Event | None = None
@@ -62,8 +63,15 @@ class Datapath:
     def guards(self) -> dict[tuple[bytes, int], None]:
         return {(address_key("10.213.0.2"), 17): None, (address_key("10.213.0.3"), 18): None}
 
-    def delete_guard(self, address: bytes, qpn: int) -> None:
-        self._kernel.deleted_guards.append(qpn)
+    def delete_guards(self, keys: Sequence[tuple[bytes, int]]) -> None:
+        self._kernel.deleted_guards += [qpn for _, qpn in keys]
+
+    def datagrams(self) -> dict[tuple[tuple[bytes, int], tuple[bytes, int]], None]:
+        one, two, three = ((address_key(f"10.213.0.{number}"), 20 + number) for number in (2, 3, 4))
+        return {(one, two): None, (two, one): None, (two, three): None}
+
+    def delete_datagrams(self, keys: Sequence[tuple[tuple[bytes, int], tuple[bytes, int]]]) -> None:
+        self._kernel.deleted_datagrams += [(own[1], peer[1]) for own, peer in keys]
 
     def forget(self, number: int) -> None:
         self._kernel.counters.append(number)
@@ -105,6 +113,7 @@ def test_several_go_together_by_a_group_that_nobody_knows(kernel: Kernel, remova
 def test_guard_entries_of_an_address_go_before_it_is_free(kernel: Kernel, removals: Removals) -> None:
     removals.remove([wanted(1, id=1, wants_rdma=True)])
     assert kernel.deleted_guards == [17]
+    assert kernel.deleted_datagrams == [(22, 23), (23, 22)]
 
 
 def test_a_link_that_is_gone_is_no_failure(kernel: Kernel, removals: Removals) -> None:
