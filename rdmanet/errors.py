@@ -15,6 +15,7 @@
     │   ├── NetlinkError        rtnetlink or RDMA netlink
     │   ├── BpfError            bpf(2)
     │   └── VerbsError          an ibverbs call; ``status`` carries the work completion's status
+    │       └── TimedOutError   an operation was not done in time; also a TimeoutError
     └── LeaseError              the broker refused or ended a lease
         ├── LeaseRefusedError   never granted
         └── LeaseRevokedError   granted, then taken back
@@ -42,6 +43,10 @@ class RdmanetError(Exception):
         self.errno = errno
 
     def __str__(self) -> str:
+        detail = self._details()
+        return f"{self.sentence} ({': '.join(detail)})" if detail else self.sentence
+
+    def _details(self) -> list[str]:
         detail = []
         if self.operation:
             detail.append(self.operation)
@@ -49,7 +54,7 @@ class RdmanetError(Exception):
             detail.append(self.subject)
         if self.errno is not None:
             detail.append(f"errno {self.errno} {os.strerror(self.errno)}")
-        return f"{self.sentence} ({': '.join(detail)})" if detail else self.sentence
+        return detail
 
 
 class InputError(RdmanetError):
@@ -97,7 +102,11 @@ class BpfError(KernelError):
 
 
 class VerbsError(KernelError):
-    """An ibverbs call failed; ``status`` is the work completion's status (InfiniBand 11.6.2) or None."""
+    """An ibverbs call or an operation of a queue pair failed.
+
+    ``operation`` is the operation (``write``) or the call; ``status`` the work completion's (InfiniBand 11.6.2) or
+    None; ``peer`` the pod at the other end, or empty.
+    """
 
     def __init__(
         self,
@@ -107,9 +116,20 @@ class VerbsError(KernelError):
         subject: str = "",
         errno: int | None = None,
         status: int | None = None,
+        peer: str = "",
     ):
         super().__init__(sentence, operation=operation, subject=subject, errno=errno)
         self.status = status
+        self.peer = peer
+
+    def _details(self) -> list[str]:
+        more = [f"peer {self.peer}"] if self.peer else []
+        return [*super()._details(), *more, *([f"status {self.status}"] if self.status is not None else [])]
+
+
+class TimedOutError(VerbsError, TimeoutError):
+    """An operation was not done within the time that its caller gave it. What is under way goes on; the queue pair can
+    be used, as after a cancellation."""
 
 
 class LeaseError(RdmanetError):

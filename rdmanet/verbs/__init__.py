@@ -21,28 +21,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rdmanet.errors import LeaseRefusedError, LeaseRevokedError, UnavailableError, VerbsError
+from rdmanet.errors import LeaseRefusedError, LeaseRevokedError, TimedOutError, UnavailableError, VerbsError
 from rdmanet.verbs.listener import Listener
 from rdmanet.verbs.memory import MemoryRegion, RemoteRegion
 from rdmanet.verbs.options import Options
-from rdmanet.verbs.session import Session, connect, listen
+from rdmanet.verbs.pool import Pool, PoolStatistics
+from rdmanet.verbs.session import Session
+from rdmanet.verbs.shared import connect, datagram, listen
 
 if TYPE_CHECKING:
     from rdmanet.verbs.queue_pair import QueuePair
+    from rdmanet.verbs.ud import Datagram, Peer
 
 __all__ = [
+    "Datagram",
     "LeaseRefusedError",
     "LeaseRevokedError",
     "Listener",
     "MemoryRegion",
     "Options",
+    "Peer",
+    "Pool",
+    "PoolStatistics",
     "QueuePair",
     "RemoteRegion",
     "Session",
+    "TimedOutError",
     "UnavailableError",
     "VerbsError",
     "close",
     "connect",
+    "datagram",
     "listen",
 ]
 
@@ -55,9 +64,13 @@ async def close(*qps: QueuePair) -> None:
 
 
 def __getattr__(name: str) -> object:
-    """QueuePair, which needs pyverbs, when it is asked for."""
+    """What needs pyverbs, when it is asked for."""
     if name == "QueuePair":
         from rdmanet.verbs.queue_pair import QueuePair
 
         return QueuePair
+    if name in ("Datagram", "Peer"):
+        from rdmanet.verbs import ud
+
+        return getattr(ud, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

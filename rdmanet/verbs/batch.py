@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import secrets
+from typing import Any
 
 from rdmanet.errors import InputError, VerbsError
 from rdmanet.lease import Ends
 from rdmanet.model import address_of
 from rdmanet.verbs import compat
 from rdmanet.verbs.device import PORT, OpenDevice
+from rdmanet.verbs.endpoint import FIRST_RECEIVES
 from rdmanet.verbs.options import Options
-from rdmanet.verbs.queue_pair import FIRST_RECEIVES, QueuePair
+from rdmanet.verbs.queue_pair import QueuePair
 
 #: 4.096 us * 2**16 = 0.27 s until a retry. rxe takes a retry count of 7 as endless; 6 fails after about 2 s.
 _TIMEOUT = 16
@@ -33,9 +35,19 @@ _READS_ANSWERED = 16
 class Batch:
     """``count`` new queue pairs in INIT, with receives posted; ``ready`` connects them. All are made or none."""
 
-    def __init__(self, device: OpenDevice, gid: bytes, options: Options, count: int):
+    def __init__(
+        self,
+        device: OpenDevice,
+        gid: bytes,
+        options: Options,
+        count: int,
+        *,
+        traffic_class: int = 0,
+        service_level: int = 0,
+    ):
         self.qps: list[QueuePair] = []
         self._device = device
+        self._traffic_class, self._service_level = traffic_class, service_level
         entries = options.window + options.messages
         if max(options.window, options.messages) > device.max_wr or entries * count > device.max_cqe:
             raise InputError(
@@ -68,7 +80,7 @@ class Batch:
         device, enums = self._device, compat.enums
         size, each = options.message_bytes, min(FIRST_RECEIVES, options.messages)
         entries = (options.window + options.messages) * count
-        completions = device.completions.reserve(entries)
+        completions = device.completions.reserve(entries, polling=options.polling)
         with compat.call("no queue pair could be made", "ibv_create_qp", device.name):
             capacity = compat.QPCap(max_send_wr=options.window, max_recv_wr=options.messages)
             request = compat.QPInitAttr(
@@ -79,7 +91,7 @@ class Batch:
             # Without these rights a WRITE is refused.
             attributes.qp_access_flags = (
                 enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE | enums.IBV_ACCESS_REMOTE_READ
-            )
+            ) | (enums.IBV_ACCESS_REMOTE_ATOMIC if device.has_atomics else 0)
             try:
                 for _ in range(count):
                     self.qps.append(QueuePair(completions, device, options, compat.QP(device.pd, request)))
@@ -97,11 +109,8 @@ class Batch:
         """Move to RTR and RTS towards the peer's ends, which come in the same order; from here on they may send, and be
         sent to."""
         mtu_bytes = min(self.ends.mtu_bytes, peer.mtu_bytes)
-        route = compat.GlobalRoute(
-            dgid=compat.GID(gid_text(peer.gid)), sgid_index=self._gid_index, hop_limit=_HOP_LIMIT
-        )
         attributes = compat.QPAttr(port_num=PORT)
-        attributes.ah_attr = compat.AHAttr(is_global=1, port_num=PORT, gr=route)
+        attributes.ah_attr = address_vector(peer.gid, self._gid_index, self._traffic_class, self._service_level)
         attributes.path_mtu = mtu_bytes.bit_length() - 8  # ibv_mtu: 256 bytes are 1
         attributes.max_dest_rd_atomic = min(_READS_ANSWERED, self._device.max_read_atomic)
         attributes.max_rd_atomic = min(_READS_IN_FLIGHT, self._device.max_read_atomic)
@@ -125,6 +134,13 @@ class Batch:
         with contextlib.ExitStack() as stack:
             for qp in self.qps:
                 stack.callback(qp.destroy)
+
+
+def address_vector(gid: bytes, own_index: int, traffic_class: int, service_level: int) -> Any:
+    """The way to a GID from this device's own GID of that index (InfiniBand 8.2.2)."""
+    route = compat.GlobalRoute(dgid=compat.GID(gid_text(gid)), sgid_index=own_index, hop_limit=_HOP_LIMIT)
+    route.traffic_class = traffic_class
+    return compat.AHAttr(is_global=1, port_num=PORT, sl=service_level, gr=route)
 
 
 def gid_text(gid: bytes) -> str:

@@ -45,18 +45,22 @@ def _import_quietly() -> None:
 #: The constants used here and the enum each is in.
 _CONSTANTS = {
     "IBV_ACCESS_LOCAL_WRITE": "ibv_access_flags",
+    "IBV_ACCESS_REMOTE_ATOMIC": "ibv_access_flags",
     "IBV_ACCESS_REMOTE_READ": "ibv_access_flags",
     "IBV_ACCESS_REMOTE_WRITE": "ibv_access_flags",
+    "IBV_ATOMIC_NONE": "ibv_atomic_cap",
     "IBV_GID_TYPE_ROCE_V2": "ibv_gid_type",
     "IBV_QPS_ERR": "ibv_qp_state",
     "IBV_QPS_INIT": "ibv_qp_state",
     "IBV_QPS_RTR": "ibv_qp_state",
     "IBV_QPS_RTS": "ibv_qp_state",
     "IBV_QPT_RC": "ibv_qp_type",
+    "IBV_QPT_UD": "ibv_qp_type",
     "IBV_QP_STATE": "ibv_qp_attr_mask",
     "IBV_QP_ACCESS_FLAGS": "ibv_qp_attr_mask",
     "IBV_QP_PKEY_INDEX": "ibv_qp_attr_mask",
     "IBV_QP_PORT": "ibv_qp_attr_mask",
+    "IBV_QP_QKEY": "ibv_qp_attr_mask",
     "IBV_QP_AV": "ibv_qp_attr_mask",
     "IBV_QP_PATH_MTU": "ibv_qp_attr_mask",
     "IBV_QP_DEST_QPN": "ibv_qp_attr_mask",
@@ -68,6 +72,8 @@ _CONSTANTS = {
     "IBV_QP_RNR_RETRY": "ibv_qp_attr_mask",
     "IBV_QP_SQ_PSN": "ibv_qp_attr_mask",
     "IBV_QP_MAX_QP_RD_ATOMIC": "ibv_qp_attr_mask",
+    "IBV_WR_ATOMIC_CMP_AND_SWP": "ibv_wr_opcode",
+    "IBV_WR_ATOMIC_FETCH_AND_ADD": "ibv_wr_opcode",
     "IBV_WR_RDMA_READ": "ibv_wr_opcode",
     "IBV_WR_RDMA_WRITE": "ibv_wr_opcode",
     "IBV_WR_SEND": "ibv_wr_opcode",
@@ -86,7 +92,7 @@ def _import_enums() -> SimpleNamespace:
 try:
     _import_quietly()
     from pyverbs import base as _base
-    from pyverbs.addr import GID, AHAttr, GlobalRoute
+    from pyverbs.addr import AH, GID, AHAttr, GlobalRoute
     from pyverbs.cq import CQ, CompChannel
     from pyverbs.device import Context, get_device_list
     from pyverbs.mr import MR
@@ -103,6 +109,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "AH",
     "CQ",
     "GID",
     "INIT_MASK",
@@ -111,6 +118,9 @@ __all__ = [
     "QP",
     "RTR_MASK",
     "RTS_MASK",
+    "UD_INIT_MASK",
+    "UD_RTR_MASK",
+    "UD_RTS_MASK",
     "AHAttr",
     "CompChannel",
     "Context",
@@ -141,7 +151,13 @@ INIT_MASK = _mask("PKEY_INDEX", "PORT", "ACCESS_FLAGS")
 RTR_MASK = _mask("AV", "PATH_MTU", "DEST_QPN", "RQ_PSN", "MAX_DEST_RD_ATOMIC", "MIN_RNR_TIMER")
 RTS_MASK = _mask("TIMEOUT", "RETRY_CNT", "RNR_RETRY", "SQ_PSN", "MAX_QP_RD_ATOMIC")
 
+#: The same for a UD queue pair.
+UD_INIT_MASK = _mask("PKEY_INDEX", "PORT", "QKEY")
+UD_RTR_MASK = _mask()
+UD_RTS_MASK = _mask("SQ_PSN")
+
 _CHANNEL_LINK = "anon_inode:[infinibandevent]"
+_OWN_DESCRIPTORS = Path("/proc/self/fd")
 _channel_lock = threading.Lock()
 #: Whether work requests are freed with their objects (since 65) or only by close().
 _FREES_REQUESTS = not any(name.endswith("__dealloc") for name in dir(SGE))
@@ -178,23 +194,29 @@ def device_names() -> list[str]:
     return [d.name.decode() if isinstance(d.name, bytes) else str(d.name) for d in devices]
 
 
-def completion_channel(context: Any) -> tuple[Any, int]:
-    """A completion channel and its descriptor, which is non-blocking: watch it, then call ``next_event``.
+def completion_channel(context: Any) -> tuple[Any, int] | None:
+    """A completion channel and its descriptor, which is non-blocking: watch it, then call ``next_event``. None where
+    pyverbs does not say the descriptor and it cannot be found either: poll.
 
     The descriptor belongs to the channel and is closed with it.
     """
     with call("no completion channel could be made", "ibv_create_comp_channel"):
         if hasattr(CompChannel, "fd"):
             channel = CompChannel(context)
-            descriptor = int(channel.fd)
+            found = channel, int(channel.fd)
         else:
-            channel, descriptor = _channel_and_descriptor(context)
-    os.set_blocking(descriptor, False)
-    return channel, descriptor
+            looked_for = _channel_and_descriptor(context)
+            if looked_for is None:
+                return None
+            found = looked_for
+    os.set_blocking(found[1], False)
+    return found
 
 
-def _channel_and_descriptor(context: Any) -> tuple[Any, int]:
+def _channel_and_descriptor(context: Any) -> tuple[Any, int] | None:
     """Before 57 the descriptor is whichever event descriptor came into being meanwhile."""
+    if not _OWN_DESCRIPTORS.is_dir():
+        return None
     with _channel_lock:
         for _ in range(8):
             before = _descriptors()
@@ -203,16 +225,12 @@ def _channel_and_descriptor(context: Any) -> tuple[Any, int]:
             if len(new) == 1:
                 return channel, int(new[0])
             channel.close()  # another thread, not of this library, has made one at the same time
-    raise VerbsError(
-        "the completion channel's descriptor could not be told from others that appeared at the same time; "
-        "pyverbs 57 and newer say which it is",
-        operation="ibv_create_comp_channel",
-    )
+    return None
 
 
 def _descriptors() -> set[str]:
     """The open descriptors, without the one that lists them: its number is free again when this returns."""
-    directory = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(_OWN_DESCRIPTORS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         listing = os.dup(directory)  # where scandir() will put its own copy
         os.close(listing)
@@ -225,7 +243,7 @@ def _descriptors() -> set[str]:
 
 def _is_channel(number: str) -> bool:
     try:
-        return str(Path("/proc/self/fd", number).readlink()) == _CHANNEL_LINK
+        return str((_OWN_DESCRIPTORS / number).readlink()) == _CHANNEL_LINK
     except FileNotFoundError:  # closed meanwhile, by another thread
         return False
 
@@ -267,6 +285,8 @@ class SendRequest:
     def __init__(self) -> None:
         self._sge: Any = None
         self._request: Any = None
+        #: Where a UD queue pair's next message goes: address handle, QPN, queue key.
+        self.address: tuple[Any, int, int] | None = None
         if not _FREES_REQUESTS:
             self._sge = SGE(0, 0, 0)
             self._request = SendWR(num_sge=1, sg=[self._sge])
@@ -274,9 +294,16 @@ class SendRequest:
             self._request.sg_list = self._sge
 
     def post(
-        self, qp: Any, opcode: int, number: int, local: tuple[int, int, int], remote: tuple[int, int] | None
+        self,
+        qp: Any,
+        opcode: int,
+        number: int,
+        local: tuple[int, int, int],
+        remote: tuple[int, int] | None,
+        operands: tuple[int, int] | None = None,
     ) -> None:
-        """Post to ``qp``: local is (address, length in bytes, lkey), remote (address, rkey) or None for a send."""
+        """Post to ``qp``: local is (address, length in bytes, lkey), remote (address, rkey) or None for a send;
+        operands are an atomic's: what to compare with or to add, and what to swap in."""
         sge, request = self._sge, self._request
         if sge is None:
             sge = SGE(*local)
@@ -285,8 +312,12 @@ class SendRequest:
             sge.addr, sge.length, sge.lkey = local
         request.wr_id = number
         request.opcode = opcode
-        if remote is not None:
+        if operands is not None and remote is not None:
+            request.set_wr_atomic(remote[1], remote[0], *operands)
+        elif remote is not None:
             request.set_wr_rdma(remote[1], remote[0])
+        if self.address is not None:
+            request.set_wr_ud(*self.address)
         qp.post_send(request)
 
     def close(self) -> None:

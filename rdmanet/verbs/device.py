@@ -9,7 +9,7 @@ from typing import Any
 
 from rdmanet.errors import UnavailableError, VerbsError
 from rdmanet.model import address_key, address_of
-from rdmanet.verbs import compat, memory
+from rdmanet.verbs import compat, forked, memory
 from rdmanet.verbs.completions import CompletionQueues
 
 #: RoCE devices have one port per device.
@@ -48,6 +48,8 @@ class OpenDevice:
         self.max_cqe = int(attributes.max_cqe)
         self.completions = CompletionQueues(self.context, name, self.max_cqe)
         self.max_read_atomic = int(attributes.max_qp_rd_atom)
+        forked.watch(self)
+        self.has_atomics = int(attributes.atomic_caps) != compat.enums.IBV_ATOMIC_NONE
 
     def _query_device(self) -> Any:
         with compat.call(f"the RDMA device {self.name} cannot be queried", "ibv_query_device", self.name):
@@ -92,9 +94,19 @@ class OpenDevice:
         except (compat.PyverbsError, ValueError):
             return None
 
-    def register(self, buffer: Any, *, remote_read: bool, remote_write: bool) -> memory.MemoryRegion:
+    def register(self, buffer: Any, **rights: bool) -> memory.MemoryRegion:
         """See rdmanet.verbs.memory.register."""
-        return memory.register(self.pd, buffer, remote_read=remote_read, remote_write=remote_write)
+        return memory.register(self.pd, buffer, **rights)
+
+    def forked(self) -> list[int]:
+        """In a child of its process: see rdmanet.verbs.forked."""
+        self.completions.forked()
+        return [int(self.context.cmd_fd)]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no queue pair is there."""
+        return self.completions.idle
 
     def close(self) -> None:
         """After everything that was made on it has been closed."""

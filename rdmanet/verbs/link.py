@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -11,10 +12,15 @@ import aiohttp
 
 from rdmanet import lease as wire
 from rdmanet.errors import LeaseRefusedError, RdmanetError, RequestError, UnavailableError
+from rdmanet.verbs import forked
+
+_log = logging.getLogger(__name__)
 
 #: Between attempts to reach an agent that is away.
 _FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 1.0
+#: How long a farewell may take.
+_COURTESY_S = 5.0
 
 
 class LinkLostError(UnavailableError):
@@ -42,22 +48,27 @@ class Link:
     def __init__(
         self,
         greeted: Callable[[wire.HelloReply], Awaitable[None]],
-        pushed: Callable[[wire.Incoming | wire.Revoked], None],
+        pushed: Callable[[wire.Pushed], None],
         path: str = wire.SOCKET_NAME,
+        *,
+        hello: Callable[[wire.HelloReply], None] = lambda reply: None,
     ):
+        """``hello`` gets what greeted gets, before any later message is handled."""
         self._path = path
         self._greeted = greeted
+        self._hello = hello
         self._pushed = pushed
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self._http: aiohttp.ClientSession | None = None
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._up = asyncio.Event()
-        self._was_up = False
+        self._was_up = self._forked = False
         self._why_down = "not connected yet"
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
+        forked.watch(self)
         connector = aiohttp.UnixConnector(path=self._path)
         self._http = aiohttp.ClientSession(connector=connector)
         self._task = asyncio.get_running_loop().create_task(self._run(), name="rdmanet broker link")
@@ -69,8 +80,16 @@ class Link:
         if self._http is not None:
             await self._http.close()
 
+    def forked(self) -> list[int]:
+        """In a child of its process: see rdmanet.verbs.forked."""
+        socket, self._socket, self._forked = self._socket, None, True
+        plain = None if socket is None else socket.get_extra_info("socket")
+        return [] if plain is None or plain.fileno() < 0 else [plain.fileno()]
+
     async def up(self, timeout_s: float | None) -> None:
         """Wait until the broker is reachable and has been greeted; UnavailableError after ``timeout_s``."""
+        if self._forked:
+            raise forked.error()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
@@ -110,6 +129,15 @@ class Link:
             raise
         return await waiting.future
 
+    async def tell(self, make: Callable[[int], wire.Request]) -> None:
+        """A request that is a courtesy: the lease or the listener may have ended by itself, and the agent may be away,
+        in which case nobody will claim it."""
+        try:
+            async with asyncio.timeout(_COURTESY_S):
+                await self.request(make)
+        except (LeaseRefusedError, LinkLostError, TimeoutError) as error:
+            _log.debug("not needed any more: %s", error)
+
     async def _run(self) -> None:
         retry_s = _FIRST_RETRY_S
         while True:
@@ -145,7 +173,9 @@ class Link:
                 await asyncio.gather(reading, greeting, return_exceptions=True)
 
     async def _greet(self) -> None:
-        values = await self.request(lambda number: wire.Hello(number))
+        values = await self.request(
+            lambda number: wire.Hello(number), answered=lambda found: self._hello(wire.HelloReply.from_json(found))
+        )
         await self._greeted(wire.HelloReply.from_json(values))
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -173,7 +203,7 @@ class Link:
                 waiting = self._waiting.pop(number, None)
                 if waiting is not None and not waiting.future.cancelled():
                     waiting.future.set_exception(refused(answer))
-            case wire.Incoming() | wire.Revoked():
+            case wire.Incoming() | wire.Revoked() | wire.DeviceState():
                 self._pushed(answer)
 
     def _down(self) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from rdmanet.errors import LeaseRefusedError, UnavailableError
+from rdmanet.errors import LeaseRefusedError, TimedOutError, UnavailableError
 from rdmanet.verbs.options import Options
 
 if TYPE_CHECKING:
@@ -30,15 +30,17 @@ class Listener:
         self._waiting: deque[list[QueuePair]] = deque()
         self._arrivals = asyncio.Semaphore(0)  # of queue pairs, and one more for all when there is an end
         self._failure: LeaseRefusedError | None = None
+        self._unhealthy: str | None = None  # why the pod's device cannot be used now
         self._closed = False
 
-    async def accept(self) -> QueuePair:
+    async def accept(self, *, timeout_s: float | None = None) -> QueuePair:
         """The next queue pair, connected and ready; of a batch one after another, in the connector's order.
 
         It may have failed or been closed by its peer already: then ``recv`` gives what has arrived, and every operation
-        the reason. Raises UnavailableError once the listener is closed.
+        the reason. Raises UnavailableError once the listener is closed and while the pod's device cannot be used,
+        TimedOutError after ``timeout_s``.
         """
-        await self._arrival()
+        await self._arrival(timeout_s)
         first = self._waiting[0]
         qp = first.pop(0)
         if first:
@@ -47,19 +49,29 @@ class Listener:
             self._waiting.popleft()
         return qp
 
-    async def accept_batch(self) -> list[QueuePair]:
+    async def accept_batch(self, *, timeout_s: float | None = None) -> list[QueuePair]:
         """All queue pairs of the next connect, in the connector's order (those that ``accept`` has not taken yet); one
         where it asked for one. Raises as ``accept``."""
-        await self._arrival()
+        await self._arrival(timeout_s)
         return self._waiting.popleft()
 
-    async def _arrival(self) -> None:
-        await self._arrivals.acquire()
+    async def _arrival(self, timeout_s: float | None) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._arrivals.acquire()
+                while not (self._waiting or self._failure or self._unhealthy or self._closed):
+                    await self._arrivals.acquire()  # the device is back since somebody was told that it is gone
+        except TimeoutError as error:
+            raise TimedOutError(
+                f"nobody connected within {timeout_s:g} s", operation="accept", subject=self.service
+            ) from error
         if self._waiting:
             return
         self._arrivals.release()  # for the others that wait
         if self._failure is not None:
             raise LeaseRefusedError(self._failure.sentence, operation="listen", subject=self.service)
+        if self._unhealthy is not None and not self._closed:
+            raise UnavailableError(self._unhealthy, operation="device", subject=self.service)
         raise UnavailableError("the listener has been closed", operation="accept", subject=self.service)
 
     async def __aiter__(self) -> AsyncIterator[QueuePair]:
@@ -67,6 +79,8 @@ class Listener:
             try:
                 qp = await self.accept()
             except (UnavailableError, LeaseRefusedError):
+                if self._unhealthy is not None and not self._closed:
+                    raise
                 break
             yield qp
 
@@ -85,6 +99,12 @@ class Listener:
         """The agent came back and does not let this service listen again."""
         self._failure = failure
         self._arrivals.release()
+
+    def device_state(self, sentence: str | None) -> None:
+        """The pod's device cannot be used any more, and why; or, without a sentence, it can be used again."""
+        self._unhealthy = sentence
+        if sentence is not None:
+            self._arrivals.release()
 
     async def close(self) -> None:
         """Stop listening; queue pairs that nobody accepted are closed, accepted ones live on. Idempotent."""

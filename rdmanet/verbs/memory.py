@@ -7,8 +7,9 @@ import errno
 import mmap
 import resource
 import struct
+import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rdmanet.errors import InputError, VerbsError
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
     from rdmanet.verbs.compat import RecvRequest
 
+#: Anything that memoryview() takes; collections.abc.Buffer is of Python 3.12.
+Buffer: TypeAlias = Any
+#: What atomics work on (InfiniBand 9.4.5).
+ATOMIC_BYTES = 8
+_deregistering = threading.Lock()
 _REMOTE = struct.Struct("!QIQ")
 
 
@@ -43,14 +49,16 @@ class RemoteRegion:
 class MemoryRegion:
     """A buffer of this process that the device may use; the buffer is not copied.
 
-    ``buffer`` is it as a memoryview of bytes. While registered, the buffer cannot be resized. Deregister with
-    ``close``, not before transfers that use it are done.
+    ``buffer`` is it as a memoryview of bytes (``numpy.frombuffer(region.buffer, dtype)`` is an array in it). While
+    registered, the buffer cannot be resized. ``close`` deregisters it, once transfers that use it are done.
     """
 
     def __init__(self, registration: Any, buffer: memoryview, address: int, pin: object, *, remote: bool):
         self._registration = registration
         self._pin: object | None = pin
         self._remote = remote
+        self._uses = 0  # requests under way
+        self._closed = False
         self.buffer = buffer
         self.address = address
         self.lkey = int(registration.lkey)
@@ -66,19 +74,41 @@ class MemoryRegion:
     def remote(self) -> RemoteRegion:
         """What the peer needs; InputError when it was registered for local use only."""
         if not self._remote:
-            raise InputError("this memory is registered for local use; pass remote_write or remote_read to register")
+            raise InputError(
+                "this memory is registered for local use; pass remote_write, remote_read or remote_atomic to register"
+            )
         return RemoteRegion(self.address, self._rkey, self.length)
 
     @property
     def closed(self) -> bool:
-        return self._pin is None
+        return self._closed
+
+    def use(self) -> None:
+        """A request that needs it is under way."""
+        self._uses += 1
+
+    def unuse(self) -> None:
+        """A request that needed it has been completed, or its queue pair is gone."""
+        self._uses -= 1
+        if self._closed and self._uses == 0:
+            self._deregister()
 
     def close(self) -> None:
-        """Deregister; the buffer is free again. Idempotent."""
-        if self._pin is None:
+        """Deregister; the buffer is free again. Where a cancelled transfer is still under way, the device keeps the
+        memory until it is done. Idempotent."""
+        if self._closed:
             return
-        self._registration.close()
-        self._pin = None
+        self._closed = True
+        if self._uses == 0:
+            self._deregister()
+
+    def _deregister(self) -> None:
+        # Twice at a time where it is closed in one thread and its last transfer is completed in another's loop.
+        with _deregistering:
+            if self._pin is None:
+                return
+            self._registration.close()
+            self._pin = None
         if self.on_close is not None:
             self.on_close(self)
 
@@ -123,7 +153,7 @@ class PlacePool:
         free = self._free.setdefault(length, [])
         missing = count - len(free)
         if missing > 0:
-            region = register(self._pd, allocate(missing * length), remote_read=False, remote_write=False)
+            region = register(self._pd, allocate(missing * length))
             self._regions.append(region)
             free += places(region, length)
         taken = free[-count:]
@@ -132,7 +162,7 @@ class PlacePool:
 
     def give(self, length: int, returned: list[Place]) -> None:
         """Places of ``length`` bytes that no queue pair uses any more."""
-        self._free[length] += returned
+        self._free.setdefault(length, []).extend(returned)
 
     def close(self) -> None:
         """After all queue pairs."""
@@ -152,7 +182,9 @@ def allocate(length: int) -> memoryview:
     return memoryview(mmap.mmap(-1, length))[:length]
 
 
-def register(pd: Any, buffer: Any, *, remote_read: bool, remote_write: bool) -> MemoryRegion:
+def register(
+    pd: Any, buffer: Any, *, remote_read: bool = False, remote_write: bool = False, remote_atomic: bool = False
+) -> MemoryRegion:
     """Register ``buffer`` (writable, contiguous: bytearray, memoryview, mmap, array, NumPy) in a protection domain.
 
     Raises InputError for other buffers; VerbsError with a sentence about the limit when memory cannot be locked.
@@ -160,16 +192,22 @@ def register(pd: Any, buffer: Any, *, remote_read: bool, remote_write: bool) -> 
     from rdmanet.verbs import compat
 
     try:
-        view = memoryview(buffer).cast("B")
-        pin = ctypes.c_char.from_buffer(view)
+        source = memoryview(buffer)
+        # Through ctypes, which minds no element types: memoryview.cast refuses those of structured NumPy arrays.
+        pin = (ctypes.c_ubyte * source.nbytes).from_buffer(source)
+        view = memoryview(pin).cast("B")
     except (TypeError, ValueError, BufferError) as error:
         raise InputError(f"only writable, contiguous and non-empty memory can be registered: {error}") from error
+    if not view.nbytes:
+        raise InputError("only writable, contiguous and non-empty memory can be registered: it is empty")
     address = ctypes.addressof(pin)
     access = compat.enums.IBV_ACCESS_LOCAL_WRITE
     if remote_read:
         access |= compat.enums.IBV_ACCESS_REMOTE_READ
     if remote_write:
         access |= compat.enums.IBV_ACCESS_REMOTE_WRITE
+    if remote_atomic:
+        access |= compat.enums.IBV_ACCESS_REMOTE_ATOMIC
     try:
         with compat.call(f"{view.nbytes} bytes of memory could not be registered", "ibv_reg_mr"):
             registration = compat.MR(pd, view.nbytes, access, address)
@@ -177,7 +215,7 @@ def register(pd: Any, buffer: Any, *, remote_read: bool, remote_write: bool) -> 
         if error.errno in (errno.ENOMEM, errno.EAGAIN):
             raise _locked_memory_error(view.nbytes, error) from error
         raise
-    return MemoryRegion(registration, view, address, pin, remote=remote_read or remote_write)
+    return MemoryRegion(registration, view, address, pin, remote=remote_read or remote_write or remote_atomic)
 
 
 def _locked_memory_error(length: int, error: VerbsError) -> VerbsError:

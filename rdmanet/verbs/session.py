@@ -10,9 +10,9 @@ again on its services. Only a lease that the new agent does not give back is los
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, overload
 
@@ -20,16 +20,19 @@ from rdmanet import lease as wire
 from rdmanet.errors import (
     InputError,
     LeaseRefusedError,
-    RdmanetError,
     RequestError,
     UnavailableError,
     VerbsError,
 )
 from rdmanet.lease import pod_text
 from rdmanet.model import IPAddress, PodName, address_key, address_of
+from rdmanet.verbs.accepting import Acceptor
+from rdmanet.verbs.datagrams import Datagrams
+from rdmanet.verbs.leases import Leases
 from rdmanet.verbs.link import Link, LinkLostError
-from rdmanet.verbs.listener import BACKLOG, Listener
+from rdmanet.verbs.listener import Listener
 from rdmanet.verbs.options import Options
+from rdmanet.verbs.pool import Pool
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -37,29 +40,37 @@ if TYPE_CHECKING:
     from rdmanet.verbs.batch import Batch
     from rdmanet.verbs.device import OpenDevice
     from rdmanet.verbs.queue_pair import QueuePair
+    from rdmanet.verbs.ud import Datagram
 
 _log = logging.getLogger(__name__)
-
-#: Between claims when the agent could not read the kernel's queue pairs.
-_CLAIM_AGAIN_S = 0.5
-#: How long a farewell may take.
-_COURTESY_S = 5.0
 
 
 class Session:
     """A connection to the broker with the leases and listeners that depend on it."""
 
     def __init__(self) -> None:
-        self._link = Link(self._greeted, self._pushed)
+        self._link = Link(self._greeted, self._pushed, hello=lambda hello: self._device_state(hello.unhealthy))
         self._hello: wire.HelloReply | None = None
         self._device: OpenDevice | None = None
-        self._leases: dict[int, list[QueuePair]] = {}  # two of them where a process leases to itself
+        self._lost_devices: list[OpenDevice] = []  # that some queue pairs still have to leave
+        self._unhealthy: str | None = None  # why the device cannot be used now
+        self._silent = False  # the agent that is there now has not been told of the listeners
+        self._leases = Leases(self._link)
         self._listeners: dict[str, Listener] = {}
+        self._acceptor = Acceptor(
+            self._link,
+            self._leases,
+            self._listeners,
+            make=self._listening_ends,
+            hold=self._hold,
+            close=self._close_all,
+        )
+        self._datagrams = Datagrams(self._link, self._leases, ask=self._persistent, spawn=self._spawn, left=self._left)
+        self._qps: set[QueuePair] = set()
+        self._pools: set[Pool] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._users = 0
         self._closed = False
-        self._returned: list[int] = []  # leases to release
-        self._returning: asyncio.Future[None] | None = None
         #: Called when the last listener, queue pair and attempt to connect is gone.
         self.on_idle: Callable[[], Coroutine[None, None, None]] | None = None
 
@@ -87,9 +98,7 @@ class Session:
         Raises RequestError for a malformed name; LeaseRefusedError when the pod has no device or another process
         listens there; UnavailableError when the agent does not answer within ``timeout_s``.
         """
-        wire.service_name(service)
-        if service in self._listeners:
-            raise LeaseRefusedError("this process listens there already", operation="listen", subject=service)
+        self._not_taken(service)
         listener = Listener(service, options or Options(), self._forget)
         self._users += 1
         self._listeners[service] = listener
@@ -97,8 +106,10 @@ class Session:
             await self._link.up(timeout_s)
             self._opened_device()
             await self._persistent(lambda number: wire.Listen(number, service), timeout_s)
-        except BaseException:
+        except BaseException as error:
             del self._listeners[service]
+            if isinstance(error, asyncio.CancelledError):  # the broker may have been asked
+                self._spawn(self._link.tell(lambda number: wire.Unlisten(number, service)))
             await self._left()
             raise
         listener.established = True
@@ -161,8 +172,65 @@ class Session:
             await self._left()
         return qps[0] if count is None else qps
 
+    async def pool(
+        self,
+        target: str,
+        *,
+        size: int = 16,
+        address: IPAddress | None = None,
+        options: Options | None = None,
+        timeout_s: float | None = 10.0,
+    ) -> Pool:
+        """``size`` queue pairs to [namespace/]pod:service, leased now and kept ready (rdmanet.verbs.pool). They count
+        as leases, and arrive at the listener ahead of their use. Raises as ``connect``."""
+        if size < 1:
+            raise InputError(f"a pool has at least one queue pair, not {size}")
+
+        async def lease(count: int) -> list[QueuePair]:
+            return await self.connect(target, count=count, address=address, options=options, timeout_s=timeout_s)
+
+        pool = Pool(target, size, lease, self._pool_closed)
+        self._users += 1
+        self._pools.add(pool)
+        await pool.open()
+        return pool
+
+    async def _pool_closed(self, pool: Pool) -> None:
+        self._pools.discard(pool)
+        await self._left()
+
+    async def datagram(
+        self, service: str | None = None, *, options: Options | None = None, timeout_s: float | None = 10.0
+    ) -> Datagram:
+        """A queue pair for unreliable datagrams, to which other pods can connect by ``service``, if it has one.
+
+        Raises as ``listen``.
+        """
+        from rdmanet.verbs.ud import DATAGRAM_OPTIONS, Datagram
+
+        if service is not None:
+            self._not_taken(service)
+        self._users += 1
+        try:
+            await self._link.up(timeout_s)
+            assert self._hello is not None
+            datagram = Datagram(
+                self._datagrams,
+                self._opened_device(),
+                self._hello.addresses,
+                service,
+                options or DATAGRAM_OPTIONS,
+                traffic_class=self._hello.traffic_class,
+                service_level=self._hello.service_level,
+            )
+        except BaseException:
+            await self._left()
+            raise
+        await self._datagrams.begin(datagram, timeout_s)
+        return datagram
+
     async def close(self) -> None:
-        """Close every listener and queue pair, the device and the connection. Idempotent."""
+        """Close every pool, listener and queue pair, the device and the connection. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -171,11 +239,14 @@ class Session:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for pool in list(self._pools):
+            await pool.close()
         for listener in list(self._listeners.values()):
             await listener.close()
-        await self._close_all([qp for qps in self._leases.values() for qp in qps])
-        if self._device is not None:
-            self._device.close()
+        await self._datagrams.close_all()
+        await self._close_all(list(self._qps))
+        for device in [*self._lost_devices, *([self._device] if self._device is not None else [])]:
+            device.close()
         await self._link.close()
 
     async def __aenter__(self) -> Session:
@@ -201,9 +272,7 @@ class Session:
         if address is None or address not in own:
             listed = ", ".join(map(str, own)) or "none"
             raise RequestError(f"{address} is not an address of this pod, which has: {listed}")
-        from rdmanet.verbs.batch import Batch
-
-        batch = Batch(device, address_key(address), options, count)
+        batch = self._batch(device, address, options, count)
         granted: list[wire.ConnectReply] = []
 
         def answered(values: wire.Json) -> None:
@@ -214,7 +283,7 @@ class Session:
 
         def too_late(values: wire.Json) -> None:
             first = wire.ConnectReply.from_json(values).lease
-            self._spawn(self._give_back(*range(first, first + count)))
+            self._spawn(self._leases.give_back(range(first, first + count)))
 
         try:
             await self._persistent(
@@ -246,74 +315,69 @@ class Session:
             except LinkLostError:
                 continue
 
+    def _not_taken(self, service: str) -> None:
+        wire.service_name(service)
+        if service in self._listeners or self._datagrams.serves(service):
+            raise LeaseRefusedError("this process listens there already", operation="listen", subject=service)
+
     def _opened_device(self) -> OpenDevice:
         assert self._hello is not None
         if self._hello.device is None:
             raise LeaseRefusedError(wire.no_device(self._hello.pod), operation="no_device")
+        if self._unhealthy is not None:
+            raise LeaseRefusedError(self._unhealthy, operation="no_device")
         if self._device is None:
             from rdmanet.verbs.device import OpenDevice
+
+            self._tidy_devices()
 
             self._device = OpenDevice(self._hello.device)
         return self._device
 
+    def _tidy_devices(self) -> None:
+        """Close lost devices that nothing uses any more."""
+        for device in [lost for lost in self._lost_devices if lost.idle]:
+            self._lost_devices.remove(device)
+            device.close()
+
+    def _batch(self, device: OpenDevice, address: IPAddress, options: Options, count: int) -> Batch:
+        from rdmanet.verbs.batch import Batch
+
+        assert self._hello is not None
+        return Batch(
+            device,
+            address_key(address),
+            options,
+            count,
+            traffic_class=self._hello.traffic_class,
+            service_level=self._hello.service_level,
+        )
+
     def _hold(self, batch: Batch, first: int, peer: PodName, service: str) -> None:
         for number, qp in enumerate(batch.qps, first):
             qp.granted(number, peer, service, self._qp_closed)
-            self._leases.setdefault(number, []).append(qp)
+        self._leases.hold(batch.qps)
+        self._qps.update(batch.qps)
         self._users += len(batch.qps)
 
-    def _is_held(self, qp: QueuePair) -> bool:
-        return qp in self._leases.get(qp.lease, [])
-
-    def _let_go(self, qp: QueuePair) -> bool:
-        """Forget a queue pair; False when its lease has ended already."""
-        held = self._leases.get(qp.lease, [])
-        if qp not in held:
-            return False
-        held.remove(qp)
-        if not held:
-            del self._leases[qp.lease]
-        return True
-
     async def _qp_closed(self, *qps: QueuePair) -> None:
-        numbers = [qp.lease for qp in qps if self._let_go(qp)]
-        if numbers:
-            await self._give_back(*numbers)
-        await self._left(len(qps))
+        self._qps.difference_update(qps)
+        self._tidy_devices()
+        try:
+            await self._leases.end(qps)
+        finally:  # also when this is cancelled
+            await self._left(len(qps))
 
     async def _close_all(self, qps: Iterable[QueuePair]) -> None:
         from rdmanet.verbs.queue_pair import close_all
 
         await close_all(qps)
 
-    async def _give_back(self, *numbers: int) -> None:
-        """Release leases; those that are given back in the same turn of the loop go together."""
-        self._returned += numbers
-        if self._returning is None:
-            self._returning = asyncio.ensure_future(self._release())
-        await asyncio.shield(self._returning)
-
-    async def _release(self) -> None:
-        await asyncio.sleep(0)
-        numbers, self._returned, self._returning = self._returned, [], None
-        for first in range(0, len(numbers), wire.MAX_BATCH):
-            some = tuple(numbers[first : first + wire.MAX_BATCH])
-            await self._tell(functools.partial(wire.Release, leases=some))
-
-    async def _tell(self, make: Callable[[int], wire.Request]) -> None:
-        """A request that is a courtesy: the lease or the listener may have ended by itself, and the agent may be away,
-        in which case nobody will claim it."""
-        try:
-            async with asyncio.timeout(_COURTESY_S):
-                await self._link.request(make)
-        except (LeaseRefusedError, LinkLostError, TimeoutError) as error:
-            _log.debug("not needed any more: %s", error)
-
     async def _forget(self, listener: Listener) -> None:
         """The listener's part of closing."""
         if self._listeners.get(listener.service) is listener:
             del self._listeners[listener.service]
-            await self._tell(lambda number: wire.Unlisten(number, listener.service))
+            await self._link.tell(lambda number: wire.Unlisten(number, listener.service))
         await self._left()
 
     async def _left(self, users: int = 1) -> None:
@@ -328,64 +392,38 @@ class Session:
 
     # What the broker sends
 
-    def _pushed(self, message: wire.Incoming | wire.Revoked) -> None:
+    def _pushed(self, message: wire.Pushed) -> None:
         if isinstance(message, wire.Incoming):
-            self._spawn(self._answer(message))
+            answering = self._datagrams if self._datagrams.serves(message.service) else self._acceptor
+            self._spawn(answering.answer(message))
             return
-        for number in message.leases:
-            for qp in self._leases.pop(number, []):
-                qp.revoke(message.sentence)
+        if isinstance(message, wire.DeviceState):
+            self._device_state(message.sentence)
+            return
+        self._leases.revoked(message.leases, message.sentence)
 
-    async def _answer(self, incoming: wire.Incoming) -> None:
-        """Make the listening end and accept; whatever goes wrong is told to the connector."""
-        listener = self._listeners.get(incoming.service)
-        if listener is None or listener.full:
-            why = "nobody listens any more" if listener is None else f"{BACKLOG} connections wait to be accepted"
-            await self._reject(incoming, why)
+    def _device_state(self, sentence: str | None) -> None:
+        """The device can (None) or cannot be used any more; it is opened anew when it is back."""
+        self._unhealthy = sentence
+        for listener in self._listeners.values():
+            listener.device_state(sentence)
+        if sentence is None:
+            if self._silent:
+                self._spawn(self._listen_now())
             return
-        try:
-            batch = self._listening_ends(incoming, listener.options)
-        except RdmanetError as error:
-            _log.error("%s could not be accepted: %s", pod_text(incoming.peer), error)
-            await self._reject(incoming, error.sentence)
-            return
-        # Held before they are accepted: should the agent go away now, these ends can be claimed.
-        self._hold(batch, incoming.lease, incoming.peer, incoming.service)
-        qps = batch.qps
-        try:
-            await self._link.request(lambda number: wire.Accept(number, incoming.lease, batch.ends))
-        except LinkLostError:
-            await self._link.up(None)  # claims first
-            if not all(map(self._is_held, qps)):  # the new agent does not know them; the connector was hardly told
-                await self._close_all(qps)
-                return
-        except LeaseRefusedError as error:
-            _log.info("%s gave up: %s", pod_text(incoming.peer), error.sentence)
-            await self._drop(qps)
-            return
-        except BaseException:
-            await self._drop(qps)
-            raise
-        # Delivered even when they are broken by now: the connector may have sent, failed and closed before this task's
-        # turn came. Whoever accepts them receives what has arrived, and then the reason.
-        if not listener.deliver(qps):
-            await self._close_all(qps)
-
-    async def _drop(self, qps: list[QueuePair]) -> None:
-        """Close queue pairs whose leases never were: there is nothing to give back."""
-        for qp in qps:
-            self._let_go(qp)
-        await self._close_all(qps)
+        self._leases.fail_all(lambda: UnavailableError(sentence, operation="device"))
+        self._datagrams.fail_all(lambda: UnavailableError(sentence, operation="device"))
+        if self._device is not None:
+            self._lost_devices.append(self._device)
+            self._device = None
 
     def _listening_ends(self, incoming: wire.Incoming, options: Options) -> Batch:
-        from rdmanet.verbs.batch import Batch
-
         assert self._hello is not None
         family = address_of(incoming.ends.gid).version
         address = next((a for a in self._hello.addresses if a.version == family), None)
         if address is None:
             raise UnavailableError(f"{pod_text(self._hello.pod)} has no IPv{family} address")
-        batch = Batch(self._opened_device(), address_key(address), options, len(incoming.ends.qpns))
+        batch = self._batch(self._opened_device(), address, options, len(incoming.ends.qpns))
         try:
             # Receives are posted by now: the connector may send as soon as it is told.
             batch.ready(incoming.ends)
@@ -394,15 +432,24 @@ class Session:
             raise
         return batch
 
-    async def _reject(self, incoming: wire.Incoming, sentence: str) -> None:
-        await self._tell(lambda number: wire.Reject(number, incoming.lease, sentence))
-
     async def _greeted(self, hello: wire.HelloReply) -> None:
         """The broker is there (again): claim what this process holds, listen where it listened."""
         returning, self._hello = self._hello is not None, hello
         if not returning:
             return
-        await self._claim_all()
+        await self._leases.claim_all()
+        self._silent = self._unhealthy is not None  # it would refuse
+        if not self._silent:
+            await self._listen_again()
+
+    async def _listen_now(self) -> None:
+        with contextlib.suppress(LinkLostError):  # greeted again, it listens again
+            await self._listen_again()
+
+    async def _listen_again(self) -> None:
+        """The agent is back: what others could connect to before they can connect to again."""
+        self._silent = False
+        await self._datagrams.listen_again()
         for service, listener in list(self._listeners.items()):
             if not listener.established:
                 continue  # listen() is still asking
@@ -411,83 +458,3 @@ class Session:
             except LeaseRefusedError as error:
                 _log.error("%s does not listen any more: %s", service, error.sentence)
                 listener.fail(error)
-
-    async def _claim_all(self) -> None:
-        items = [wire.ClaimItem(number, qp.qpn) for number, qps in self._leases.items() for qp in qps]
-        for first in range(0, len(items), wire.MAX_BATCH):
-            batch = tuple(items[first : first + wire.MAX_BATCH])
-            while True:
-                try:
-                    values = await self._link.request(functools.partial(wire.Claim, leases=batch))
-                    break
-                except LeaseRefusedError as error:
-                    if error.operation != "unavailable":
-                        raise
-                    _log.warning("leases could not be claimed yet: %s", error)
-                    await asyncio.sleep(_CLAIM_AGAIN_S)
-            for number in wire.ClaimReply.from_json(values).lost:
-                for qp in self._leases.pop(number, []):
-                    qp.revoke("the agent came back and does not know the lease any more")
-
-
-_sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = weakref.WeakKeyDictionary()
-
-
-def _shared_session() -> Session:
-    """The loop's session, opened if need be."""
-    loop = asyncio.get_running_loop()
-    session = _sessions.get(loop)
-    if session is None:
-        session = Session()
-        _sessions[loop] = session
-
-        async def close_when_idle(session: Session = session) -> None:
-            if _sessions.get(loop) is session:
-                del _sessions[loop]
-            await session.close()
-
-        session.on_idle = close_when_idle
-        session.start()
-    return session
-
-
-async def listen(service: str, *, options: Options | None = None, timeout_s: float | None = 10.0) -> Listener:
-    """Session.listen of the event loop's shared session."""
-    session = _shared_session()
-    return await session.listen(service, options=options, timeout_s=timeout_s)
-
-
-@overload
-async def connect(
-    target: str,
-    *,
-    address: IPAddress | None = None,
-    options: Options | None = None,
-    timeout_s: float | None = 10.0,
-) -> QueuePair: ...
-
-
-@overload
-async def connect(
-    target: str,
-    *,
-    count: int,
-    address: IPAddress | None = None,
-    options: Options | None = None,
-    timeout_s: float | None = 10.0,
-) -> list[QueuePair]: ...
-
-
-async def connect(
-    target: str,
-    *,
-    count: int | None = None,
-    address: IPAddress | None = None,
-    options: Options | None = None,
-    timeout_s: float | None = 10.0,
-) -> QueuePair | list[QueuePair]:
-    """Session.connect of the event loop's shared session."""
-    session = _shared_session()
-    if count is None:
-        return await session.connect(target, address=address, options=options, timeout_s=timeout_s)
-    return await session.connect(target, count=count, address=address, options=options, timeout_s=timeout_s)

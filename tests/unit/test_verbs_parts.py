@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,7 @@ def test_a_remote_region_of_another_size_is_refused(size: int) -> None:
 @pytest.mark.parametrize("name", ["window", "chunk_bytes", "messages", "message_bytes"])
 def test_options_are_positive(name: str) -> None:
     with pytest.raises(InputError, match=f"Options.{name} must be at least 1"):
-        Options(**{name: 0})
+        Options(**{name: cast("Any", 0)})
 
 
 def test_allocated_memory_is_zero_and_of_the_length_asked_for() -> None:
@@ -77,14 +78,17 @@ def test_every_constant_is_found() -> None:
     # As infiniband/verbs.h numbers them.
     assert vars(compat.enums) == {
         "IBV_ACCESS_LOCAL_WRITE": 1,
+        "IBV_ACCESS_REMOTE_ATOMIC": 8,
         "IBV_ACCESS_REMOTE_READ": 4,
         "IBV_ACCESS_REMOTE_WRITE": 2,
+        "IBV_ATOMIC_NONE": 0,
         "IBV_GID_TYPE_ROCE_V2": 2,
         "IBV_QPS_ERR": 6,
         "IBV_QPS_INIT": 1,
         "IBV_QPS_RTR": 2,
         "IBV_QPS_RTS": 3,
         "IBV_QPT_RC": 2,
+        "IBV_QPT_UD": 4,
         "IBV_QP_ACCESS_FLAGS": 1 << 3,
         "IBV_QP_AV": 1 << 7,
         "IBV_QP_DEST_QPN": 1 << 20,
@@ -94,12 +98,15 @@ def test_every_constant_is_found() -> None:
         "IBV_QP_PATH_MTU": 1 << 8,
         "IBV_QP_PKEY_INDEX": 1 << 4,
         "IBV_QP_PORT": 1 << 5,
+        "IBV_QP_QKEY": 1 << 6,
         "IBV_QP_RETRY_CNT": 1 << 10,
         "IBV_QP_RNR_RETRY": 1 << 11,
         "IBV_QP_RQ_PSN": 1 << 12,
         "IBV_QP_SQ_PSN": 1 << 16,
         "IBV_QP_STATE": 1 << 0,
         "IBV_QP_TIMEOUT": 1 << 9,
+        "IBV_WR_ATOMIC_CMP_AND_SWP": 5,
+        "IBV_WR_ATOMIC_FETCH_AND_ADD": 6,
         "IBV_WR_RDMA_READ": 4,
         "IBV_WR_RDMA_WRITE": 0,
         "IBV_WR_SEND": 2,
