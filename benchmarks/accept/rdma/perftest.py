@@ -42,6 +42,8 @@ SIZE_BYTES = 1024
 ATTEMPTS = 5
 TIMEOUT_S = 20.0
 LISTENING = "Waiting for client"
+#: perftest 4.5 looks -R's server up as IPv4 alone (perftest_communication.c, rdma_client_connect).
+UNKNOWN = "Problem in resolving basic address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ def arguments(case: Case, pair: Pair) -> tuple[list[str], list[str]]:
 
 
 def run(pair: Pair, case: Case) -> dict[str, object]:
-    """Until it passes, at most ATTEMPTS times: {"figures": …, "attempts": N}. StepError when it never does."""
+    """Until it passes, at most ATTEMPTS times: {"figures": …, "attempts": N}, or {"unknown": …} where this version of the
+    tool does not know the family with rdma_cm. StepError when it never does."""
     server, client = arguments(case, pair)
     why = ""
     for attempt in range(1, ATTEMPTS + 1):
@@ -101,6 +104,8 @@ def run(pair: Pair, case: Case) -> dict[str, object]:
             if any(figure > 0 for figure in figures[2:]):
                 return {"figures": figures, "attempts": attempt}
             why = "printed nothing but zeros"
+        elif case.way == "-R" and case.family == 6 and UNKNOWN in ended.words:
+            return {"unknown": "rdma_cm with IPv6, in this version of perftest"}
         else:
             why = ended.words
     raise StepError(f"{case.tool} {case.transport} {case.name} failed {ATTEMPTS} times in a row: {why}")
@@ -171,7 +176,7 @@ def carried(host: Host, pair: Pair, work: Callable[[], dict[str, object]], packe
     before, dropped = programs.traffic(host, (pair.client, pair.server)), programs.roce_drops(host)
     done = work()
     roce = programs.traffic(host, (pair.client, pair.server)).since(before).roce_packets
-    need(roce >= packets, f"RoCE carried {roce} packets of at least {packets}: {done}")
+    need("unknown" in done or roce >= packets, f"RoCE carried {roce} packets of at least {packets}: {done}")
     need(programs.roce_drops(host) == dropped, f"RoCE packets were dropped: {programs.roce_drops(host)}")
     return {**done, "roce_packets": roce}
 
@@ -180,10 +185,10 @@ def measure() -> Figure:
     """Everything; what fails is in the row's sentence, after all has been tried."""
     results: dict[str, dict[str, dict[str, object]]] = {}
     failed: list[str] = []
-    passed = again = 0
+    passed = again = unknown = 0
 
     def note(tool: str, transport: str, name: str, work: Callable[[], dict[str, object]], packets: int) -> None:
-        nonlocal passed, again
+        nonlocal passed, again, unknown
         place = results.setdefault(tool, {}).setdefault(transport, {})
         try:
             done = carried(host, pair, work, packets)
@@ -192,6 +197,9 @@ def measure() -> Figure:
             failed.append(error.sentence)
             return
         place[name] = done
+        if "unknown" in done:
+            unknown += 1
+            return
         passed += 1
         again += int(str(done["attempts"])) - 1
 
@@ -206,6 +214,7 @@ def measure() -> Figure:
         passed,
         "runs",
         f"of {len(TRANSPORTS)} perftest tools over RC, UC and UD with IPv4, IPv6, rdma_cm and events, and "
-        f"{', '.join(EXAMPLES)}: all passed over RoCE ({again} made again for perftest's own faults)",
+        f"{', '.join(EXAMPLES)}: all passed over RoCE ({again} made again for perftest's own faults; "
+        f"{unknown} that this version of perftest does not know)",
         {"results": results},
     )
