@@ -93,8 +93,8 @@ def arguments(case: Case, pair: Pair) -> tuple[list[str], list[str]]:
 
 
 def run(pair: Pair, case: Case) -> dict[str, object]:
-    """Until it passes, at most ATTEMPTS times: {"figures": …, "attempts": N}, or {"unknown": …} where this version of the
-    tool does not know the family with rdma_cm. StepError when it never does."""
+    """Until it passes, at most ATTEMPTS times: {"figures": …, "attempts": N}; {"unknown": …} where this version of the
+    tool has no such way. StepError when it never passes."""
     server, client = arguments(case, pair)
     why = ""
     for attempt in range(1, ATTEMPTS + 1):
