@@ -16,7 +16,7 @@ from testbed.host import Host
 from testbed.paths import BUILD, REPOSITORY
 
 #: What clients say when the server does not listen yet: some servers say that they do just before, some say nothing.
-_TOO_EARLY = ("connect", "REJECTED", "rejected", "CM event", "cm event")
+_TOO_EARLY = ("Couldn't connect", "refused", "REJECTED", "CM event")
 _CLIENT_ATTEMPTS = 10
 
 

@@ -1,0 +1,179 @@
+"""Row `leaks`: 10,000 leases opened and closed leave nothing in the kernel, in the agent or in the library.
+
+In batches and one by one, some used and some not. What counts objects must be as before, to the last one; memory is
+taken when all is warm and at the end, and may grow by less than a lease could ever need: allocators keep pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accept.rdma.faults import PINS
+from benchmarks.peers import namespaces
+from benchmarks.peers.churn import descriptors, rss_bytes
+from benchmarks.peers.namespaces import Pair
+from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.maps import Datapath
+from testbed.host import ARTIFACT, Host
+from testbed.paths import REPOSITORY
+from testbed.peer import Peer
+from testbed.rows import Figure, need
+
+PROGRAM = ("-m", "benchmarks.peers.churn")
+LEASES = 10_000
+BATCH = 64
+#: One lease after another costs ten times as much as one of a batch: a tenth of them comes so.
+SINGLE_SHARE = 10
+CHURN_TIMEOUT_S = 1800.0
+#: Revoked entries stay until the kernel says that the queue pair is gone, asked at most every 60 s.
+GONE_TIMEOUT_S = 90.0
+#: Growth from warm to the end, per lease. What a leaked queue pair, request or table entry costs is more.
+GROWTH_BYTES = 100
+KERNEL_GROWTH_BYTES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What there is of everything that leases make."""
+
+    objects: dict[str, int]  # exactly as before: queue pairs, regions, descriptors, entries …
+    memory_bytes: dict[str, int]
+
+
+class Churn:
+    """Two pods with a program each, and what they have done."""
+
+    def __init__(self, host: Host, pair: Pair, client: Peer, server: Peer):
+        self._host, self._pair, self._client, self._server = host, pair, client, server
+        self.leases = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def begin(cls, host: Host) -> Iterator[Churn]:
+        """Fresh pods on `host`."""
+        with contextlib.ExitStack() as stack:
+            pair = stack.enter_context(namespaces.ours(host, "churn"))
+            client, server = (
+                stack.enter_context(
+                    Peer.start(f"{end.pod.name}-churn", end.pod.popen, [sys.executable, *PROGRAM], cwd=str(REPOSITORY))
+                )
+                for end in (pair.client, pair.server)
+            )
+            server.ask("serve", service="churn")
+            yield cls(host, pair, client, server)
+
+    def run(self, leases: int, count: int | None, *, used: bool) -> float:
+        """Open and close at least so many leases; the seconds that took."""
+        done = self._client.ask(
+            "churn",
+            target=f"{self._pair.server.pod.name}:churn",
+            times=-(-leases // (count or 1)),
+            count=count,
+            used=used,
+            timeout_s=CHURN_TIMEOUT_S,
+        )
+        self.leases += done["leases"]
+        return float(done["elapsed_s"])
+
+    def every_way(self, leases: int) -> dict[str, float]:
+        """About so many in all, in batches and one by one; the seconds of each way."""
+        singles = leases // SINGLE_SHARE
+        batches = (leases - singles) // 2
+        return {
+            "batches": self.run(batches, BATCH, used=False),
+            "batches, used": self.run(batches, BATCH, used=True),
+            "single": self.run(singles // 2, None, used=False),
+            "single, used": self.run(singles - singles // 2, None, used=True),
+        }
+
+    def state(self) -> State:
+        """When the listener has closed all, and the kernel and the guard have let go."""
+        processes = {
+            "client": self._client.ask("state", ended=0),
+            "server": self._server.ask("state", ended=self.leases),
+        }
+        agent = self._agent_pid()
+        deadline = time.monotonic() + GONE_TIMEOUT_S
+        while (left := self._entries()) and any(left.values()) and time.monotonic() < deadline:
+            time.sleep(0.5)  # nobody says when the kernel is done
+        objects = {**left, **self._resources(), "agent descriptors": descriptors(agent)}
+        for name, found in processes.items():
+            objects |= {f"{name} {key}": found[key] for key in ("descriptors", "tasks")}
+        memory = {
+            "agent": rss_bytes(agent),
+            **{name: found["rss_bytes"] for name, found in processes.items()},
+            "kernel slab": _slab_bytes(),
+        }
+        return State(objects, memory)
+
+    def _agent_pid(self) -> int:
+        assert self._host.agent is not None
+        return self._host.agent.process.pid
+
+    def _entries(self) -> dict[str, int]:
+        """Leases and guard entries."""
+        with Datapath.open(Artifact.load(ARTIFACT), self._host.path(PINS)) as datapath:
+            entries = len(datapath.guards()) + len(datapath.datagrams())
+        return {"leases": len(self._host.api("GET", "/v1/status")["leases"]), "guard entries": entries}
+
+    def _resources(self) -> dict[str, int]:
+        """rdma resource: of both devices, how many of each kind."""
+        devices = {self._pair.client.device, self._pair.server.device}
+        found: dict[str, int] = {}
+        for row in self._host.exec(["rdma", "-j", "resource"]).json():
+            if row["ifname"] in devices:
+                kinds = {key: value for key, value in row.items() if key not in ("ifindex", "ifname")}
+                found |= {f"{row['ifname']} {kind}": int(value) for kind, value in kinds.items()}
+        return found
+
+
+def _slab_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("SUnreclaim:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def compare(warm: State, after: State, leases: int) -> dict[str, Any]:
+    """Growth per lease; StepError when an object is left or memory grew by more than allowed."""
+    left = {
+        key: (warm.objects.get(key), value) for key, value in after.objects.items() if warm.objects.get(key) != value
+    }
+    need(not left, f"left behind (before, after): {left}")
+    need(not after.objects["leases"] and not after.objects["guard entries"], f"left behind: {after.objects}")
+    growth = {key: (value - warm.memory_bytes[key]) / leases for key, value in after.memory_bytes.items()}
+    for key, grown in growth.items():
+        most = KERNEL_GROWTH_BYTES if key == "kernel slab" else GROWTH_BYTES
+        need(grown < most, f"{key} grew by {grown:.0f} bytes per lease: {warm.memory_bytes} to {after.memory_bytes}")
+    return {key: round(value, 1) for key, value in growth.items()}
+
+
+def measure() -> Figure:
+    """A tenth to warm up, then all of them."""
+    with namespaces.agent_host("leaks") as host, Churn.begin(host) as churn:
+        churn.every_way(LEASES // 10)
+        warm, before = churn.state(), churn.leases
+        elapsed_s = churn.every_way(LEASES)
+        after = churn.state()
+        leases = churn.leases - before
+        need(leases >= LEASES, f"{leases} leases were made")
+        growth = compare(warm, after, leases)
+    return Figure(
+        leases,
+        "leases",
+        f"opened and closed in {sum(elapsed_s.values()):.0f} s, in batches of {BATCH} and one by one; not a queue "
+        "pair, region, descriptor, lease or guard entry is left; growth per lease: "
+        + ", ".join(f"{key} {value:g} bytes" for key, value in growth.items()),
+        {
+            "elapsed_s": elapsed_s,
+            "growth_bytes_per_lease": growth,
+            "objects": after.objects,
+            "memory_bytes": {"warm": warm.memory_bytes, "after": after.memory_bytes},
+        },
+    )

@@ -1,0 +1,93 @@
+"""Lets a program in one pod start commands in others, as `kubectl exec` or ssh do for MPI's launchers.
+
+A socket in the first pod's /run; `testbed/launch_agent.py` is what the program there runs instead of ssh.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from testbed import launch_agent
+from testbed.container import Process
+from testbed.container_init import receive
+from testbed.pod import Pod
+
+AGENT = (sys.executable, "-I", "-S", "-E", str(Path(launch_agent.__file__)))
+
+
+class Launcher:
+    """Serves `first` until it is closed; `environments` are added to what is started in each pod, by its name."""
+
+    def __init__(self, first: Pod, pods: Sequence[Pod], environments: Mapping[str, Mapping[str, str]]):
+        self._pods = {pod.name: pod for pod in pods}
+        self._environments = environments
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(f"/proc/{first.running.pid}/root{launch_agent.SOCKET}")
+        self._listener.listen()
+        self._ending = False
+        self._processes: list[Process] = []
+        self._threads: list[threading.Thread] = []
+        self._thread = threading.Thread(target=self._serve, name="launcher")
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            if self._ending:
+                connection.close()
+                return
+            self._threads.append(threading.Thread(target=self._answer, args=(connection,), name="launched"))
+            self._threads[-1].start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection:
+            data, descriptors = receive(connection)
+            try:
+                request = json.loads(data)
+                pod = self._pods[request["pod"]]
+                stdin, stdout, stderr = descriptors
+                process = pod.popen(
+                    ["sh", "-c", request["command"]],
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    environment=self._environments.get(pod.name),
+                )
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            self._processes.append(process)
+            status = process.wait(None)
+            connection.send(json.dumps({"status": status if status >= 0 else 128 - status}).encode())
+
+    def close(self) -> None:
+        """End what it has started, and stop; idempotent."""
+        if self._ending:
+            return
+        self._ending = True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as wake:
+            wake.connect(self._listener.getsockname())
+        self._thread.join()
+        self._listener.close()
+        for process in self._processes:
+            process.signal(signal.SIGKILL)
+        for thread in self._threads:
+            thread.join()
+        for process in self._processes:
+            process.close()
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
