@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import socket
 import sys
@@ -25,6 +26,8 @@ TRANSPORTS = {"rdma": leased, "tcp": tcp}
 async def train_in_ring(place: Place, transport: str, hidden: int, steps: int) -> tuple[Course, float]:
     """Train with the neighbours; also returns the seconds until the ring was there."""
     model, size = Model(hidden), len(place.pods)
+    if size == 1:
+        return await train(model, steps), 0.0
     memory = memory_for(model.gradient, size)
     began = time.perf_counter()
     async with TRANSPORTS[transport](place, memory) as neighbours:
@@ -33,8 +36,8 @@ async def train_in_ring(place: Place, transport: str, hidden: int, steps: int) -
         return await train(model, steps, all_reduce=ring.all_reduce, rank=place.rank, size=size), ready_s
 
 
-async def report(place: Place, transport: str, hidden: int, steps: int) -> dict[str, Any]:
-    """Train in the ring and, as the first of it, alone as well; what came out, for a line of JSON."""
+async def report(place: Place, transport: str, hidden: int, steps: int, compare: bool) -> dict[str, Any]:
+    """Train in the ring and, to `compare`, alone as well; what came out, for a line of JSON."""
     course, ready_s = await train_in_ring(place, transport, hidden, steps)
     said = {
         "pod": place.pods[place.rank],
@@ -47,7 +50,7 @@ async def report(place: Place, transport: str, hidden: int, steps: int) -> dict[
         "reduce_s": course.reduce_s,
         "parameters_sha256": course.digest,
     }
-    if place.rank == 0:
+    if compare:
         alone = await train(Model(hidden), steps)
         said["alone"] = {
             "losses": alone.losses,
@@ -58,22 +61,28 @@ async def report(place: Place, transport: str, hidden: int, steps: int) -> dict[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train once per size of the hidden layer, a line of JSON each; 1 with a sentence when that fails."""
+    """Train once per transport and size of the hidden layer, a line of JSON each; 1 with a sentence when that fails."""
     parser = argparse.ArgumentParser(prog="python -m allreduce", description=__doc__)
     parser.add_argument("--pods", required=True, help="names of all pods of the job, with commas, in the ring's order")
     parser.add_argument("--name", default=socket.gethostname(), help="this pod's own (default: the host name)")
-    parser.add_argument("--transport", choices=list(TRANSPORTS), default="rdma")
+    parser.add_argument("--transport", default="rdma", help=f"{' or '.join(TRANSPORTS)}; with a comma: both in turn")
     parser.add_argument("--addresses", default="", help="the pods' addresses, in the same order (TCP, or IPv6)")
     parser.add_argument("--hidden", default="64", help="sizes of the hidden layer, with commas: a training for each")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--compare", action="store_true", help="train alone as well, and say how far that is away")
     options = parser.parse_args(arguments)
     pods = options.pods.split(",")
     if options.name not in pods:
         parser.error(f"{options.name} is not one of the pods: give this pod's --name")
+    transports = options.transport.split(",")
+    if not TRANSPORTS.keys() >= set(transports):
+        parser.error(f"--transport is {' or '.join(TRANSPORTS)}")
+    sizes = [int(size) for size in options.hidden.split(",")]
     place = Place(pods, pods.index(options.name), options.addresses.split(",") if options.addresses else ())
     try:
-        for hidden in map(int, options.hidden.split(",")):
-            print(json.dumps(asyncio.run(report(place, options.transport, hidden, options.steps))), flush=True)
+        for transport, hidden in itertools.product(transports, sizes):
+            said = asyncio.run(report(place, transport, hidden, options.steps, options.compare))
+            print(json.dumps(said), flush=True)
     except (RdmanetError, OSError) as error:
         print(f"allreduce: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from .transport import Vector
 
 INPUTS = 32
 OUTPUTS = 8
-BATCH = 256
+BATCH = 32
 #: Of a layer with one hidden unit: the wider the layer, the more each step changes what it says.
 LEARNING_RATE = 2.0
 SEED = 4
