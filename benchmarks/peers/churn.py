@@ -12,12 +12,14 @@ import gc
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdmanet import verbs
 from rdmanet.errors import LeaseRevokedError, VerbsError
-from rdmanet.verbs.queue_pair import QueuePair
 from testbed.answering import Requests, answer_requests
+
+if TYPE_CHECKING:
+    from rdmanet.verbs.queue_pair import QueuePair
 
 TIMEOUT_S = 90.0
 

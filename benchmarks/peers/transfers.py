@@ -22,18 +22,21 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdmanet import verbs
 from rdmanet.errors import RdmanetError
-from rdmanet.verbs.queue_pair import QueuePair
 from testbed.answering import Requests, answer_requests
+
+if TYPE_CHECKING:
+    from rdmanet.verbs.queue_pair import QueuePair
 
 #: Emulated machines take seconds to import pyverbs and open the device, which the first connection includes.
 CONNECT_TIMEOUT_S = 90.0
 DIGEST_BYTES = 32
 NUMBER_BYTES = 8
 MESSAGE_BYTES = 1024
+POOL_SIZE = 2
 #: Between rounds: streams that never rest starve everybody else on two emulated processors.
 PAUSE_S = 0.02
 _FAILURES = (RdmanetError, TimeoutError)
@@ -216,7 +219,18 @@ class Peer:
             await stream.run(work, within_s)
 
     async def _pool(self, stream: Stream, target: str, size: int, within_s: float) -> None:
-        raise NotImplementedError
+        ready: dict[QueuePair, Callable[[int], Awaitable[tuple[int, int]]]] = {}
+        async with verbs.Session() as session:
+            pool = await session.pool(target, size=POOL_SIZE, timeout_s=CONNECT_TIMEOUT_S)
+
+            async def work(number: int) -> tuple[int, int]:
+                async with pool.queue_pair() as qp:
+                    if qp not in ready:
+                        ready[qp] = await self._writing(qp, "pool", size)
+                    return await ready[qp](number)
+
+            async with pool:
+                await stream.run(work, within_s)
 
     async def reach(self, rounds: int, within_s: float) -> dict[str, Any]:
         wanted = {kind: stream.outcome.rounds + rounds for kind, stream in self._streams.items()}

@@ -1,8 +1,8 @@
 """Row `faults`: what may go wrong under running leased transfers, and that nobody loses a byte without being told.
 
-Each case begins a stream of RDMA WRITEs and one of messages between two pods of its own, disturbs them, and then
-counts: bytes that the library said have arrived and the listener has not (lost), what callers were told and how long
-that took, retransmissions by the devices' counters, and what is left of leases, guard entries and queue pairs.
+Each case begins a stream of RDMA WRITEs, one of messages and one over a pool between two pods of its own, disturbs
+them, and counts: bytes that the library said have arrived and the listener has not (lost), what callers were told and
+how long that took, retransmissions by the devices' counters, what is left of leases, guard entries and queue pairs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.peers import namespaces
 from benchmarks.peers.namespaces import SYSFS, End, Pair
+from benchmarks.peers.transfers import POOL_SIZE
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
 from testbed.host import ARTIFACT, Host
@@ -28,7 +29,9 @@ from testbed.rows import Figure, StepError, need
 PROGRAM = ("-m", "benchmarks.peers.transfers")
 PINS = "/sys/fs/bpf/rdmanet"
 CNI = {"cniVersion": "1.1.0", "name": "rdma", "type": "rdmanet", "rdma": True, "mtu": 1500}
-KINDS = ("write", "send")
+KINDS = ("write", "send", "pool")
+#: One for each stream, but for the pool's.
+LEASES = len(KINDS) - 1 + POOL_SIZE
 SIZE_BYTES = 16 << 10
 MAX_LEASES = 16
 #: What each operation of the streams is given; nothing may take longer without the caller being told.
@@ -120,7 +123,7 @@ def agent_killed(at: Scene) -> bool:
     at.run_on()
     at.host.start_agent(CONFIGURATION)
     at.run_on()
-    need(len(at.host.api("GET", "/v1/status")["leases"]) == len(KINDS), "the new agent does not know the leases")
+    need(len(at.host.api("GET", "/v1/status")["leases"]) == LEASES, "the new agent does not know the leases")
     return True
 
 
