@@ -8,11 +8,16 @@ Each of their connections begins with a message that says what it is for.
 `count` queue pairs in one connect (None: one by itself) and takes the time from asking until they are ready to send,
 divided by their number; in the session that is open or, if `fresh`, in one that is opened for it; `small`: with the
 smallest queues. ``drop`` gives back what either of them holds.
+
+``pool`` {target, size} opens a pool; ``warm`` {count} → {each_us} takes so many queue pairs from it, one after another,
+and gives them back: what each took to be handed out; ``ask`` {timeout_s} → {took_s} takes one, has a message answered
+by ``serve``, and lets it go; ``statistics`` → the pool's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 import time
@@ -55,6 +60,7 @@ class Program:
         self._session: verbs.Session | None = None
         self._fresh: list[verbs.Session] = []
         self._held: list[QueuePair] = []
+        self._pool: verbs.Pool | None = None
 
     async def hello(self) -> dict[str, Any]:
         return {}
@@ -113,13 +119,16 @@ class Program:
         while True:
             self._held += await listener.accept_batch()
 
-    async def lease(self, target: str, count: int | None, fresh: bool, small: bool) -> dict[str, Any]:
+    async def _opened(self) -> verbs.Session:
         if self._session is None:
             self._session = verbs.Session()
             await self._session.open(TIMEOUT_S)
+        return self._session
+
+    async def lease(self, target: str, count: int | None, fresh: bool, small: bool) -> dict[str, Any]:
+        session = await self._opened()
         options = SMALL if small else None
         began = time.monotonic_ns()
-        session = self._session
         if fresh:
             session = verbs.Session()
             await session.open(TIMEOUT_S)
@@ -139,6 +148,42 @@ class Program:
         self._fresh.clear()
         return {}
 
+    async def pool(self, target: str, size: int) -> dict[str, Any]:
+        if self._pool is not None:
+            await self._pool.close()
+        self._pool = await (await self._opened()).pool(target, size=size, timeout_s=TIMEOUT_S)
+        return {}
+
+    async def warm(self, count: int) -> dict[str, Any]:
+        assert self._pool is not None, "no pool has been opened"
+        taken, each_us = [], []
+        for _ in range(count):
+            began = time.monotonic_ns()
+            taken.append(await self._pool.acquire())
+            each_us.append((time.monotonic_ns() - began) / 1000)
+        for qp in taken:
+            await self._pool.release(qp)
+        return {"each_us": each_us}
+
+    async def ask(self, timeout_s: float) -> dict[str, Any]:
+        assert self._pool is not None, "no pool has been opened"
+        began = time.monotonic()
+        while True:
+            try:
+                async with self._pool.queue_pair(timeout_s=timeout_s) as qp:
+                    await qp.send(json.dumps({"do": "send", "rounds": 1}).encode(), timeout_s=timeout_s)
+                    await qp.send(b"still there?", timeout_s=timeout_s)
+                    assert await qp.recv(timeout_s=timeout_s) == b"still there?"
+                    await qp.send(b"done", timeout_s=timeout_s)
+                    return {"took_s": time.monotonic() - began}
+            except (verbs.LeaseRevokedError, verbs.VerbsError):  # of the peer that was: the next one may be new
+                if time.monotonic() - began > timeout_s:
+                    raise
+
+    async def statistics(self) -> dict[str, Any]:
+        assert self._pool is not None, "no pool has been opened"
+        return dataclasses.asdict(self._pool.statistics)
+
     @property
     def requests(self) -> Requests:
         """What can be asked."""
@@ -150,6 +195,10 @@ class Program:
             "hold": self.hold,
             "lease": self.lease,
             "drop": self.drop,
+            "pool": self.pool,
+            "warm": self.warm,
+            "ask": self.ask,
+            "statistics": self.statistics,
         }
 
 

@@ -31,9 +31,9 @@ from rdmanet.verbs.pool import PoolStatistics
 from rdmanet.verbs.shared import close_shared
 
 if TYPE_CHECKING:
-    from rdmanet.verbs import queue_pair
+    from rdmanet.verbs import queue_pair, ud
 
-__all__ = ["Listener", "Pool", "QueuePair", "Session", "close", "connect", "listen"]
+__all__ = ["Datagram", "Listener", "Pool", "QueuePair", "Session", "close", "connect", "datagram", "listen"]
 
 _T = TypeVar("_T")
 #: How long the exit of a program waits for its leases to be given back.
@@ -295,6 +295,39 @@ class Pool:
         self.close()
 
 
+class Datagram:
+    """rdmanet.verbs.Datagram, waiting. Its peers are those of the asynchronous one."""
+
+    def __init__(self, datagram: ud.Datagram):
+        self.asynchronous = datagram
+
+    @property
+    def peers(self) -> tuple[ud.Peer, ...]:
+        return self.asynchronous.peers
+
+    def connect(self, target: str, *, address: IPAddress | None = None, timeout_s: float | None = 10.0) -> ud.Peer:
+        return _thread.call(self.asynchronous.connect(target, address=address, timeout_s=timeout_s))
+
+    def send(self, message: Buffer, peer: ud.Peer, *, timeout_s: float | None = None) -> None:
+        _thread.call(self.asynchronous.send(message, peer, timeout_s=timeout_s))
+
+    def recv(self, *, timeout_s: float | None = None) -> tuple[bytes, ud.Peer]:
+        return _thread.call(self.asynchronous.recv(timeout_s=timeout_s))
+
+    def disconnect(self, peer: ud.Peer) -> None:
+        """``await peer.close()``."""
+        _thread.call(peer.close())
+
+    def close(self) -> None:
+        _thread.call(self.asynchronous.close())
+
+    def __enter__(self) -> Datagram:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 class Session:
     """rdmanet.verbs.Session, waiting."""
 
@@ -334,6 +367,11 @@ class Session:
 
     def connect(self, target: str, *, count: int | None = None, **choices: Any) -> QueuePair | list[QueuePair]:
         return _connect(self._session.connect, target, count, choices)
+
+    def datagram(
+        self, service: str | None = None, *, options: Options | None = None, timeout_s: float | None = 10.0
+    ) -> Datagram:
+        return Datagram(_thread.call(self._session.datagram(service, options=options, timeout_s=timeout_s)))
 
     def pool(
         self,
@@ -400,6 +438,11 @@ def connect(
 def connect(target: str, *, count: int | None = None, **choices: Any) -> QueuePair | list[QueuePair]:
     """rdmanet.verbs.connect, waiting."""
     return _connect(verbs.connect, target, count, choices)
+
+
+def datagram(service: str | None = None, *, options: Options | None = None, timeout_s: float | None = 10.0) -> Datagram:
+    """rdmanet.verbs.datagram, waiting."""
+    return Datagram(_thread.call(verbs.datagram(service, options=options, timeout_s=timeout_s)))
 
 
 def close(*qps: QueuePair) -> None:

@@ -24,6 +24,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "one more": ("rdma_cm",),
         "batch-64": ("rdma_cm",),
         "batch-64/small": ("rdma_cm",),
+        "warm": ("rdma_cm",),
     },
 }
 
