@@ -76,6 +76,7 @@ class Launcher:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as wake:
             wake.connect(self._listener.getsockname())
         self._thread.join()
+        Path(self._listener.getsockname()).unlink(missing_ok=True)
         self._listener.close()
         for process in self._processes:
             process.signal(signal.SIGKILL)

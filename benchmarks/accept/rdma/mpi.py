@@ -32,6 +32,8 @@ def mpirun(ends: Sequence[End], count: int, rounds: int) -> list[str]:
     """The command line, one rank per pod."""
     return [
         *("mpirun", "--allow-run-as-root", "--mca", "plm_rsh_agent", " ".join(AGENT)),
+        # Ranks that never yield take the processors that Soft-RoCE needs.
+        *("--mca", "mpi_yield_when_idle", "1"),
         *("--mca", "plm_rsh_no_tree_spawn", "1", "--host", ",".join(end.pod.name for end in ends)),
         *("-np", str(len(ends)), PYTHON, str(JOB), str(count), str(rounds)),
     ]
