@@ -28,6 +28,8 @@ MINIMUM_SHARED = (7, 1)
 MINIMUM_EXCLUSIVE = (7, 3)
 
 _META_PACKAGE = "linux-image-amd64"
+#: In the cache: what was unpacked, written when all of it is there.
+_MARKER = "complete.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +165,53 @@ def prepare(minimum: tuple[int, int] = MINIMUM_SHARED) -> Kernel:
     Raises UnavailableError with what is missing when neither is possible.
     """
     with locked("kernel"):
-        cached = [
-            find_unpacked(marker.parent)
-            for marker in cache_directory().glob("kernel-*/complete.json")
-            if release_number(json.loads(marker.read_text())["version"]) >= minimum
-        ]
+        cached = [kernel for kernel in _cached() if release_number(kernel.release) >= minimum]
         if cached:
             return max(cached, key=lambda kernel: release_number(kernel.release))
-        if platform.machine() != "x86_64":
-            raise UnavailableError(f"The test kernel is fetched for x86_64 only; this machine is {platform.machine()}")
-        apt, image = _newest(minimum)
-        directory = cache_directory() / f"kernel-{image.version}"
-        shutil.rmtree(directory, ignore_errors=True)
-        packages = kernel_packages(apt.versions, image)
-        apt.unpack(packages, directory)
-        kernel = find_unpacked(directory)
-        subprocess.run(["depmod", "-b", _depmod_base(kernel.modules), kernel.release], check=True)
-        marker = {"version": image.version, "packages": [f"{p.name}={p.version}" for p in packages]}
-        (directory / "complete.json").write_text(json.dumps(marker, indent=1))
-        say(f"kernel {kernel.release} is ready in {directory}")
-        return kernel
+        _require_x86_64()
+        return _fetch(*_newest(minimum))
+
+
+def prepare_distribution() -> Kernel:
+    """The kernel of this machine's own Debian release, which may be older than what rxe in namespaces needs: to show
+    what works there. From the cache, else downloaded; raises UnavailableError as ``prepare`` does."""
+    archive = machine_archive()
+    with locked("kernel"):
+        _require_x86_64()
+        apt = PrivateApt(archive, (archive.suite,))
+        apt.update()
+        images = apt.versions(_META_PACKAGE)
+        if not images:
+            raise UnavailableError(f"No {_META_PACKAGE} in {archive.suite} of the Debian archive {archive.uri}")
+        directory = _directory(images[0])
+        return find_unpacked(directory) if (directory / _MARKER).exists() else _fetch(apt, images[0])
+
+
+def _cached() -> list[Kernel]:
+    return [find_unpacked(marker.parent) for marker in cache_directory().glob(f"kernel-*/{_MARKER}")]
+
+
+def _directory(image: Package) -> Path:
+    return cache_directory() / f"kernel-{image.version}"
+
+
+def _require_x86_64() -> None:
+    if platform.machine() != "x86_64":
+        raise UnavailableError(f"The test kernel is fetched for x86_64 only; this machine is {platform.machine()}")
+
+
+def _fetch(apt: PrivateApt, image: Package) -> Kernel:
+    """Download and unpack into the cache."""
+    directory = _directory(image)
+    shutil.rmtree(directory, ignore_errors=True)
+    packages = kernel_packages(apt.versions, image)
+    apt.unpack(packages, directory)
+    kernel = find_unpacked(directory)
+    subprocess.run(["depmod", "-b", _depmod_base(kernel.modules), kernel.release], check=True)
+    marker = {"version": image.version, "packages": [f"{p.name}={p.version}" for p in packages]}
+    (directory / _MARKER).write_text(json.dumps(marker, indent=1))
+    say(f"kernel {kernel.release} is ready in {directory}")
+    return kernel
 
 
 def _depmod_base(modules: Path) -> Path:

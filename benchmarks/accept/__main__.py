@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.accept.proof import Proof, merged, verdict
+from benchmarks.accept.proof import Place, Proof, merged, verdict
 from rdmanet.errors import InputError, RdmanetError
-from rdmanet.model import RdmaMode
 from testbed import kernel, vm
 from testbed.paths import BUILD
 from testbed.progress import heartbeat, say
@@ -42,12 +41,12 @@ def chosen(named: str, known: Sequence[str], what: str) -> list[str]:
     return [name for name in known if not wanted or name in wanted]
 
 
-def part(title: str, mode: RdmaMode) -> Path:
-    """Where the rows that were carried out in one mode lie."""
-    return RESULTS / f"{title}.{mode}.json"
+def part(title: str, place: Place) -> Path:
+    """Where the rows that were carried out in one place lie."""
+    return RESULTS / f"{title}.{place}.json"
 
 
-def carry_out(title: str, names: Sequence[str], mode: RdmaMode) -> None:
+def carry_out(title: str, names: Sequence[str], place: Place) -> None:
     """These rows, on this kernel as it is; what was shown so far is in the part's file at any time."""
     proof, rows = load(title), []
     try:
@@ -55,35 +54,42 @@ def carry_out(title: str, names: Sequence[str], mode: RdmaMode) -> None:
             with heartbeat(f"accept {title}: {name}"):
                 rows.append(measure(name, proof[name].work))
             show(rows[-1], width=NAME_WIDTH)
-            write(rows, part(title, mode))
+            write(rows, part(title, place))
     finally:
         end_session()
 
 
 def prove(title: str, names: Sequence[str]) -> list[Row]:
-    """These rows, each in its modes, here or in a virtual machine per mode; they are also in the proof's file."""
+    """These rows, each in its places, here or in a virtual machine per place; they are also in the proof's file."""
     proof = load(title)
-    for mode in RdmaMode:
-        part(title, mode).unlink(missing_ok=True)
-        wanted = [name for name in names if mode in proof[name].modes]
+    for place in Place:
+        part(title, place).unlink(missing_ok=True)
+        wanted = [name for name in names if place in proof[name].places]
         if not wanted:
             continue
-        missing = kernel.why_not_here(mode)
-        if not missing:
-            carry_out(title, wanted, mode)
+        older = place is Place.DISTRIBUTION
+        missing = "" if older else kernel.why_not_here(place.mode)
+        if not older and not missing:
+            carry_out(title, wanted, place)
             continue
-        say(f"accept {title}: {missing}; {len(wanted)} row(s) run in a virtual machine in {mode} mode")
+        why = "" if older else f"{missing}; "
+        say(f"accept {title}: {why}{len(wanted)} row(s) run in a virtual machine in {place.words}")
         argv = [sys.executable, "-m", "benchmarks.accept", "--only", title, "--rows", ",".join(wanted)]
-        vm.run([*argv, "--inside", str(mode)], rdma_mode=mode, timeout_s=VM_TIMEOUT_S)
+        vm.run(
+            [*argv, "--inside", str(place)],
+            rdma_mode=place.mode,
+            timeout_s=VM_TIMEOUT_S,
+            kernel=kernel.prepare_distribution() if older else None,
+        )
     return collected(title, proof, names)
 
 
 def collected(title: str, proof: Proof, names: Sequence[str]) -> list[Row]:
-    """The rows of all modes as one list, written to the proof's file."""
-    found: dict[str, dict[RdmaMode, Row]] = {name: {} for name in names}
-    for mode in RdmaMode:
-        for row in read(part(title, mode)):
-            found[row.step][mode] = row
+    """The rows of all places as one list, written to the proof's file."""
+    found: dict[str, dict[Place, Row]] = {name: {} for name in names}
+    for place in Place:
+        for row in read(part(title, place)):
+            found[row.step][place] = row
     rows = [merged(name, proof[name], found[name]) for name in names]
     write(rows, RESULTS / f"{title}.json")
     return rows
@@ -94,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accept", description=__doc__)
     parser.add_argument("--only", default="", metavar="PROOF[,PROOF]", help=f"of {', '.join(PROOFS)}; default: all")
     parser.add_argument("--rows", default="", metavar="ROW[,ROW]", help="of those proofs; default: all")
-    parser.add_argument("--inside", type=RdmaMode, choices=list(RdmaMode), help=argparse.SUPPRESS)
+    parser.add_argument("--inside", type=Place, choices=list(Place), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     lost = False
     try:

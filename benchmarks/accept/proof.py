@@ -1,7 +1,8 @@
-"""What a proof is made of: rows, each with the work that shows it and the modes of the RDMA subsystem it needs."""
+"""What a proof is made of: rows, each with the work that shows it and the places where it is carried out."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,26 +12,45 @@ from testbed.rows import Figure, Row
 Work = Callable[[], Figure]
 
 
+class Place(enum.StrEnum):
+    """A mode of the RDMA subsystem and a kernel: one that can give pods rxe devices of their own, or the
+    distribution's, which need not."""
+
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+    DISTRIBUTION = "distribution"
+
+    @property
+    def mode(self) -> RdmaMode:
+        """Of the RDMA subsystem there."""
+        return RdmaMode.EXCLUSIVE if self is Place.EXCLUSIVE else RdmaMode.SHARED
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"{self.mode} mode" + (" on the distribution's kernel" if self is Place.DISTRIBUTION else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """One row of a proof. `work` makes its own host, agent and pods, and takes them back; it raises what it cannot
-    show. With several modes it is carried out once in each."""
+    show. With several places it is carried out once in each."""
 
     work: Work
-    modes: tuple[RdmaMode, ...] = (RdmaMode.SHARED,)
+    places: tuple[Place, ...] = (Place.SHARED,)
 
 
 Proof = Mapping[str, Claim]
 
 
-def merged(name: str, claim: Claim, found: Mapping[RdmaMode, Row]) -> Row:
-    """One row from those of each mode: it succeeded where all did. One that is missing has not been carried out."""
-    parts = {mode: found.get(mode, Row(name, False, None, "", "not carried out")) for mode in claim.modes}
+def merged(name: str, claim: Claim, found: Mapping[Place, Row]) -> Row:
+    """One row from those of each place: it succeeded where all did. One that is missing has not been carried out."""
+    parts = {place: found.get(place, Row(name, False, None, "", "not carried out")) for place in claim.places}
     if len(parts) == 1:
         return next(iter(parts.values()))
     first = next(iter(parts.values()))
-    detail = "; ".join(f"{mode} mode: {row.detail}" for mode, row in parts.items())
-    more = {str(mode): dict(row.more) for mode, row in parts.items()}
+    detail = "; ".join(f"{place.words}: {row.detail}" for place, row in parts.items())
+    more = {str(place): dict(row.more) for place, row in parts.items()}
     return Row(name, all(row.ok for row in parts.values()), first.value, first.unit, detail, more)
 
 

@@ -8,7 +8,7 @@ import sys
 
 from rdmanet.errors import RdmanetError
 from rdmanet.model import RdmaMode
-from testbed.kernel import why_not_here
+from testbed.kernel import prepare_distribution, why_not_here
 from testbed.progress import say
 from testbed.vm.runner import GuestFailure, run
 
@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     runs.add_argument("--icount", action="store_true", help="virtual time counts instructions; one CPU")
     runs.add_argument("--timeout-s", type=float, help="end the VM after so many seconds")
     runs.add_argument("--no-kvm", action="store_true", help="do not try hardware virtualisation")
+    runs.add_argument(
+        "--kernel",
+        choices=("newest", "distribution"),
+        default="newest",
+        help="Debian's newest kernel, or that of this machine's own Debian release",
+    )
     runs.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -42,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             icount=options.icount,
             timeout_s=options.timeout_s,
             hardware=False if options.no_kvm else None,
+            kernel=prepare_distribution() if options.kernel == "distribution" else None,
         )
     except GuestFailure as error:
         say(str(error))

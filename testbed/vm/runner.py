@@ -95,17 +95,18 @@ def run(
     environment: Mapping[str, str] | None = None,
     stdout: BinaryIO | None = None,
     stderr: BinaryIO | None = None,
+    kernel: Kernel | None = None,
 ) -> int:
     """Run ``argv`` in the repository's directory inside a new virtual machine and return its exit status.
 
     Output goes to ``stdout`` and ``stderr`` as it comes (this process's own by default). ``environment`` is
-    added to the little that passes by itself. Files below build/ are shared; all else that the command
-    writes is gone afterwards. Raises UnavailableError where no virtual machine can be made, GuestFailure
-    when it ends without the command's status.
+    added to the little that passes by itself. ``kernel`` is another than the newest. Files below build/ are
+    shared; all else that the command writes is gone afterwards. Raises UnavailableError where no virtual machine
+    can be made, GuestFailure when it ends without the command's status.
     """
     settings = Settings(RdmaMode(rdma_mode), smp, memory_mb, icount, timeout_s, hardware=hardware)
     qemu = find_qemu()
-    kernel = kernels.prepare(kernels.minimum_for(settings.rdma_mode))
+    kernel = kernel or kernels.prepare(kernels.minimum_for(settings.rdma_mode))
     use_hardware = settings.hardware
     if use_hardware is None:
         use_hardware = not settings.icount and hardware_works(kernel, qemu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,19 +21,34 @@ from tests.rdma.lease_lab import Lab
 SCRATCH_NETNS = Path("/run/netns/rxe-test")
 
 
+@functools.cache
+def mode_or_reason() -> RdmaMode | str:
+    """The mode that the host is in, or what is missing where rxe cannot be had in namespaces."""
+    reasons = {mode: why_not_here(mode) for mode in RdmaMode}
+    found = next((mode for mode, reason in reasons.items() if not reason), None)
+    return found or f"rxe in network namespaces: {reasons[RdmaMode.SHARED]}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Nearly everything here needs rxe in namespaces, which is known before anything is made."""
+    found = mode_or_reason()
+    if not isinstance(found, RdmaMode) and item.get_closest_marker("any_kernel") is None:
+        pytest.skip(found)
+
+
 @pytest.fixture(scope="session")
 def rdma_mode() -> RdmaMode:
-    """The mode that the host is in; a skip that says what is missing where rxe cannot be had."""
-    reasons = {mode: why_not_here(mode) for mode in RdmaMode}
-    for mode, reason in reasons.items():
-        if not reason:
-            return mode
-    pytest.skip(f"rxe in network namespaces: {reasons[RdmaMode.SHARED]}")
+    """The mode that the host is in."""
+    found = mode_or_reason()
+    if not isinstance(found, RdmaMode):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)
-def testbed_session(rdma_mode: RdmaMode) -> Iterator[None]:
-    """Everything here needs rxe; whatever a test forgot goes with the session."""
+def testbed_session() -> Iterator[None]:
+    """Whatever a test forgot goes with the session."""
     yield
     end_session()
 
