@@ -133,6 +133,7 @@ __all__ = [
     "SendRequest",
     "call",
     "completion_channel",
+    "destroyed",
     "device_names",
     "element",
     "enums",
@@ -157,6 +158,7 @@ UD_RTR_MASK = _mask()
 UD_RTS_MASK = _mask("SQ_PSN")
 
 _CHANNEL_LINK = "anon_inode:[infinibandevent]"
+_log = logging.getLogger(__name__)
 _OWN_DESCRIPTORS = Path("/proc/self/fd")
 _channel_lock = threading.Lock()
 #: Whether work requests are freed with their objects (since 65) or only by close().
@@ -168,6 +170,9 @@ def verbs_error(error: PyverbsError, sentence: str, operation: str, subject: str
     code = getattr(error, "error_code", -1)
     # Some calls return -errno.
     number = abs(code) if isinstance(code, int) and code not in (-1, 0) else None
+    if number == errno.EAGAIN:
+        # What the kernel's RDMA cgroup controller answers (kernel/cgroup/rdma.c, rdmacg_try_charge).
+        sentence += ": the pod's limit of RDMA objects is reached (rdma.max of its cgroup); close some"
     return VerbsError(
         sentence if number is not None else f"{sentence}: {error}",
         operation=operation,
@@ -183,6 +188,18 @@ def call(sentence: str, operation: str, subject: str = "") -> Iterator[None]:
         yield
     except PyverbsError as error:
         raise verbs_error(error, sentence, operation, subject) from error
+
+
+@contextlib.contextmanager
+def destroyed(sentence: str, operation: str, subject: str = "") -> Iterator[None]:
+    """``call`` for what frees an object. Where the device is gone, the kernel has freed it, and says EIO."""
+    try:
+        yield
+    except PyverbsError as error:
+        failure = verbs_error(error, sentence, operation, subject)
+        if failure.errno not in (errno.EIO, errno.ENODEV):
+            raise failure from error
+        _log.info("%s: %s, with its device", operation, failure)
 
 
 def device_names() -> list[str]:

@@ -119,7 +119,7 @@ class CompletionQueue:
             self._loop.remove_reader(self._descriptor)
         self._closed = True
         self._room = 0
-        with compat.call("the completion queue could not be destroyed", "ibv_destroy_cq", self._device_name):
+        with compat.destroyed("the completion queue could not be destroyed", "ibv_destroy_cq", self._device_name):
             self.cq.close()
             if self._channel is not None:
                 self._channel.close()

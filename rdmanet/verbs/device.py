@@ -112,8 +112,10 @@ class OpenDevice:
         """After everything that was made on it has been closed."""
         self.completions.close()
         self.places.close()
-        self.pd.close()
-        self.context.close()
+        with compat.destroyed("the protection domain could not be freed", "ibv_dealloc_pd", self.name):
+            self.pd.close()
+        with compat.destroyed("the RDMA device could not be closed", "ibv_close_device", self.name):
+            self.context.close()
 
 
 def _why_absent(name: str) -> str:

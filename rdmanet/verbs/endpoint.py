@@ -399,7 +399,7 @@ class Endpoint:
             return
         self._destroyed = True
         try:
-            with compat.call("the queue pair could not be destroyed", "ibv_destroy_qp", self._device.name):
+            with compat.destroyed("the queue pair could not be destroyed", "ibv_destroy_qp", self._device.name):
                 self.verbs_qp.close()
             for transfer, _ in self.__dict__.pop("_transfers", {}).values():  # never completed
                 self._released(transfer)

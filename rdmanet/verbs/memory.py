@@ -107,7 +107,10 @@ class MemoryRegion:
         with _deregistering:
             if self._pin is None:
                 return
-            self._registration.close()
+            from rdmanet.verbs import compat
+
+            with compat.destroyed("memory could not be deregistered", "ibv_dereg_mr"):
+                self._registration.close()
             self._pin = None
         if self.on_close is not None:
             self.on_close(self)
@@ -180,6 +183,19 @@ def allocate(length: int) -> memoryview:
     if length <= 0:
         raise InputError("memory to register has at least one byte")
     return memoryview(mmap.mmap(-1, length))[:length]
+
+
+def message_bytes(message: Buffer) -> memoryview:
+    """A message as bytes; raises InputError for what has none. Copied where it is not contiguous or of NumPy's own
+    element types."""
+    try:
+        view = memoryview(message)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a message is bytes, or any other object with a buffer: {error}") from error
+    try:
+        return view.cast("B")
+    except (TypeError, ValueError):
+        return memoryview(view.tobytes())
 
 
 def register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ class QueuePair(Endpoint):
 
         It is copied when its turn has come: not before earlier operations of this queue pair are posted.
         """
-        data = memoryview(message).cast("B")
+        data = memory.message_bytes(message)
         if not 1 <= data.nbytes <= self._options.message_bytes:
             raise InputError(
                 f"a message has 1 to {self._options.message_bytes} bytes (Options.message_bytes), not {data.nbytes}; "
@@ -252,11 +253,12 @@ async def close_all(qps: Iterable[QueuePair]) -> None:
     """``close`` of many queue pairs; the leases of a session go back in one message for 64."""
     owners: dict[Callable[..., Awaitable[None]], list[QueuePair]] = {}
     try:
-        for qp in qps:
-            if not qp.closed:
-                if qp.on_close is not None:
-                    owners.setdefault(qp.on_close, []).append(qp)
-                qp.shut()
+        with contextlib.ExitStack() as stack:  # all of them, whatever becomes of one
+            for qp in dict.fromkeys(qps):
+                if not qp.closed:
+                    if qp.on_close is not None:
+                        owners.setdefault(qp.on_close, []).append(qp)
+                    stack.callback(qp.shut)
     finally:
         for on_close, closed in owners.items():
             await on_close(*closed)

@@ -109,7 +109,7 @@ class Session:
         except BaseException as error:
             del self._listeners[service]
             if isinstance(error, asyncio.CancelledError):  # the broker may have been asked
-                self._spawn(self._link.tell(lambda number: wire.Unlisten(number, service)))
+                await self._link.tell(lambda number: wire.Unlisten(number, service))
             await self._left()
             raise
         listener.established = True

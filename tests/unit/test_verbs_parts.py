@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import ctypes
 import subprocess
 import sys
 from typing import Any, cast
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from rdmanet.errors import InputError
 from rdmanet.verbs import Options, RemoteRegion
-from rdmanet.verbs.memory import allocate
+from rdmanet.verbs.memory import allocate, message_bytes
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
@@ -39,6 +41,25 @@ def test_allocated_memory_is_zero_and_of_the_length_asked_for() -> None:
     assert (view.nbytes, bytes(view), view.readonly) == (5000, bytes(5000), False)
     with pytest.raises(InputError):
         allocate(0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"abcd",
+        bytearray(b"abcd"),
+        memoryview(b"a-b-c-d-")[::2],
+        array.array("H", b"abcd"),
+        (ctypes.c_ubyte * 4)(*b"abcd"),
+    ],
+)
+def test_any_buffer_is_a_message(message: Any) -> None:
+    assert bytes(message_bytes(message)) == b"abcd"
+
+
+def test_what_has_no_bytes_is_no_message() -> None:
+    with pytest.raises(InputError, match="a message is bytes"):
+        message_bytes("text")
 
 
 def run(program: str) -> str:
