@@ -19,11 +19,11 @@ def main() -> int:
         # As ssh does: the words are joined, and a shell reads them.
         request = {"pod": sys.argv[1], "command": " ".join(sys.argv[2:])}
         socket.send_fds(sock, [json.dumps(request).encode()], [0, 1, 2])
-        answer = sock.recv(4096)
-    if not answer:
-        print(f"launch_agent: the testbed did not start anything in {sys.argv[1]}", file=sys.stderr)
+        answer = json.loads(sock.recv(4096) or '{"sentence": "the testbed went away"}')
+    if "sentence" in answer:
+        print(f"launch_agent: {answer['sentence']}", file=sys.stderr)
         return 255
-    return int(json.loads(answer)["status"])
+    return int(answer["status"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A socket in the first pod's /run; `testbed/launch_agent.py` is what the program 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ class Launcher:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(f"/proc/{first.running.pid}/root{launch_agent.SOCKET}")
         self._listener.listen()
+        self._lock = threading.Lock()
         self._ending = False
         self._processes: list[Process] = []
         self._threads: list[threading.Thread] = []
@@ -50,36 +52,47 @@ class Launcher:
     def _answer(self, connection: socket.socket) -> None:
         with connection:
             data, descriptors = receive(connection)
+            if len(descriptors) != len(("stdin", "stdout", "stderr")):
+                return  # `close` woke the listener, or somebody else knocked
             try:
                 request = json.loads(data)
-                pod = self._pods[request["pod"]]
-                stdin, stdout, stderr = descriptors
-                process = pod.popen(
-                    ["sh", "-c", request["command"]],
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=stderr,
-                    environment=self._environments.get(pod.name),
-                )
+                process = self._start(request["pod"], request["command"], descriptors)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
-            self._processes.append(process)
+            if process is None:
+                connection.send(json.dumps({"sentence": f"there is no pod {request['pod']} here"}).encode())
+                return
             status = process.wait(None)
-            connection.send(json.dumps({"status": status if status >= 0 else 128 - status}).encode())
+            with contextlib.suppress(BrokenPipeError):  # whoever asked does not wait any more
+                connection.send(json.dumps({"status": status if status >= 0 else 128 - status}).encode())
+
+    def _start(self, name: str, command: str, descriptors: list[int]) -> Process | None:
+        pod = self._pods.get(name)
+        if pod is None:
+            return None
+        stdin, stdout, stderr = descriptors
+        environment = self._environments.get(name)
+        process = pod.popen(["sh", "-c", command], stdin=stdin, stdout=stdout, stderr=stderr, environment=environment)
+        with self._lock:
+            self._processes.append(process)
+            if self._ending:
+                process.signal(signal.SIGKILL)
+        return process
 
     def close(self) -> None:
         """End what it has started, and stop; idempotent."""
-        if self._ending:
-            return
-        self._ending = True
+        with self._lock:
+            if self._ending:
+                return
+            self._ending = True
+            for process in self._processes:
+                process.signal(signal.SIGKILL)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as wake:
             wake.connect(self._listener.getsockname())
         self._thread.join()
         Path(self._listener.getsockname()).unlink(missing_ok=True)
         self._listener.close()
-        for process in self._processes:
-            process.signal(signal.SIGKILL)
         for thread in self._threads:
             thread.join()
         for process in self._processes:
