@@ -98,7 +98,7 @@ class Agent:
         stack.callback(store.close)
         self._store = store
         await self._blocking(store.begin, node.boot_id())
-        self._devices, self._devices_missing = await self._blocking(find_devices, config)
+        self._devices, self._devices_missing = await self._blocking(find_devices, config, store)
 
         # The node: datapath, host link, uplinks.
         self._network, self._datapath = await self._blocking(self._prepare)

@@ -308,8 +308,10 @@ class Attachments:
                 if "rdmanet/pod" not in host.ingress_filter_names(outer.index):
                     yield f"the filter on {attachment.host_ifname} is missing"
             devices = self._parts.devices
-            if devices is not None and attachment.device and not devices.present(attachment.device, descriptor):
-                yield f"its RDMA device {attachment.device_name} is missing"
+            if devices is not None and attachment.device is not None:
+                problem = devices.examine(attachment, attachment.device, descriptor).problem
+                if problem is not None:
+                    yield problem
             own, endpoint = steps.entries(attachment, outer.index)
             if self._parts.datapath.attachment(outer.index) != own:
                 yield "its entry in the datapath is missing or wrong"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rdmanet.errors import ConfigError
-from rdmanet.model import GuardMode
+from rdmanet.model import Backend, GuardMode
 
 DEFAULT_PATH = Path("/etc/rdmanet/rdmanet.toml")
 DEFAULT_IPV4_RANGE = ipaddress.IPv4Network("10.213.0.0/20")
@@ -79,6 +79,10 @@ class RdmaConfig:
 
     #: Whether pods may have RDMA devices at all.
     enabled: bool = True
+    #: Where pods' devices come from: rxe (each pod its own Soft-RoCE) or shared (one device of the host for all).
+    backend: Backend = Backend.RXE
+    #: Name of the host's device that pods share, as `rdma link` shows it.
+    shared_device: str = ""
     #: What happens to RoCE packets of queue pairs without a lease: observe or enforce. A network configuration may
     #: override it.
     guard: GuardMode = GuardMode.OBSERVE
@@ -189,6 +193,7 @@ def _value(kind: typing.Any, key: str, value: object, source: str) -> object:
             ipaddress.IPv4Network: "an IPv4 range such as 10.213.0.0/20 (no bits set behind the prefix)",
             ipaddress.IPv6Network: "an IPv6 range such as fd72:646d:616e::/64 (no bits set behind the prefix)",
             GuardMode: "observe or enforce",
+            Backend: "rxe or shared",
         }
         raise wrong(wanted[kind]) from error
 
@@ -210,6 +215,8 @@ def _check(config: Config, source: str) -> None:
     first, last = config.masquerade.first_port, config.masquerade.last_port
     if not 1024 <= first <= last <= 65535:
         refuse("masquerade.first_port", "and last_port must satisfy 1024 <= first_port <= last_port <= 65535")
+    if (config.rdma.backend is Backend.SHARED) is not bool(config.rdma.shared_device):
+        refuse("rdma.shared_device", 'names the device for rdma.backend = "shared", and for that alone')
     if not 1 <= config.rdma.max_leases_per_pod <= 65536:
         refuse("rdma.max_leases_per_pod", "must be from 1 to 65536")
     if not 1 <= config.rdma.claim_grace_s <= 3600:

@@ -16,7 +16,7 @@ from rdmanet import memlock
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.errors import RdmanetError
-from rdmanet.model import RdmaMode
+from rdmanet.model import Backend, RdmaMode
 from rdmanet.netlink import nldev
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.node import find_uplinks, kernel_release
@@ -136,13 +136,17 @@ def _rdma(config: Config) -> Lines:
             return
         mode = rdma.mode()
         devices = rdma.devices()
+        if config.rdma.backend is Backend.SHARED:
+            yield from _shared_device(config, mode, {device.name: rdma.port(device.index) for device in devices})
+            return
     release = kernel_release()
     wanted = wanted_release(mode)
     if release < wanted:
         yield (
             Verdict.MISSING,
             f"Soft-RoCE cannot work in pods' namespaces in {mode} mode before Linux {wanted[0]}.{wanted[1]}; this is"
-            f" {platform.release()}. Debian's backports have a newer kernel",
+            f" {platform.release()}. Debian's backports have a newer kernel; or let pods share a device of the host"
+            ' (rdma.backend = "shared")',
         )
     elif not _module("rdma_rxe"):
         yield Verdict.MISSING, "the module rdma_rxe is neither loaded nor installed for this kernel"
@@ -155,6 +159,31 @@ def _rdma(config: Config) -> Lines:
             " plain verbs"
             " work. Shared mode has both",
         )
+
+
+def _shared_device(config: Config, mode: RdmaMode, ports: dict[str, nldev.Port | None]) -> Lines:
+    name = config.rdma.shared_device
+    port = ports.get(name)
+    if mode is not RdmaMode.SHARED:
+        yield (
+            Verdict.MISSING,
+            f'rdma.backend = "shared" needs the RDMA subsystem in shared mode, and it is in {mode} mode: boot with'
+            " `rdma system set netns shared`",
+        )
+    elif port is None:
+        others = ", ".join(sorted(ports)) or "none"
+        yield Verdict.MISSING, f"rdma.shared_device names {name}, which this host does not have; it has: {others}"
+    elif port.netdev is None:
+        yield Verdict.MISSING, f"{name} has no netdev in the host's network namespace: pods' GIDs need one"
+    elif not port.active:
+        yield Verdict.WARNING, f"the port of {name} is down: bring {port.netdev} up"
+    else:
+        yield Verdict.OK, f"pods share {name}; their GIDs are of their addresses, lent to {port.netdev}"
+    yield (
+        Verdict.WARNING,
+        "pods that share a device must trust each other: their packets pass no hook of rdmanet, so nothing drops"
+        " unleased or revoked RDMA between them, and each may use every GID of the device. rdma_cm does not work there",
+    )
 
 
 def _module(name: str) -> bool:

@@ -229,7 +229,9 @@ def find_uplinks(config: Config, route: RouteSocket) -> list[Uplink]:
             if default.ifindex == link.index and default.prefsrc is not None:
                 found.setdefault(default.family, default.prefsrc)
         for _, address, _ in route.addresses(link.index):
-            if not address.is_link_local and not address.is_loopback:
+            # Pods' addresses may be lent to it (rdmanet.netlink.lent).
+            ours = any(address in network for network in (config.network.ipv4_range, config.network.ipv6_range))
+            if not address.is_link_local and not address.is_loopback and not ours:
                 found.setdefault(address.version, address)
         uplinks.append(
             Uplink(

@@ -18,7 +18,7 @@ from rdmanet import ipam
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import ConflictError, NotFoundError, UnavailableError
-from rdmanet.model import GATEWAY_MAC, Attachment, GuardMode, IPAddress, NetnsId, address_key
+from rdmanet.model import GATEWAY_MAC, Attachment, Backend, GuardMode, IPAddress, NetnsId, address_key
 from rdmanet.netlink import messages, namespace
 from rdmanet.netlink.batch import BatchSocket, BatchSockets
 from rdmanet.netlink.namespace import Listening
@@ -294,17 +294,18 @@ def entries(attachment: Attachment, ifindex: int) -> tuple[AttachmentEntry, Endp
     """What the datapath should hold for an attachment."""
     mac = bytes.fromhex(attachment.mac.replace(":", ""))
     enforce = attachment.guard is GuardMode.ENFORCE
+    # A device that it shares has another netdev: what looks like RoCE on the attachment's own is made by hand.
+    shared = attachment.device is not None and attachment.device.backend is Backend.SHARED
+    roce = attachment.wants_rdma and not shared
     own = AttachmentEntry(
         attachment_id=attachment.id,
         mac=mac,
         ipv4=address_key(attachment.ipv4) if attachment.ipv4 else bytes(16),
         ipv6=address_key(attachment.ipv6) if attachment.ipv6 else bytes(16),
-        device=attachment.wants_rdma,
+        device=roce,
         enforce=enforce,
     )
-    endpoint = EndpointEntry(
-        ifindex=ifindex, mac=mac, attachment_id=attachment.id, device=attachment.wants_rdma, enforce=enforce
-    )
+    endpoint = EndpointEntry(ifindex=ifindex, mac=mac, attachment_id=attachment.id, device=roce, enforce=enforce)
     return own, endpoint
 
 

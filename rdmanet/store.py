@@ -23,6 +23,7 @@ from rdmanet.errors import ConflictError, StateError
 from rdmanet.model import (
     Attachment,
     AttachmentState,
+    Backend,
     Device,
     GuardMode,
     IPAddress,
@@ -284,7 +285,7 @@ def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
     addresses: list[IPAddress] = [address_of(key) for key in keys]
     device = json.loads(row["device"]) if row["device"] else None
     if device is not None:
-        device = Device(**{**device, "mode": RdmaMode(device["mode"])})
+        device = Device(**{**device, "mode": RdmaMode(device["mode"]), "backend": Backend(device["backend"])})
     return Attachment(
         id=row["id"],
         container_id=row["container_id"],

@@ -10,6 +10,7 @@ from rdmanet import node
 from rdmanet.config import Config
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
+from rdmanet.devices import undo as undo_devices
 from rdmanet.errors import NotFoundError, RequestError
 from rdmanet.model import Attachment
 from rdmanet.netlink import namespace
@@ -28,10 +29,11 @@ def uninstall(config: Config) -> None:
         store = Store(state_dir / "state.db")
         try:
             store.begin(node.boot_id())
-            devices, _ = find_devices(config)
+            devices, _ = find_devices(config, store)
             attachments = store.attachments()
             for start in range(0, len(attachments), MAX_TOGETHER):
                 _remove(attachments[start : start + MAX_TOGETHER], store, devices)
+            undo_devices(store)
             node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
         finally:
             store.close()

@@ -26,6 +26,7 @@ SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
 ANSWER_TIMEOUT_S = 10
 #: What is sent at once: replies wait in the socket's buffer (net.core.rmem_max, 208 KiB at least) until all are done.
 MAX_MESSAGES = 64
+_FAMILIES = {0: "NETLINK_ROUTE", 20: "NETLINK_RDMA"}
 _HEADER = struct.Struct("=IHHII")
 _RECEIVE_BYTES = 1 << 16
 
@@ -51,16 +52,17 @@ def refused(operation: str, subject: str, number: int, words: str = "") -> Rdman
 
 
 class BatchSocket:
-    """rtnetlink of the namespace of the thread that made it; used by one thread at a time. A context manager.
+    """rtnetlink (or another family) of the namespace of the thread that made it; used by one thread at a time. A
+    context manager.
 
     After an OSError-born NetlinkError (not a refusal) the socket may be out of step: close it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, family: int = socket.NETLINK_ROUTE) -> None:
         try:
-            self._sock = namespace.netlink_socket(socket.NETLINK_ROUTE)
+            self._sock = namespace.netlink_socket(family)
         except OSError as error:
-            raise refused("socket", "NETLINK_ROUTE", error.errno or errno.EIO) from error
+            raise refused("socket", _FAMILIES.get(family, str(family)), error.errno or errno.EIO) from error
         try:
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
                 self._sock.setsockopt(SOL_NETLINK, option, 1)

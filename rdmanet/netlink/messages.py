@@ -24,13 +24,14 @@ NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR = 20
+RTM_NEWADDR, RTM_DELADDR = 20, 21
 RTM_NEWROUTE = 24
 RTM_NEWNEIGH = 28
 RTM_NEWQDISC = 36
 RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
 
 IFF_UP = 0x1
+IFF_LOWER_UP = 0x10000
 IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
 RTNH_F_ONLINK = 4
@@ -48,20 +49,20 @@ TCA_BPF_FLAG_ACT_DIRECT = 1
 FILTER_PRIORITY = 0x7D0A
 FILTER_HANDLE = 0x1
 
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK = 1, 3, 4, 5
+_IFLA_ADDRESS, IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK = 1, 3, 4, 5
 _IFLA_LINKINFO, _IFLA_AF_SPEC, _IFLA_GROUP, _IFLA_NET_NS_FD = 18, 26, 27, 28
 _IFLA_EXT_MASK, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 29, 31, 32
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_INET6_ADDR_GEN_MODE = 8
 _VETH_INFO_PEER = 1
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 _NDA_DST, _NDA_LLADDR = 1, 2
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS = 1, 4, 5, 6, 8
+RTA_DST, RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS = 1, 4, 5, 6, 8
 _TCA_KIND, _TCA_OPTIONS = 1, 2
 _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_ID = 6, 7, 8, 11
 _NLA_F_NESTED = 0x8000
 _NLA_TYPE_MASK = 0x3FFF
-_FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
+FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
 _ONE = struct.pack("=I", 1)
 
 
@@ -79,7 +80,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What the agent needs to know of a netdev. ``peer_index`` is a veth's other end, as its own namespace counts."""
+    """What the agent needs to know of a netdev. ``peer_index`` is a veth's other end, as its own namespace counts;
+    ``carrier`` of a veth says that both ends are up."""
 
     index: int
     name: str
@@ -88,6 +90,7 @@ class Link:
     up: bool
     kind: str | None
     peer_index: int | None = None
+    carrier: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +101,23 @@ class Filter:
     program_id: int
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute (struct nlattr), padded."""
     return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
-def _number(kind: int, value: int) -> bytes:
+def number(kind: int, value: int) -> bytes:
+    """One of 32 bits."""
     return struct.pack("=HHI", 8, kind, value)
 
 
-def _text(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode() + b"\0")
+def text(kind: int, value: str) -> bytes:
+    """One that ends with a NUL."""
+    return attribute(kind, value.encode() + b"\0")
 
 
 def _nested(kind: int, *parts: bytes) -> bytes:
-    return _attribute(kind | _NLA_F_NESTED, b"".join(parts))
+    return attribute(kind | _NLA_F_NESTED, b"".join(parts))
 
 
 def _ifinfo(index: int = 0, flags: int = 0, change: int = 0) -> bytes:
@@ -130,19 +136,19 @@ def add_veth(
 ) -> Message:
     """A veth pair, both ends down; the peer straight in another namespace where a descriptor is given."""
     # One queue per CPU is the default and for XDP alone: a veth sends without a lock (NETIF_F_LLTX).
-    both = _number(_IFLA_MTU, mtu_bytes) + _attribute(_IFLA_NUM_TX_QUEUES, _ONE) + _attribute(_IFLA_NUM_RX_QUEUES, _ONE)
-    peer = _ifinfo() + _text(_IFLA_IFNAME, peer_name) + _attribute(_IFLA_ADDRESS, _mac(peer_mac)) + both
+    both = number(_IFLA_MTU, mtu_bytes) + attribute(_IFLA_NUM_TX_QUEUES, _ONE) + attribute(_IFLA_NUM_RX_QUEUES, _ONE)
+    peer = _ifinfo() + text(IFLA_IFNAME, peer_name) + attribute(_IFLA_ADDRESS, _mac(peer_mac)) + both
     if peer_namespace is not None:
-        peer += _number(_IFLA_NET_NS_FD, peer_namespace)
+        peer += number(_IFLA_NET_NS_FD, peer_namespace)
     body = (
         _ifinfo()
-        + _text(_IFLA_IFNAME, name)
-        + _attribute(_IFLA_ADDRESS, _mac(mac))
+        + text(IFLA_IFNAME, name)
+        + attribute(_IFLA_ADDRESS, _mac(mac))
         + both
         + _nested(
             _IFLA_LINKINFO,
-            _text(_IFLA_INFO_KIND, "veth"),
-            _nested(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, peer)),
+            text(_IFLA_INFO_KIND, "veth"),
+            _nested(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, peer)),
         )
     )
     flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL
@@ -151,7 +157,7 @@ def add_veth(
 
 def get_link(name: str) -> Message:
     """Asks for a link by name; ``link`` reads the reply. ENODEV where there is none."""
-    body = _ifinfo() + _text(_IFLA_IFNAME, name) + _number(_IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
+    body = _ifinfo() + text(IFLA_IFNAME, name) + number(_IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
     return Message(RTM_GETLINK, NLM_F_REQUEST, body, "RTM_GETLINK", name)
 
 
@@ -162,26 +168,26 @@ def set_up(index: int) -> Message:
 
 def no_link_local(index: int) -> Message:
     """Keeps the kernel from giving a link an fe80:: address; to be sent before it is up."""
-    mode = _attribute(_IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
-    body = _ifinfo(index) + _nested(_IFLA_AF_SPEC, _nested(_FAMILY[6], mode))
+    mode = attribute(_IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
+    body = _ifinfo(index) + _nested(_IFLA_AF_SPEC, _nested(FAMILY[6], mode))
     return Message(RTM_SETLINK, NLM_F_REQUEST, body, "RTM_SETLINK", f"link {index}")
 
 
 def set_group(name: str, group: int) -> Message:
     """Puts a link, if it is there, into a link group."""
-    body = _ifinfo() + _text(_IFLA_IFNAME, name) + _number(_IFLA_GROUP, group)
+    body = _ifinfo() + text(IFLA_IFNAME, name) + number(_IFLA_GROUP, group)
     return Message(RTM_SETLINK, NLM_F_REQUEST, body, "RTM_SETLINK", name, (errno.ENODEV,))
 
 
 def delete_link(name: str) -> Message:
     """Removes a link, if it is there, and a veth's peer with it."""
-    body = _ifinfo() + _text(_IFLA_IFNAME, name)
+    body = _ifinfo() + text(IFLA_IFNAME, name)
     return Message(RTM_DELLINK, NLM_F_REQUEST, body, "RTM_DELLINK", name, (errno.ENODEV,))
 
 
 def delete_group(group: int) -> Message:
     """Removes every link of a group together (net/core/rtnetlink.c, rtnl_group_dellink)."""
-    body = _ifinfo() + _number(_IFLA_GROUP, group)
+    body = _ifinfo() + number(_IFLA_GROUP, group)
     return Message(RTM_DELLINK, NLM_F_REQUEST, body, "RTM_DELLINK", f"link group {group}", (errno.ENODEV,))
 
 
@@ -191,17 +197,17 @@ def delete_group(group: int) -> Message:
 def add_address(index: int, address: IPAddress, prefix_length: int) -> Message:
     """Adds an address without duplicate address detection: ranges are ours, addresses are unique."""
     flags = IFA_F_NODAD if address.version == 6 else 0
-    body = struct.pack("=BBBBI", _FAMILY[address.version], prefix_length, 0, 0, index)
-    body += _attribute(_IFA_LOCAL, address.packed) + _attribute(_IFA_ADDRESS, address.packed)
-    body += _number(_IFA_FLAGS, flags)
+    body = struct.pack("=BBBBI", FAMILY[address.version], prefix_length, 0, 0, index)
+    body += attribute(IFA_LOCAL, address.packed) + attribute(IFA_ADDRESS, address.packed)
+    body += number(IFA_FLAGS, flags)
     what = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
     return Message(RTM_NEWADDR, what, body, "RTM_NEWADDR", f"{address}/{prefix_length}")
 
 
 def add_permanent_neighbour(index: int, address: IPAddress, mac: str) -> Message:
     """A neighbour that never expires and is never asked for."""
-    body = struct.pack("=BxxxiHBB", _FAMILY[address.version], index, NUD_PERMANENT, 0, 0)
-    body += _attribute(_NDA_DST, address.packed) + _attribute(_NDA_LLADDR, _mac(mac))
+    body = struct.pack("=BxxxiHBB", FAMILY[address.version], index, NUD_PERMANENT, 0, 0)
+    body += attribute(_NDA_DST, address.packed) + attribute(_NDA_LLADDR, _mac(mac))
     return Message(RTM_NEWNEIGH, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, body, "RTM_NEWNEIGH", str(address))
 
 
@@ -211,7 +217,7 @@ def add_route(
     """A route through a gateway that is on the link whatever its address."""
     body = struct.pack(
         "=BBBBBBBBI",
-        _FAMILY[destination.version],
+        FAMILY[destination.version],
         destination.prefixlen,
         0,
         0,
@@ -222,10 +228,10 @@ def add_route(
         RTNH_F_ONLINK,
     )
     if destination.prefixlen:
-        body += _attribute(_RTA_DST, destination.network_address.packed)
-    body += _number(_RTA_OIF, index) + _attribute(_RTA_GATEWAY, gateway.packed) + _number(_RTA_PRIORITY, metric)
+        body += attribute(RTA_DST, destination.network_address.packed)
+    body += number(RTA_OIF, index) + attribute(_RTA_GATEWAY, gateway.packed) + number(_RTA_PRIORITY, metric)
     if mtu_bytes is not None:
-        body += _nested(_RTA_METRICS, _number(RTAX_MTU, mtu_bytes))
+        body += _nested(_RTA_METRICS, number(RTAX_MTU, mtu_bytes))
     what = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
     return Message(RTM_NEWROUTE, what, body, "RTM_NEWROUTE", str(destination))
 
@@ -239,7 +245,7 @@ def _tcmsg(index: int, handle: int, parent: int, info: int) -> bytes:
 
 def add_clsact(index: int) -> Message:
     """The clsact qdisc; one that is there already is no error."""
-    body = _tcmsg(index, 0xFFFF0000, TC_H_CLSACT, 0) + _text(_TCA_KIND, "clsact")
+    body = _tcmsg(index, 0xFFFF0000, TC_H_CLSACT, 0) + text(_TCA_KIND, "clsact")
     flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL
     return Message(RTM_NEWQDISC, flags, body, "RTM_NEWQDISC", f"clsact on link {index}", (errno.EEXIST,))
 
@@ -249,12 +255,12 @@ _FILTER_INFO = FILTER_PRIORITY << 16 | socket.htons(ETH_P_ALL)
 
 def set_ingress_filter(index: int, program: int, name: str) -> Message:
     """Puts a direct-action program at our fixed place of the link's ingress; replaces in place without loss."""
-    body = _tcmsg(index, FILTER_HANDLE, TC_H_CLSACT_INGRESS, _FILTER_INFO) + _text(_TCA_KIND, "bpf")
+    body = _tcmsg(index, FILTER_HANDLE, TC_H_CLSACT_INGRESS, _FILTER_INFO) + text(_TCA_KIND, "bpf")
     body += _nested(
         _TCA_OPTIONS,
-        _number(_TCA_BPF_FD, program),
-        _text(_TCA_BPF_NAME, name),
-        _number(_TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT),
+        number(_TCA_BPF_FD, program),
+        text(_TCA_BPF_NAME, name),
+        number(_TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT),
     )
     flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
     return Message(RTM_NEWTFILTER, flags, body, "RTM_NEWTFILTER", f"{name} on link {index}")
@@ -262,7 +268,7 @@ def set_ingress_filter(index: int, program: int, name: str) -> Message:
 
 def get_ingress_filter(index: int) -> Message:
     """Asks for the filter at our fixed place; ``bpf_filter`` reads the reply. None there, or no clsact: no reply."""
-    body = _tcmsg(index, FILTER_HANDLE, TC_H_CLSACT_INGRESS, _FILTER_INFO) + _text(_TCA_KIND, "bpf")
+    body = _tcmsg(index, FILTER_HANDLE, TC_H_CLSACT_INGRESS, _FILTER_INFO) + text(_TCA_KIND, "bpf")
     nothing = (errno.ENOENT, errno.EINVAL, errno.ENODEV)
     return Message(RTM_GETTFILTER, NLM_F_REQUEST, body, "RTM_GETTFILTER", f"link {index}", nothing)
 
@@ -290,12 +296,13 @@ def link(payload: bytes) -> Link:
     peer = found.get(_IFLA_LINK)
     return Link(
         index=index,
-        name=_string(found[_IFLA_IFNAME]),
+        name=_string(found[IFLA_IFNAME]),
         mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
         mtu_bytes=int(struct.unpack("=I", found[_IFLA_MTU])[0]),
         up=bool(flags & IFF_UP),
         kind=None if kind is None else _string(kind),
         peer_index=None if peer is None else int(struct.unpack("=I", peer)[0]),
+        carrier=bool(flags & IFF_LOWER_UP),
     )
 
 

@@ -8,10 +8,11 @@ del race in the kernel's per-namespace socket teardown, so they are serialised.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from rdmanet.errors import ConflictError, KernelError, NotFoundError, UnavailableError
-from rdmanet.model import Attachment, Device, RdmaMode
-from rdmanet.rdma.backend import Namespaces, RdmaNetlink
+from rdmanet.model import Attachment, Backend, Device, RdmaMode
+from rdmanet.rdma.backend import Condition, Enter, Namespaces, RdmaNetlink, Reading, condition, describe
 
 #: The first Linux release whose rxe has a UDP 4791 socket per network namespace; older ones make a device in a pod
 #: that no packet reaches.
@@ -28,7 +29,7 @@ def wanted_release(mode: RdmaMode) -> tuple[int, int]:
 class RxeBackend:
     """``mode`` is the host's RDMA namespace mode, which is read and never set."""
 
-    name = "rxe"
+    name = Backend.RXE
 
     def __init__(self, namespaces: Namespaces, mode: RdmaMode):
         self.mode = mode
@@ -82,16 +83,7 @@ class RxeBackend:
         device = pod.device(name)
         if device is None:
             raise NotFoundError(f"The new RDMA device {name} is not there.", operation="NLDEV_GET", subject=name)
-        node = pod.character_device(device.index)
-        return Device(
-            name=name,
-            backend=self.name,
-            mode=self.mode,
-            index=device.index,
-            uverbs=node.name,
-            major=node.major,
-            minor=node.minor,
-        )
+        return describe(pod, device, self.name, self.mode)
 
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
         """See ``DeviceBackend``. Without the pod's namespace the device is gone with it, unless it never left ours."""
@@ -110,13 +102,40 @@ class RxeBackend:
             if device is not None:
                 host.delete_link(device.index)
 
-    def present(self, device: Device, descriptor: int) -> bool:
+    def _seeing(self, descriptor: int) -> RdmaNetlink:
+        """Where the pod's device is seen: in shared mode everywhere, and a thread need not enter the pod."""
+        if self.mode is RdmaMode.SHARED:
+            return self._namespaces.here()
+        return self._namespaces.inside(descriptor)
+
+    def examine(self, attachment: Attachment, device: Device, descriptor: int) -> Condition:
         """See ``DeviceBackend``."""
-        with self._namespaces.inside(descriptor) as pod:
-            found = pod.device(device.name)
-        return found is not None and found.index == device.index
+        if device.backend is not self.name:
+            return Condition(device, f"the configuration no longer gives pods {device.name} (rdma.backend)")
+        with self._seeing(descriptor) as rdma:
+            return condition(rdma, device)
+
+    def netdev(self, attachment: Attachment) -> str | None:
+        """See ``DeviceBackend``. The host's end has a carrier while both ends are up."""
+        return attachment.host_ifname
 
     def holders(self, device: Device, descriptor: int) -> dict[int, int]:
         """See ``DeviceBackend``."""
-        with self._namespaces.inside(descriptor) as pod:
-            return {pair.qpn: pair.pid or 0 for pair in pod.queue_pairs(device.index)}
+        with self._seeing(descriptor) as rdma:
+            return {pair.qpn: pair.pid or 0 for pair in rdma.queue_pairs(device.index)}
+
+    def read(self, attachments: Sequence[Attachment], enter: Enter) -> dict[int, Reading]:
+        """See ``DeviceBackend``. In exclusive mode each pod is entered for it."""
+        indexes = {one.id: one.device.index for one in attachments if one.device is not None}
+        if self.mode is RdmaMode.SHARED:
+            found = zip(indexes, self._namespaces.readings(list(indexes.values())), strict=True)
+            return {number: reading for number, reading in found if reading is not None}
+        readings = {}
+        for attachment in attachments:
+            with enter(attachment) as descriptor:
+                if descriptor is None or attachment.id not in indexes:
+                    continue
+                (reading,) = self._namespaces.readings([indexes[attachment.id]], descriptor)
+            if reading is not None:
+                readings[attachment.id] = reading
+        return readings

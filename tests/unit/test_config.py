@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rdmanet import config
 from rdmanet.config import Config, load, parse
 from rdmanet.errors import ConfigError
-from rdmanet.model import GuardMode
+from rdmanet.model import Backend, GuardMode
 from testbed.paths import REPOSITORY
 
 DOCUMENT = (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8")
@@ -32,6 +32,7 @@ TYPE_NAMES: dict[object, str] = {
     ipaddress.IPv4Network: "IPv4 range",
     ipaddress.IPv6Network: "IPv6 range",
     GuardMode: "guard",
+    Backend: "backend",
 }
 
 #: A value other than the default for every key, as TOML, and what it becomes.
@@ -50,6 +51,9 @@ OTHER: dict[str, tuple[str, object]] = {
     "datapath.artifact_dir": ('"/opt/artifact"', Path("/opt/artifact")),
     "datapath.bpffs_dir": ('"/sys/fs/bpf/other"', Path("/sys/fs/bpf/other")),
     "rdma.enabled": ("false", False),
+    # The one needs the other.
+    "rdma.backend": ('"shared"\nshared_device = "mlx5_0"', Backend.SHARED),
+    "rdma.shared_device": ('"mlx5_0"\nbackend = "shared"', "mlx5_0"),
     "rdma.guard": ('"enforce"', GuardMode.ENFORCE),
     "rdma.max_leases_per_pod": ("7", 7),
     "rdma.claim_grace_s": ("2.5", 2.5),

@@ -20,6 +20,7 @@ from rdmanet.errors import ConflictError, StateError
 from rdmanet.model import (
     Attachment,
     AttachmentState,
+    Backend,
     Device,
     GuardMode,
     NetnsId,
@@ -30,7 +31,9 @@ from rdmanet.model import (
 from rdmanet.store import SCHEMA_VERSION, Store, owned
 from testbed.paths import REPOSITORY
 
-DEVICE = Device(name="rxe_rn1", backend="rxe", mode=RdmaMode.SHARED, index=7, uverbs="uverbs3", major=231, minor=195)
+DEVICE = Device(
+    name="rxe_rn1", backend=Backend.RXE, mode=RdmaMode.SHARED, index=7, uverbs="uverbs3", major=231, minor=195
+)
 
 
 def taken(store: Store) -> set[bytes]:

@@ -37,7 +37,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verbs": NOUNS | {"lease", "memlock"},
     "pending": {"cni", "errors"},
     "node": NOUNS | {"config", "ipam", "netlink", "store"},
-    "devices": NOUNS | {"config", "node", "netlink", "rdma"},
+    "devices": NOUNS | {"config", "node", "netlink", "rdma", "store"},
     "metrics": NOUNS | {"broker", "datapath", "store"},
     "pods": NOUNS | {"broker", "lease", "netlink", "rdma"},
     "steps": NOUNS | {"datapath", "ipam", "netlink", "node", "rdma", "store"},
