@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,13 @@ def ours(host: Host, name: str, mtu_bytes: int = MTU_BYTES) -> Iterator[Pair]:
 
 
 @contextlib.contextmanager
-def attached(host: Host, names: Sequence[str], mtu_bytes: int = MTU_BYTES) -> Iterator[list[End]]:
-    """Pods of these names with an RDMA device each, attached by the agent of `host` and started."""
-    configuration = {"cniVersion": "1.1.0", "name": "rdma", "type": "rdmanet", "rdma": True, "mtu": mtu_bytes}
+def attached(
+    host: Host, names: Sequence[str], mtu_bytes: int = MTU_BYTES, *, more: Mapping[str, object] | None = None
+) -> Iterator[list[End]]:
+    """Pods of these names with an RDMA device each, attached by the agent of `host` and started; `more` is for the
+    network configuration."""
+    basic = {"cniVersion": "1.1.0", "name": "rdma", "type": "rdmanet", "rdma": True, "mtu": mtu_bytes}
+    configuration = {**basic, **(more or {})}
     with contextlib.ExitStack() as stack:
         pods = [stack.enter_context(Pod.create(host, name)) for name in names]
         for pod in pods:
@@ -87,8 +91,9 @@ def attached(host: Host, names: Sequence[str], mtu_bytes: int = MTU_BYTES) -> It
             row = attachments[pod.container_id]
             if row["device"] is None:
                 raise UnavailableError(f"{pod.name} was attached without a device", subject=pod.name)
-            pod.start(_nodes(row["device"]["name"]))
-            ends.append(End(pod, row["device"]["name"], {4: row["ipv4"], 6: row["ipv6"]}))
+            device = row["device"]
+            pod.start(rdma_nodes(device["uverbs"], device["major"], device["minor"]))
+            ends.append(End(pod, device["name"], {4: row["ipv4"], 6: row["ipv6"]}))
         # The containers end before DEL takes their interfaces.
         for pod in pods:
             stack.callback(pod.stop)

@@ -35,6 +35,8 @@ def frames(bench: Bench) -> dict[str, bytes]:
         "echo6-host": pod_frame(pod, Ip(six, GATEWAYS[6], ICMPV6, packets.icmp(128, 1))),
         "roce4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17))),
         "roce6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.roce(17))),
+        "datagram4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.datagram(17, 20))),
+        "datagram6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.datagram(17, 20))),
         "options4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17), options=b"\x01" * 40)),
         "extensions6": pod_frame(
             pod, Ip(six, peer.addresses[6], UDP, packets.roce(17), options=extensions, first=HOP_BY_HOP)
@@ -52,6 +54,8 @@ KINDS = (
     "echo6-host",
     "roce4",
     "roce6",
+    "datagram4",
+    "datagram6",
     "options4",
     "extensions6",
     "arp",

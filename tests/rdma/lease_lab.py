@@ -54,6 +54,7 @@ class LabPod:
     attachment: Attachment
     device: Device | None
     cookie: int
+    unhealthy: str | None = None  # as the agent would say it
 
     @property
     def ipv4(self) -> str:
@@ -65,7 +66,7 @@ class LabPod:
 
     def view(self, max_leases: int) -> PodView:
         keys = tuple(address_key(address) for address in self.attachment.addresses)
-        return PodView(self.name, keys, self.device, max_leases)
+        return PodView(self.name, keys, self.device, max_leases, unhealthy=self.unhealthy)
 
     async def run(self, program: Callable[[], Coroutine[None, None, T]]) -> T:
         """Run a coroutine on an event loop of its own, in a thread inside the pod's namespace."""

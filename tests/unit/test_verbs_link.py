@@ -71,7 +71,7 @@ class Client:
 
     def __init__(self, path: Path):
         self.greetings: list[wire.HelloReply] = []
-        self.pushed: asyncio.Queue[wire.Incoming | wire.Revoked] = asyncio.Queue()
+        self.pushed: asyncio.Queue[wire.Pushed] = asyncio.Queue()
         self.link = Link(self.greeted, self.pushed.put_nowait, str(path))
 
     async def greeted(self, hello: wire.HelloReply) -> None:
@@ -114,6 +114,29 @@ async def test_greets_first_and_answers_go_to_whom_they_belong(broker: Broker, c
     assert await client.pushed.get() == wire.Revoked((5,), "over")
 
 
+async def test_a_greeting_is_handled_before_what_follows_it(broker: Broker, client: Client) -> None:
+    """What it says of the device must not come after news of it."""
+    seen: list[object] = []
+
+    async def script(broker: Broker, socket: web.WebSocketResponse) -> None:
+        await broker.hello(socket)
+        await broker.say(socket, wire.DeviceState("gone"))
+        await until_closed(broker, socket)
+
+    def pushed(message: wire.Pushed) -> None:
+        seen.append(message)
+        done.set()
+
+    done = asyncio.Event()
+    link = Link(client.greeted, pushed, str(broker.path), hello=seen.append)
+    await client.link.close()
+    link.start()
+    broker.scripts.put_nowait(script)
+    await asyncio.wait_for(done.wait(), 30)
+    await link.close()
+    assert seen == [HELLO, wire.DeviceState("gone")]
+
+
 async def test_an_answer_is_handled_before_what_follows_it(broker: Broker, client: Client) -> None:
     seen: list[str] = []
 
@@ -124,7 +147,7 @@ async def test_an_answer_is_handled_before_what_follows_it(broker: Broker, clien
         await broker.say(socket, wire.Revoked((5,), "over"))
         await until_closed(broker, socket)
 
-    def pushed(message: wire.Incoming | wire.Revoked) -> None:
+    def pushed(message: wire.Pushed) -> None:
         seen.append("revoked")
         done.set()
 

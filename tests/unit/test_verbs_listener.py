@@ -44,6 +44,31 @@ async def test_a_batch_is_what_is_left_of_it(listener: Listener) -> None:
     assert [*map(str, await listener.accept_batch())] == ["d", "e"]
 
 
+async def test_device_that_goes_is_told_to_all_who_wait_and_whoever_asks(listener: Listener) -> None:
+    waiting = [asyncio.create_task(listener.accept()) for _ in range(3)]
+    await asyncio.sleep(0)
+    listener.device_state("the device is gone")
+    for accepting in (*waiting, listener.accept(), listener.accept_batch()):
+        with pytest.raises(UnavailableError, match="the device is gone"):
+            await accepting
+    with pytest.raises(UnavailableError, match="the device is gone"):
+        async for _ in listener:
+            pass
+
+
+async def test_device_that_comes_back_is_accepted_on_again(listener: Listener) -> None:
+    for _ in range(2):
+        listener.device_state("the device is gone")
+        listener.device_state(None)
+    waiting = [asyncio.create_task(listener.accept()) for _ in range(2)]
+    await asyncio.sleep(0)
+    deliver(listener, "a", "b")
+    assert [str(qp) for qp in await asyncio.gather(*waiting)] == ["a", "b"]
+    await listener.close()
+    with pytest.raises(UnavailableError, match="has been closed"):
+        await listener.accept()
+
+
 async def test_those_who_wait_get_one_each(listener: Listener) -> None:
     waiting = [asyncio.create_task(listener.accept()) for _ in range(3)]
     await asyncio.sleep(0)
