@@ -109,6 +109,7 @@ def test_ucx(stage: Stage, test: str, family: int) -> None:
 
 
 def test_mpi(stage: Stage) -> None:
+    mpi.introduce(stage.ends)
     result = mpi.over_roce(stage.host, stage.ends, 4, mpi.COUNT, 1)
     assert result["sums"] == 2 * mpi.COUNT
 
