@@ -69,7 +69,6 @@ class Datagrams:
         try:
             await self._ask(lambda number: wire.Listen(number, service, Transport.UD), timeout_s)
         except BaseException:
-            del self._serving[service]
             await datagram.close()
             raise
         datagram.established = True

@@ -208,12 +208,12 @@ class Datagram(Endpoint):
     def _begin(self) -> None:
         """Through INIT and RTR to RTS, with all receives posted (InfiniBand 10.3.1)."""
         name, enums, size = self._device.name, compat.enums, self._options.message_bytes
-        first = self._device.places.take(min(FIRST_RECEIVES, self._options.messages), size)
         with compat.call("no datagram queue pair could be set up", "ibv_modify_qp", name):
             attributes = compat.QPAttr(port_num=PORT)
             attributes.qkey = self._qkey
             attributes.qp_state = enums.IBV_QPS_INIT
             self.verbs_qp.modify(attributes, compat.UD_INIT_MASK)
+            first = self._device.places.take(min(FIRST_RECEIVES, self._options.messages), size)
             with compat.element(size, 0) as sge:
                 self.add_receives(first, sge)
             attributes.qp_state = enums.IBV_QPS_RTR
@@ -247,6 +247,7 @@ class Datagram(Endpoint):
         self._connecting += 1
         try:
             await self._leasing.lease(parsed, ends, answered, timeout_s)
+            self._check()  # it may have been closed meanwhile
             made[0].handle()
         except BaseException:
             await self.close_peers(made)
@@ -295,6 +296,7 @@ class Datagram(Endpoint):
         self.fail(lambda: UnavailableError("the datagram has been closed", operation="close"))
         peers = list(self._peers.values())
         self.__dict__.pop("_arrived", None)
+        self._early.clear()
         try:
             self.destroy()
         finally:
