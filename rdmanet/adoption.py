@@ -56,6 +56,7 @@ def _adopt(
         alive = [one for one in there if one.id in links]
         for attachment in alive:
             _entries(parts, attachment, links[attachment.id], own, endpoints)
+        parts.limits.adopt(alive)
         parts.listeners.open(*[(one, made.pop(one.netns_id, Listening())) for one in alive])
     finally:
         for listening in made.values():

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from rdmanet import adoption, ipam, steps
 from rdmanet.cni import CniCode, CniError, Interface, IpConfig, Request, Result, Route
+from rdmanet.config import RdmaConfig
 from rdmanet.errors import (
     ConflictError,
     ExhaustedError,
@@ -27,7 +28,6 @@ from rdmanet.model import (
     GATEWAY_MAC,
     Attachment,
     AttachmentState,
-    GuardMode,
     IPAddress,
     NetnsId,
     address_key,
@@ -50,12 +50,12 @@ class Attachments:
         self,
         parts: steps.Parts,
         removals: Removals,
-        guard: GuardMode,
+        rdma: RdmaConfig,
         fault_point: steps.FaultPoint = steps.no_fault,
     ):
         self._parts = parts
         self._removals = removals
-        self._guard = guard
+        self._rdma = rdma
         self._fault_point = fault_point
         self._ranges = (ipam.Range(parts.network.ipv4_range), ipam.Range(parts.network.ipv6_range))
         # Choosing addresses and committing them is one act.
@@ -109,12 +109,20 @@ class Attachments:
                 ipv4=None,
                 ipv6=None,
                 wants_rdma=wants_rdma,
-                guard=request.config.guard or self._guard,
+                guard=request.config.guard or self._rdma.guard,
+                max_leases=_chosen(request.config.max_leases, self._rdma.max_leases_per_pod),
+                traffic_class=_chosen(request.config.traffic_class, self._rdma.traffic_class),
+                service_level=_chosen(request.config.service_level, self._rdma.service_level),
+                pod_uid=request.args.pod_uid,
             )
             attachment = self._reserve(wanted, request.ips)
             try:
                 self._fault_point("reserved")
-                making = steps.Making(descriptor, lambda: self._make_room(identity, request.ifname))
+                making = steps.Making(
+                    descriptor,
+                    lambda: self._make_room(identity, request.ifname),
+                    cgroup_path=request.config.runtime_config.cgroup_path,
+                )
                 attachment = steps.apply_all(self._parts, attachment, making, self._fault_point)
                 result = self._result(attachment)
                 self._fault_point("commit ready")
@@ -365,3 +373,8 @@ class Attachments:
         for ifindex, entry in datapath.attachments().items():
             if self._parts.host_ends.get(entry.attachment_id) != ifindex:
                 datapath.delete_attachment(ifindex)
+
+
+def _chosen(overriding: int | None, configured: int) -> int:
+    """A network configuration's word, which may be 0, before the agent's."""
+    return configured if overriding is None else overriding

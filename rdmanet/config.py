@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rdmanet.errors import ConfigError
-from rdmanet.model import Backend, GuardMode
+from rdmanet.model import DEFAULT_MAX_LEASES, Backend, GuardMode
 
 DEFAULT_PATH = Path("/etc/rdmanet/rdmanet.toml")
 DEFAULT_IPV4_RANGE = ipaddress.IPv4Network("10.213.0.0/20")
@@ -86,10 +86,21 @@ class RdmaConfig:
     #: What happens to RoCE packets of queue pairs without a lease: observe or enforce. A network configuration may
     #: override it.
     guard: GuardMode = GuardMode.OBSERVE
-    #: Leases that one pod may hold at a time.
-    max_leases_per_pod: int = 256
+    #: Leases that one pod may hold at a time. A network configuration may override it.
+    max_leases_per_pod: int = DEFAULT_MAX_LEASES
     #: Seconds within which pods claim their leases after the agent came back.
     claim_grace_s: float = 30.0
+    #: Bandwidth class of pods' RoCE packets: their traffic class, its two lowest bits 0. A network configuration may
+    #: override it.
+    traffic_class: int = 0
+    #: The same as InfiniBand's service level.
+    service_level: int = 0
+    #: Whether the agent may enable the RDMA controller in the cgroups above pods'.
+    cgroup_controller: bool = False
+    #: Device contexts that a pod may have open at a time; 0 means no limit.
+    max_handles: int = 0
+    #: Verbs objects (queue pairs, completion queues, regions, ...) that a pod may have at a time; 0 means no limit.
+    max_objects: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,3 +232,10 @@ def _check(config: Config, source: str) -> None:
         refuse("rdma.max_leases_per_pod", "must be from 1 to 65536")
     if not 1 <= config.rdma.claim_grace_s <= 3600:
         refuse("rdma.claim_grace_s", "must be from 1 to 3600 seconds")
+    if config.rdma.traffic_class not in range(0, 256, 4):
+        refuse("rdma.traffic_class", "must be from 0 to 252 and divisible by 4 (the two lowest bits are ECN's)")
+    if config.rdma.service_level not in range(8):
+        refuse("rdma.service_level", "must be from 0 to 7")
+    for key in ("max_handles", "max_objects"):
+        if getattr(config.rdma, key) not in range(2**31):
+            refuse(f"rdma.{key}", "must be from 0 (no limit) to 2147483647")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,19 @@ class Listeners(Protocol):
 
     def close(self, attachment: Attachment) -> None:
         """Forgets the attachment; closes the pod's listener with its last one. Ends leases. Idempotent."""
+
+
+class Limits(Protocol):
+    """What the kernel enforces on pods' cgroups (``rdmanet.limits``)."""
+
+    def add(self, attachment: Attachment, cgroup_path: str | None) -> Attachment:
+        """Limits a new attachment with a device, where its pod's cgroup is known; returns it with its cgroup."""
+
+    def remove(self, attachment: Attachment) -> None:
+        """Takes its limits back, whatever of them was made. Idempotent."""
+
+    def adopt(self, attachments: Sequence[Attachment]) -> None:
+        """Knows attachments that are ready, and puts their limits right."""
 
 
 class HostEnds:
@@ -82,6 +95,7 @@ class Parts:
     datapath: Datapath
     devices: DeviceBackend | None
     listeners: Listeners
+    limits: Limits
     host: BatchSockets
     host_ends: HostEnds
 
@@ -91,10 +105,12 @@ class Making:
     """What the steps of one ADD tell each other: the pod's namespace, the indexes of both ends, the new socket.
 
     ``make_room`` waits until what a DEL has left of the pod's interface is gone; False where there is nothing.
+    ``cgroup_path`` is the pod's cgroup, where the runtime says it.
     """
 
     descriptor: int
     make_room: Callable[[], bool]
+    cgroup_path: str | None = None
     host_ifindex: int = 0
     pod_ifindex: int = 0
     listening: Listening = dataclasses.field(default_factory=Listening)
@@ -250,6 +266,19 @@ class DeviceStep:
             parts.devices.remove(attachment, descriptor)
 
 
+class LimitsStep:
+    """The pod's cgroup may open its own device alone, and so many objects of it."""
+
+    name = "limits"
+
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        return parts.limits.add(attachment, making.cgroup_path)
+
+    def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
+        if attachment.wants_rdma:
+            parts.limits.remove(attachment)
+
+
 class ListenerStep:
     """The lease socket goes to the broker."""
 
@@ -304,13 +333,14 @@ def entries(attachment: Attachment, ifindex: int) -> tuple[AttachmentEntry, Endp
         ipv6=address_key(attachment.ipv6) if attachment.ipv6 else bytes(16),
         device=roce,
         enforce=enforce,
+        traffic_class=attachment.traffic_class,
     )
     endpoint = EndpointEntry(ifindex=ifindex, mac=mac, attachment_id=attachment.id, device=roce, enforce=enforce)
     return own, endpoint
 
 
 #: In the order in which a DEL undoes them: traffic is cut first.
-CUTS: tuple[Cut, ...] = (EndpointStep(), ListenerStep(), DeviceStep())
+CUTS: tuple[Cut, ...] = (EndpointStep(), ListenerStep(), LimitsStep(), DeviceStep())
 
 #: In the order of ADD.
 STEPS: tuple[Step, ...] = (

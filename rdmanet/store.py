@@ -28,6 +28,7 @@ from rdmanet.model import (
     GuardMode,
     IPAddress,
     NetnsId,
+    PodCgroup,
     PodName,
     RdmaMode,
     address_key,
@@ -35,7 +36,7 @@ from rdmanet.model import (
     pod_mac,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -56,6 +57,11 @@ CREATE TABLE attachments (
     guard TEXT NOT NULL,
     device TEXT,
     result TEXT NOT NULL DEFAULT '{}',
+    max_leases INTEGER NOT NULL DEFAULT 256,
+    traffic_class INTEGER NOT NULL DEFAULT 0,
+    service_level INTEGER NOT NULL DEFAULT 0,
+    pod_uid TEXT,
+    cgroup TEXT,
     UNIQUE (container_id, ifname)
 ) STRICT;
 CREATE TABLE addresses (
@@ -66,9 +72,20 @@ CREATE INDEX addresses_by_attachment ON addresses (attachment_id);
 CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
 """
 
+#: From the version before to each.
+_MIGRATIONS = {
+    2: """
+ALTER TABLE attachments ADD COLUMN max_leases INTEGER NOT NULL DEFAULT 256;
+ALTER TABLE attachments ADD COLUMN traffic_class INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE attachments ADD COLUMN service_level INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE attachments ADD COLUMN pod_uid TEXT;
+ALTER TABLE attachments ADD COLUMN cgroup TEXT;
+"""
+}
+
 _COLUMNS = (
     "id, container_id, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name, state, mac, mtu_bytes,"
-    " wants_rdma, guard, device"
+    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup"
 )
 
 
@@ -111,6 +128,9 @@ class Store:
             )
         if version == 0:
             self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            return
+        for following in range(version + 1, SCHEMA_VERSION + 1):
+            self._db.executescript(f"BEGIN;{_MIGRATIONS[following]}PRAGMA user_version={following};COMMIT;")
 
     def close(self) -> None:
         """Closes the database; the write-ahead log is folded in."""
@@ -161,8 +181,8 @@ class Store:
                 cursor = db.execute(
                     "INSERT INTO attachments (container_id, ifname, network, netns, netns_dev, netns_ino,"
                     " pod_namespace,"
-                    " pod_name, state, mac, mtu_bytes, wants_rdma, guard) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,"
-                    " ?, ?)",
+                    " pod_name, state, mac, mtu_bytes, wants_rdma, guard, max_leases, traffic_class, service_level,"
+                    " pod_uid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         attachment.container_id,
                         attachment.ifname,
@@ -177,6 +197,10 @@ class Store:
                         attachment.mtu_bytes,
                         int(attachment.wants_rdma),
                         attachment.guard,
+                        attachment.max_leases,
+                        attachment.traffic_class,
+                        attachment.service_level,
+                        attachment.pod_uid,
                     ),
                 )
                 number = int(cursor.lastrowid or 0)
@@ -205,6 +229,12 @@ class Store:
         text = json.dumps(dataclasses.asdict(device)) if device else None
         with self._transaction() as db:
             db.execute("UPDATE attachments SET device = ? WHERE id = ?", (text, attachment_id))
+
+    def set_cgroup(self, attachment_id: int, cgroup: PodCgroup | None) -> None:
+        """Commits in which cgroup the attachment's limits are about to hold; None: in none any more."""
+        text = json.dumps(dataclasses.asdict(cgroup)) if cgroup else None
+        with self._transaction() as db:
+            db.execute("UPDATE attachments SET cgroup = ? WHERE id = ?", (text, attachment_id))
 
     def set_ready(self, attachment_id: int, result: dict[str, object]) -> None:
         """Commits state ``ready`` together with the result that ADD returned."""
@@ -254,7 +284,7 @@ class Store:
         with self._transaction() as db:
             known = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
             if known is not None and known["value"] != boot_id:
-                db.execute("UPDATE attachments SET state = ?", (AttachmentState.RELEASING,))
+                db.execute("UPDATE attachments SET state = ?, cgroup = NULL", (AttachmentState.RELEASING,))
                 db.execute("DELETE FROM host_effects")
             db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('boot_id', ?)", (boot_id,))
 
@@ -302,6 +332,11 @@ def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
         wants_rdma=bool(row["wants_rdma"]),
         guard=GuardMode(row["guard"]),
         device=device,
+        max_leases=row["max_leases"],
+        traffic_class=row["traffic_class"],
+        service_level=row["service_level"],
+        pod_uid=row["pod_uid"],
+        cgroup=PodCgroup(**json.loads(row["cgroup"])) if row["cgroup"] else None,
     )
 
 

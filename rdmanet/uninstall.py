@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 
-from rdmanet import node
+from rdmanet import limits, node
 from rdmanet.config import Config
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
@@ -16,6 +16,7 @@ from rdmanet.model import Attachment
 from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.rdma.backend import DeviceBackend
+from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.removal import MAX_TOGETHER, remove_links
 from rdmanet.store import Store, owned
 
@@ -30,9 +31,12 @@ def uninstall(config: Config) -> None:
         try:
             store.begin(node.boot_id())
             devices, _ = find_devices(config, store)
+            hierarchy, _ = limits.find_hierarchy()
             attachments = store.attachments()
             for start in range(0, len(attachments), MAX_TOGETHER):
-                _remove(attachments[start : start + MAX_TOGETHER], store, devices)
+                _remove(attachments[start : start + MAX_TOGETHER], store, devices, hierarchy)
+            if hierarchy is not None:
+                limits.undo_controller(store, hierarchy)
             undo_devices(store)
             node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
         finally:
@@ -41,8 +45,12 @@ def uninstall(config: Config) -> None:
     print("uninstalled; the host is as it was")
 
 
-def _remove(attachments: Sequence[Attachment], store: Store, devices: DeviceBackend | None) -> None:
+def _remove(
+    attachments: Sequence[Attachment], store: Store, devices: DeviceBackend | None, hierarchy: Cgroups | None
+) -> None:
     for attachment in attachments:
+        if hierarchy is not None:
+            limits.release(hierarchy, attachment)
         if devices is not None and attachment.wants_rdma:
             with contextlib.ExitStack() as stack:
                 descriptor = None

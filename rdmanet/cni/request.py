@@ -45,6 +45,10 @@ VALUE_MAX = 8000
 ATTACHMENTS_MAX = 65536
 #: IPv6 needs 1280 (RFC 8200 section 5); a veth device takes at most 65535.
 MTU_RANGE_BYTES = range(1280, 65536)
+MAX_LEASES_RANGE = range(1, 65537)
+#: The two lowest bits are for congestion notification (RFC 3168 5).
+TRAFFIC_CLASS_RANGE = range(0, 256, 4)
+SERVICE_LEVEL_RANGE = range(8)
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*", re.ASCII)
 
@@ -147,6 +151,9 @@ class NetworkConfig:
     type: str = "rdmanet"
     rdma: bool = False
     guard: GuardMode | None = None
+    max_leases: int | None = None  # rdmaMaxLeases
+    traffic_class: int | None = None  # rdmaTrafficClass
+    service_level: int | None = None  # rdmaServiceLevel
     mtu_bytes: int | None = None
     socket: str | None = None
     state_dir: str | None = None
@@ -182,6 +189,9 @@ class NetworkConfig:
             type=string_of("type", document.get("type", "")) or "rdmanet",
             rdma=bool(bool_of("rdma", document.get("rdma"))),
             guard=GuardMode(str(guard)) if guard is not None else None,
+            max_leases=number_of("rdmaMaxLeases", document.get("rdmaMaxLeases"), MAX_LEASES_RANGE),
+            traffic_class=number_of("rdmaTrafficClass", document.get("rdmaTrafficClass"), TRAFFIC_CLASS_RANGE),
+            service_level=number_of("rdmaServiceLevel", document.get("rdmaServiceLevel"), SERVICE_LEVEL_RANGE),
             mtu_bytes=number_of("mtu", document.get("mtu"), MTU_RANGE_BYTES),
             socket=path_of("socket", document.get("socket")),
             state_dir=path_of("stateDir", document.get("stateDir")),
@@ -215,6 +225,9 @@ _KNOWN_KEYS = (
     "name",
     "prevResult",
     "rdma",
+    "rdmaMaxLeases",
+    "rdmaServiceLevel",
+    "rdmaTrafficClass",
     "runtimeConfig",
     "socket",
     "stateDir",

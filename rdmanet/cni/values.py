@@ -114,8 +114,9 @@ def number_of(name: str, value: object, allowed: range) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
+        divisible = f", divisible by {allowed.step}" if allowed.step > 1 else ""
         raise config_error(
-            f'"{name}" is {shown(value)}; write a whole number from {allowed.start} to {allowed.stop - 1}'
+            f'"{name}" is {shown(value)}; write a whole number from {allowed.start} to {allowed[-1]}{divisible}'
         )
     return value
 

@@ -175,7 +175,7 @@ def test_an_add_that_fails_late_takes_its_device_back(stage: Stage) -> None:
     world, pod = stage.world, stage.world.pod()
     before = devices(world)
     rows = world.status()["attachments"]
-    points = ["reserved", "link", "filter", "addresses", "device", "listener", "endpoint", "commit"]
+    points = ["reserved", "link", "filter", "addresses", "device", "limits", "listener", "endpoint", "commit"]
     for fatal in range(points.index("device") + 1, len(points) + 1):
         world.host.container.act(("write", ORDER, f"{fatal} raise"))
         refused(world.host.cni("ADD", pod, config({"rdma": True})), 103, "A test wants it so.")
@@ -209,7 +209,7 @@ def test_a_crash_and_a_restart(stage: Stage) -> None:
     before = {name: stage.device(attached) for name, attached in (("one", stage.one), ("two", stage.two))}
     names = devices(world)
     pod = world.pod()
-    world.host.container.act(("write", ORDER, "7"))  # before the endpoint: the device is made
+    world.host.container.act(("write", ORDER, "8"))  # before the endpoint: the device is made
     outcome = world.host.cni("ADD", pod, config({"rdma": True}))
     assert outcome.returncode != 0
     world.host.kill_agent()

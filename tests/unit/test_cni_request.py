@@ -144,6 +144,14 @@ def test_capabilities_that_nobody_would_serve_are_refused() -> None:
         {"rdma": "true"},
         {"guard": "off"},
         {"guard": ["observe"]},
+        {"rdmaMaxLeases": 0},
+        {"rdmaMaxLeases": 65537},
+        {"rdmaMaxLeases": "7"},
+        {"rdmaTrafficClass": 3},
+        {"rdmaTrafficClass": 256},
+        {"rdmaTrafficClass": -4},
+        {"rdmaServiceLevel": 8},
+        {"rdmaServiceLevel": True},
         {"mtu": 1279},
         {"mtu": 65536},
         {"mtu": 1500.0},
@@ -336,3 +344,12 @@ def test_the_example_configuration_is_accepted() -> None:
     network = json.loads(path.read_text())
     for plugin in network["plugins"]:
         request(**plugin, name=network["name"], cniVersion=network["cniVersion"])
+
+
+def test_a_networks_own_limits_and_class() -> None:
+    config = request(rdmaMaxLeases=3, rdmaTrafficClass=104, rdmaServiceLevel=0).config
+    assert (config.max_leases, config.traffic_class, config.service_level) == (3, 104, 0)
+    config = request().config
+    assert (config.max_leases, config.traffic_class, config.service_level) == (None, None, None)
+    refused(CniCode.CONFIG, "0 to 252, divisible by 4", rdmaTrafficClass=7)
+    refused(CniCode.FIELD, 'did you mean "rdmaMaxLeases"?', rdmaMaxLease=7)

@@ -57,6 +57,11 @@ OTHER: dict[str, tuple[str, object]] = {
     "rdma.guard": ('"enforce"', GuardMode.ENFORCE),
     "rdma.max_leases_per_pod": ("7", 7),
     "rdma.claim_grace_s": ("2.5", 2.5),
+    "rdma.traffic_class": ("104", 104),
+    "rdma.service_level": ("3", 3),
+    "rdma.cgroup_controller": ("true", True),
+    "rdma.max_handles": ("8", 8),
+    "rdma.max_objects": ("500", 500),
 }
 
 
@@ -163,6 +168,10 @@ def test_sentences(text: str, sentence: str) -> None:
         ("masquerade.last_port", ["61000", "65535"], ["60999", "65536"]),
         ("rdma.max_leases_per_pod", ["1", "65536"], ["0", "65537"]),
         ("rdma.claim_grace_s", ["1", "3600", "1.0"], ["0.99", "3601", "nan", "inf", "-1"]),
+        ("rdma.traffic_class", ["0", "4", "252"], ["1", "3", "254", "256", "-4"]),
+        ("rdma.service_level", ["0", "7"], ["8", "-1"]),
+        ("rdma.max_handles", ["0", "1", "2147483647"], ["-1", "2147483648"]),
+        ("rdma.max_objects", ["0", "1", "2147483647"], ["-1", "2147483648"]),
     ],
 )
 def test_bounds(key: str, inside: list[str], outside: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import signal
@@ -24,6 +25,7 @@ from rdmanet.model import (
     Device,
     GuardMode,
     NetnsId,
+    PodCgroup,
     PodName,
     RdmaMode,
     address_key,
@@ -236,6 +238,65 @@ def test_the_same_boot_changes_nothing_and_another_ends_everything(store: Store)
     assert [a.state for a in store.attachments()] == [AttachmentState.RELEASING]
     assert store.effects() == {}
     assert taken(store), "addresses are free only once the attachment is undone"
+
+
+#: What the first version's file had, and its one row.
+FIRST_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE attachments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, container_id TEXT NOT NULL, ifname TEXT NOT NULL, network TEXT NOT NULL,
+    netns TEXT NOT NULL, netns_dev INTEGER NOT NULL, netns_ino INTEGER NOT NULL, pod_namespace TEXT NOT NULL,
+    pod_name TEXT NOT NULL, state TEXT NOT NULL, mac TEXT NOT NULL, mtu_bytes INTEGER NOT NULL,
+    wants_rdma INTEGER NOT NULL, guard TEXT NOT NULL, device TEXT, result TEXT NOT NULL DEFAULT '{}',
+    UNIQUE (container_id, ifname)
+) STRICT;
+CREATE TABLE addresses (
+    address BLOB PRIMARY KEY,
+    attachment_id INTEGER NOT NULL REFERENCES attachments (id) ON DELETE CASCADE
+) STRICT;
+CREATE INDEX addresses_by_attachment ON addresses (attachment_id);
+CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
+INSERT INTO attachments VALUES (7, 'c7', 'eth0', 'net', '/run/netns/c7', 4, 5, 'default', 'pod-7', 'ready',
+    '02:72:00:00:00:07', 1500, 1, 'enforce', NULL, '{}');
+PRAGMA user_version=1;
+"""
+
+
+def test_the_first_versions_file_is_read_and_gets_defaults(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(FIRST_SCHEMA)
+    for _ in range(2):
+        store = Store(path)
+        (found,) = store.attachments()
+        assert (found.id, found.guard, found.wants_rdma) == (7, GuardMode.ENFORCE, True)
+        assert (found.max_leases, found.traffic_class, found.service_level) == (256, 0, 0)
+        assert (found.pod_uid, found.cgroup) == (None, None)
+        store.close()
+    store = Store(path)
+    store.set_cgroup(7, PodCgroup("/kubepods/pod7", 42))
+    assert store.reserve(wanted(8)).id == 8
+    store.close()
+
+
+def test_limits_and_the_cgroup_are_kept(store: Store) -> None:
+    made = store.reserve(wanted(max_leases=3, traffic_class=104, service_level=5, pod_uid="6f2d-1"))
+    cgroup = PodCgroup("/kubepods/pod6f2d-1", 1 << 40, {"hca_handle": "max", "hca_object": "7"})
+    store.set_cgroup(made.id, cgroup)
+    found = store.find("c1", "eth0")
+    assert found is not None
+    assert (found.max_leases, found.traffic_class, found.service_level) == (3, 104, 5)
+    assert (found.pod_uid, found.cgroup) == ("6f2d-1", cgroup)
+    assert store.attachments() == [found]
+    store.set_cgroup(made.id, None)
+    assert store.attachments()[0].cgroup is None
+
+
+def test_no_cgroup_outlives_a_reboot(store: Store) -> None:
+    store.begin("boot-1")
+    store.set_cgroup(store.reserve(wanted()).id, PodCgroup("/a", 1))
+    store.begin("boot-2")
+    assert store.attachments()[0].cgroup is None
 
 
 def test_a_newer_schema_is_refused_and_left_as_it_is(store: Store, path: Path) -> None:
