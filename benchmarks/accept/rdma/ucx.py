@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks.accept.rdma.perftest import FAMILIES
@@ -83,7 +84,9 @@ def run(host: Host, pair: Pair, case: Case, environments: tuple[dict[str, str], 
 
 def told(pair: Pair, family: int) -> tuple[dict[str, str], dict[str, str]]:
     """What the environment command says in the server's and in the client's pod."""
-    return programs.variables(pair.server, family), programs.variables(pair.client, family)
+    with ThreadPoolExecutor(2) as threads:
+        server, client = threads.map(programs.variables, (pair.server, pair.client), (family, family))
+    return server, client
 
 
 def measure() -> Figure:
