@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -34,10 +34,13 @@ from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.errors import StateError
+from rdmanet.health import Health
+from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
 from rdmanet.model import GATEWAY_MAC, address_key
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
+from rdmanet.numbers import RdmaNumbers
 from rdmanet.pods import Pods
 from rdmanet.removal import Removals
 from rdmanet.store import Store, owned
@@ -105,27 +108,41 @@ class Agent:
         stack.callback(self._datapath.close)
 
         # Pods and leases.
-        self._pods = Pods(self._devices, self._executor, config.rdma.max_leases_per_pod)
+        self._pods = Pods(self._devices, self._executor)
+        self._limits = PodLimits(store, self._datapath, config.rdma, *await self._blocking(find_hierarchy))
         self._broker = BrokerServer(
             directory=self._pods,
             guard=self._datapath,
             queue_pairs=self._pods,
             grace_s=config.rdma.claim_grace_s,
             observe_granted=lambda seconds: self._metrics.lease_granted(seconds),
+            on_first_contact=self._contact,
         )
         self._pods.serve_with(self._broker, loop)
         host = BatchSockets()
         stack.callback(host.close)
         parts = steps.Parts(
-            store, self._network, self._datapath, self._devices, self._pods, host, host_ends=steps.HostEnds()
+            store,
+            self._network,
+            self._datapath,
+            self._devices,
+            self._pods,
+            self._limits,
+            host,
+            host_ends=steps.HostEnds(),
         )
         self._removals = Removals(parts, self._fault_point)
-        self._metrics = Metrics(store, self._datapath, self._broker, self._removals)
-        self._attachments = Attachments(parts, self._removals, config.rdma.guard, self._fault_point)
+        self._numbers = RdmaNumbers(self._devices, self._pods, self._limits, self._datapath)
+        self._metrics = Metrics(store, self._datapath, self._broker, self._removals, self._limits, self._numbers)
+        self._attachments = Attachments(parts, self._removals, config.rdma, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
         await self._blocking(self._attachments.recover)
         await self._broker.adopt()
+        if self._devices is not None:
+            health = Health(self._devices, self._pods, self._broker, self._executor, store.set_device)
+            await health.start()
+            stack.push_async_callback(health.stop)
         self._removals.start()
         stack.push_async_callback(self._blocking, self._removals.stop, REMOVAL_STOP_S)
 
@@ -135,6 +152,7 @@ class Agent:
             self._attachments,
             self._executor,
             status=self.status,
+            rdma=self.rdma,
             metrics=self._metrics.text,
             swap=self._swap,
             observer=self._metrics,
@@ -198,6 +216,12 @@ class Agent:
     async def _blocking(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
+    def _contact(self, cookie: int, pid: int) -> None:
+        """A process of a pod has spoken to the broker, which tells where the pod's cgroup is."""
+        netns = self._pods.netns_of(cookie)
+        if netns is not None and self._limits.wants_contact(netns):
+            self._executor.submit(self._limits.contact, netns, pid).add_done_callback(_log_failure)
+
     def _swap(self) -> dict[str, str]:
         """Puts the artifact on disk under the running traffic; answers hook → program."""
         self._datapath.swap(Artifact.load(self._config.datapath.artifact_dir))
@@ -211,25 +235,35 @@ class Agent:
         document["leases"] = await self._broker.status()
         return document
 
+    async def rdma(self) -> dict[str, object]:
+        """What ``GET /v1/rdma`` answers."""
+        leases = await self._broker.status()
+        return {"agent": self._about(), **await self._blocking(self._numbers.document, leases)}
+
+    def _about(self) -> dict[str, object]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "ready_s": time.monotonic() - self._ready_at,
+            "kernel": platform.release(),
+            "rdma_mode": self._devices.mode if self._devices else None,
+            "rdma_backend": self._devices.name if self._devices else None,
+            "rdma_missing": self._devices_missing,
+            "mtu_bytes": self._network.mtu_bytes,
+            "programs": self._datapath.running(),
+        }
+
     def _status_of_kernel(self) -> dict[str, object]:
         attachments = self._store.attachments()
         names = {attachment.id: str(attachment.pod) for attachment in attachments}
-        degraded = self._pods.degraded()
+        degraded, unhealthy = self._pods.degraded(), self._pods.unhealthy()
+        limited = self._limits.status()
         counters: dict[int, dict[str, dict[str, int]]] = {}
         for (number, direction, path), count in self._datapath.counters().items():
             counted = {"packets": count.packets, "bytes": count.bytes}
             counters.setdefault(number, {})[f"{direction}_{path}"] = counted
         return {
-            "agent": {
-                "version": __version__,
-                "pid": os.getpid(),
-                "ready_s": time.monotonic() - self._ready_at,
-                "kernel": platform.release(),
-                "rdma_mode": self._devices.mode if self._devices else None,
-                "rdma_missing": self._devices_missing,
-                "mtu_bytes": self._network.mtu_bytes,
-                "programs": self._datapath.running(),
-            },
+            "agent": self._about(),
             "attachments": [
                 {
                     "id": attachment.id,
@@ -245,8 +279,14 @@ class Agent:
                     "ipv6": str(attachment.ipv6) if attachment.ipv6 else None,
                     "host_ifname": attachment.host_ifname,
                     "guard": attachment.guard,
+                    "max_leases": attachment.max_leases,
+                    "traffic_class": attachment.traffic_class,
+                    "service_level": attachment.service_level,
+                    "cgroup": limited.get(attachment.id, (None, ""))[0],
+                    "not_limited": limited.get(attachment.id, (None, ""))[1] or None,
                     "device": asdict(attachment.device) if attachment.device else None,
                     "degraded": degraded.get(attachment.netns_id),
+                    "unhealthy": unhealthy.get(attachment.id),
                     "counters": counters.get(attachment.id, {}),
                 }
                 for attachment in attachments
@@ -258,6 +298,12 @@ class Agent:
                 if packets
             ],
         }
+
+
+def _log_failure(future: Future[None]) -> None:
+    error = None if future.cancelled() else future.exception()
+    if error is not None:
+        log.error("A pod's cgroup could not be looked for: %s", error)
 
 
 def _private_socket(path: Path) -> socket.socket:

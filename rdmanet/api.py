@@ -3,6 +3,7 @@
 ======================  =====================================================================================
 ``POST /v1/cni``        a CNI call as ``cni/rdmanet`` sends it; 200 with the result, else the specification's error
 ``GET /v1/status``      everything that ``rdmanet status`` shows, as JSON
+``GET /v1/rdma``        devices, pods and leases with what they count: what ``rdmanet rdma`` shows, as JSON
 ``GET /v1/settled``     answers when no link is left to remove; ?timeout_s=30 at most, then 503
 ``GET /metrics``        Prometheus' text format
 ``POST /v1/swap``       puts the artifact that now lies in datapath.artifact_dir under the running traffic
@@ -120,6 +121,7 @@ class Api:
         executor: Executor,
         *,
         status: Callable[[], Awaitable[dict[str, object]]],
+        rdma: Callable[[], Awaitable[dict[str, object]]],
         metrics: Callable[[], bytes],
         swap: Callable[[], dict[str, str]],
         observer: Observer,
@@ -129,6 +131,7 @@ class Api:
         self._attachments = attachments
         self._executor = executor
         self._status = status
+        self._rdma = rdma
         self._metrics = metrics
         self._swap = swap
         self._observer = observer
@@ -145,6 +148,7 @@ class Api:
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_post("/v1/cni", self._cni)
         app.router.add_get("/v1/status", self._get_status)
+        app.router.add_get("/v1/rdma", self._get_rdma)
         app.router.add_get("/v1/settled", self._get_settled)
         app.router.add_post("/v1/swap", self._post_swap)
         app.router.add_get("/metrics", self._get_metrics)
@@ -158,6 +162,13 @@ class Api:
 
     async def _get_status(self, request: web.Request) -> web.Response:
         return web.json_response(await self._status())
+
+    async def _get_rdma(self, request: web.Request) -> web.Response:
+        try:
+            return web.json_response(await self._rdma())
+        except RdmanetError as error:
+            _, status = codes(error)
+            return web.json_response({"error": str(error)}, status=status)
 
     async def _get_settled(self, request: web.Request) -> web.Response:
         try:

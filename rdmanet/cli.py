@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rdmanet import __version__, config
 from rdmanet.errors import RdmanetError, UnavailableError
 
 ANSWER_TIMEOUT_S = 10.0
+#: From one `rdmanet rdma --watch` to the next.
+WATCH_S = 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", parents=[common], help="show pods, devices and leases")
     status.add_argument("-o", "--output", choices=("table", "json"), default="table")
     status.set_defaults(run=_status)
+
+    rdma = commands.add_parser("rdma", parents=[common], help="show RDMA devices, pods and leases with what they count")
+    rdma.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    rdma.add_argument("-w", "--watch", action="store_true", help="again each second, until Ctrl-C")
+    rdma.set_defaults(run=_rdma)
 
     doctor = commands.add_parser(
         "doctor", parents=[common], help="say what this host can and cannot do, and what to do about it"
@@ -82,6 +90,34 @@ def _status(chosen: argparse.Namespace) -> int:
     document = ask(config.load(chosen.config).agent.socket, "/v1/status")
     print(json.dumps(document, indent=2) if chosen.output == "json" else show.status(document))
     return 0
+
+
+def _rdma(chosen: argparse.Namespace) -> int:
+    path = config.load(chosen.config).agent.socket
+    try:
+        _show_rdma(path, table=chosen.output == "table", watch=chosen.watch)
+    except KeyboardInterrupt:
+        if not chosen.watch:
+            raise
+    return 0
+
+
+def _show_rdma(path: Path, *, table: bool, watch: bool) -> None:
+    from rdmanet import show
+
+    # Of terminals the screen is cleared; in a file or pipe one is behind the other.
+    clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
+    before, before_s = None, 0.0
+    while True:
+        document, now_s = ask(path, "/v1/rdma"), time.monotonic()
+        if table:
+            print(clear + show.rdma(document, before, now_s - before_s), end="\n\n" if watch else "\n", flush=True)
+        else:
+            print(json.dumps(document, indent=None if watch else 2), flush=True)
+        if not watch:
+            return
+        before, before_s = document, now_s
+        time.sleep(max(0.0, now_s + WATCH_S - time.monotonic()))
 
 
 def _doctor(chosen: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -12,7 +12,9 @@ from prometheus_client.registry import Collector
 
 from rdmanet.broker.values import Counts
 from rdmanet.datapath.maps import Datapath
+from rdmanet.limits import Usage
 from rdmanet.model import AttachmentState
+from rdmanet.numbers import DeviceNumbers
 from rdmanet.store import Store
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -24,6 +26,8 @@ class Leases(Protocol):
     def states(self) -> dict[str, int]: ...
     @property
     def counts(self) -> Counts: ...
+    @property
+    def guard_failures(self) -> int: ...
 
 
 class Removals(Protocol):
@@ -33,10 +37,32 @@ class Removals(Protocol):
     def failed(self) -> int: ...
 
 
+class PodLimits(Protocol):
+    """``rdmanet.limits.PodLimits``; safe from any thread."""
+
+    def usage(self) -> Mapping[int, Usage]: ...
+
+
+class Devices(Protocol):
+    """``rdmanet.numbers.RdmaNumbers``; safe from any thread."""
+
+    def devices(self) -> Sequence[DeviceNumbers]: ...
+
+
 class _State(Collector):
     """Read at each scrape from the datapath, the store and the broker, so that nothing is counted twice."""
 
-    def __init__(self, store: Store, datapath: Datapath, leases: Leases, removals: Removals):
+    def __init__(
+        self,
+        store: Store,
+        datapath: Datapath,
+        leases: Leases,
+        removals: Removals,
+        limits: PodLimits,
+        devices: Devices,
+    ):
+        self._limits = limits
+        self._devices = devices
         self._store = store
         self._datapath = datapath
         self._leases = leases
@@ -100,14 +126,69 @@ class _State(Collector):
         for cause, times in counts.revoked.items():
             revoked.add_metric([cause], times)
         yield revoked
+        refused_objects = CounterMetricFamily(
+            "rdmanet_rdma_refused_objects",
+            "Verbs objects and device contexts that the kernel refused a pod because of rdma.max, by resource.",
+            labels=["pod", "interface", "resource"],
+        )
+        counted_objects: Counter[tuple[str, str, str]] = Counter()
+        for number, usage in self._limits.usage().items():
+            if number in names:
+                for resource, times in usage.refused.items():
+                    counted_objects[*names[number], resource] += times
+        for object_words, times in counted_objects.items():
+            refused_objects.add_metric(object_words, times)
+        yield refused_objects
+        yield CounterMetricFamily(
+            "rdmanet_guard_failures",
+            "Writes of guard entries that the kernel refused; of a lease that was to be revoked, packets still pass.",
+            value=self._leases.guard_failures,
+        )
+        yield from _devices(self._devices.devices())
+
+
+def _devices(found: Sequence[DeviceNumbers]) -> Iterable[Metric]:
+    healthy: dict[tuple[str, str], int] = {}
+    events = CounterMetricFamily(
+        "rdmanet_device_events",
+        "What RDMA devices count themselves, by the driver's names (hw_counters); pod is empty where pods share it.",
+        labels=["pod", "device", "event"],
+    )
+    ports = GaugeMetricFamily(
+        "rdmanet_device_port_active", "Whether the RDMA device's port is active.", labels=["device"]
+    )
+    for one in found:
+        for attachment in one.attachments:
+            key = (str(attachment.pod), one.device.name)
+            healthy[key] = min(healthy.get(key, 1), int(attachment.id not in one.unhealthy))
+        pod = "" if one.shared else str(one.attachments[0].pod)
+        for event, times in one.events.items():
+            events.add_metric([pod, one.device.name, event], times)
+        ports.add_metric([one.device.name], int(one.port_active or False))
+    health = GaugeMetricFamily(
+        "rdmanet_device_healthy", "Whether the pod's RDMA device can be used.", labels=["pod", "device"]
+    )
+    for key, well in healthy.items():
+        health.add_metric(key, well)
+    yield health
+    yield ports
+    yield events
 
 
 class Metrics:
     """The agent's registry."""
 
-    def __init__(self, store: Store, datapath: Datapath, leases: Leases, removals: Removals):
+    def __init__(
+        self,
+        store: Store,
+        datapath: Datapath,
+        leases: Leases,
+        removals: Removals,
+        limits: PodLimits,
+        devices: Devices,
+    ):
         self._registry = CollectorRegistry()
-        self._registry.register(_State(store, datapath, leases, removals))
+        self._registry.register(_State(store, datapath, leases, removals, limits, devices))
         self._cni = Histogram(
             "rdmanet_cni_seconds",
             "Duration of CNI calls, by command and CNI error code (0: success).",

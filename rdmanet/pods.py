@@ -61,7 +61,8 @@ class _Index:
         self.cookie: dict[int, _Pod] = {}
         self.name: dict[PodName, list[_Pod]] = {}
         self.address: dict[bytes, _Pod] = {}
-        self.device: dict[Device, Attachment] = {}
+        self.device: dict[Device, dict[int, Attachment]] = {}  # several where they share it
+        self.with_device: Mapping[int, Attachment] = {}  # another object after each change
 
     def add(self, attachment: Attachment) -> _Pod:
         """The attachment's pod, which has it from now on, in the place of one with its id."""
@@ -74,7 +75,8 @@ class _Index:
         for address in attachment.addresses:
             self.address[address_key(address)] = pod
         if attachment.device is not None:
-            self.device[attachment.device] = attachment
+            self.device.setdefault(attachment.device, {})[attachment.id] = attachment
+            self.with_device = {**self.with_device, attachment.id: attachment}
         return pod
 
     def remove(self, attachment: Attachment) -> _Pod | None:
@@ -100,19 +102,23 @@ class _Index:
             for key in map(address_key, old.addresses):
                 if self.address.get(key) is pod:
                     del self.address[key]
-            if old.device is not None:
-                self.device.pop(old.device, None)
+            if old.id in self.with_device:
+                self.with_device = {key: one for key, one in self.with_device.items() if key != old.id}
+            if old.device is not None and old.id in self.device.get(old.device, {}):
+                del self.device[old.device][old.id]
+                if not self.device[old.device]:
+                    del self.device[old.device]
 
 
 class Pods:
     """``rdmanet.steps.Listeners``, ``rdmanet.broker.core.Directory`` and ``QueuePairs`` in one."""
 
-    def __init__(self, devices: DeviceBackend | None, executor: Executor, max_leases: int):
+    def __init__(self, devices: DeviceBackend | None, executor: Executor):
         self._devices = devices
         self._executor = executor
-        self._max_leases = max_leases
         self._lock = threading.RLock()
         self._pods = _Index()
+        self._unhealthy: dict[int, str] = {}  # by attachment id
         self._server: LeaseServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -176,6 +182,7 @@ class Pods:
         """See ``rdmanet.steps.Listeners``."""
         with self._lock:
             ended = self._pods.remove(attachment)
+            self._unhealthy.pop(attachment.id, None)
         cookie = ended.cookie if ended is not None else None
         # Also for an attachment that is not known (any more): its addresses are about to be free for others.
         keys = tuple(address_key(address) for address in attachment.addresses)
@@ -192,6 +199,43 @@ class Pods:
         with self._lock:
             return {key: pod.degraded for key, pod in self._pods.netns.items() if pod.degraded}
 
+    # Devices and their health
+
+    def with_device(self) -> Mapping[int, Attachment]:
+        """The attachments that have a device, by id; the same object for as long as nothing changes."""
+        with self._lock:
+            return self._pods.with_device
+
+    def set_health(self, attachment: Attachment, problem: str | None) -> bool:
+        """What was found of an attachment's device, and with it the device as it is now; whether that is news. False
+        also where the attachment is gone."""
+        with self._lock:
+            before = self._pods.with_device.get(attachment.id)
+            if before is None:
+                return False
+            if before.device != attachment.device:
+                self._pods.add(attachment)
+            news = self._unhealthy.get(attachment.id) != problem
+            if problem is None:
+                self._unhealthy.pop(attachment.id, None)
+            else:
+                self._unhealthy[attachment.id] = problem
+            return news
+
+    def unhealthy(self) -> dict[int, str]:
+        """Why devices cannot be used, by attachment id."""
+        with self._lock:
+            return dict(self._unhealthy)
+
+    def cookie(self, attachment: Attachment) -> int | None:
+        """The cookie of the network namespace whose leases are of this attachment's device, if there is one."""
+        with self._lock:
+            pod = self._pods.netns.get(attachment.netns_id)
+            if pod is None:
+                return None
+            first = next((a for a in pod.attachments if a.device is not None), None)
+            return pod.cookie if first is not None and first.id == attachment.id else None
+
     # Directory, from the event loop
 
     def by_cookie(self, cookie: int) -> PodView | None:
@@ -199,6 +243,12 @@ class Pods:
         with self._lock:
             pod = self._pods.cookie.get(cookie)
             return None if pod is None else self._view(pod)
+
+    def netns_of(self, cookie: int) -> NetnsId | None:
+        """The network namespace of the pod with this cookie."""
+        with self._lock:
+            pod = self._pods.cookie.get(cookie)
+            return None if pod is None else pod.attachments[-1].netns_id
 
     def by_name(self, name: PodName) -> PodView | None:
         """The pod of that name; the newest where a runtime re-created one before the old was gone."""
@@ -213,13 +263,16 @@ class Pods:
             return None if pod is None else self._view(pod)
 
     def _view(self, pod: _Pod) -> PodView:
-        device = next((a.device for a in pod.attachments if a.device is not None), None)
         with_device = [a for a in pod.attachments if a.device is not None] or pod.attachments
+        first = with_device[0]  # whose device it is
         return PodView(
             name=pod.attachments[-1].pod,
             addresses=tuple(address_key(address) for a in with_device for address in a.addresses),
-            device=device,
-            max_leases=self._max_leases,
+            device=first.device,
+            unhealthy=f"{first.pod}: {problem}" if (problem := self._unhealthy.get(first.id)) else None,
+            max_leases=first.max_leases,
+            traffic_class=first.traffic_class,
+            service_level=first.service_level,
         )
 
     # QueuePairs, from the event loop
@@ -227,16 +280,18 @@ class Pods:
     async def holders(self, device: Device) -> Mapping[int, int]:
         """The host's pids of the threads that made the queue pairs on a pod's device, by QPN."""
         with self._lock:
-            attachment = self._pods.device.get(device)
-        if attachment is None or self._devices is None:
+            attachments = list(self._pods.device.get(device, {}).values())
+        if self._devices is None:
             return {}
         devices = self._devices
 
         def ask() -> Mapping[int, int]:
-            try:
-                with namespace.opened(attachment.netns) as descriptor:
-                    return devices.holders(device, descriptor)
-            except NotFoundError:
-                return {}
+            for attachment in attachments:
+                try:
+                    with namespace.opened(attachment.netns) as descriptor:
+                        return devices.holders(device, descriptor)
+                except NotFoundError:
+                    continue  # its namespace is gone, or the device
+            return {}
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, ask)

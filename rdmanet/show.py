@@ -35,7 +35,7 @@ def status(document: Mapping[str, Any]) -> str:
                         row["ipv4"] or "-",
                         row["ipv6"] or "-",
                         row["device"]["name"] if row["device"] else "-",
-                        row["state"] + (f" ({row['degraded']})" if row["degraded"] else ""),
+                        row["state"] + "".join(f" ({row[key]})" for key in ("degraded", "unhealthy") if row[key]),
                     )
                     for row in attachments
                 ],
@@ -71,3 +71,95 @@ def status(document: Mapping[str, Any]) -> str:
     if drops:
         parts.append(table(("pod", "drop reason", "packets"), drops))
     return "\n\n".join(parts)
+
+
+def rdma(document: Mapping[str, Any], before: Mapping[str, Any] | None = None, seconds: float = 1.0) -> str:
+    """`rdmanet rdma`; with what the agent said so many seconds before also how much came in each."""
+    agent = document["agent"]
+    parts = [f"RDMA {agent['rdma_mode'] or 'none: ' + str(agent['rdma_missing'])}"]
+    if agent["rdma_backend"] == "shared":
+        parts[0] += "; pods share a device of the host: nothing but the broker keeps them apart, and no hook counts"
+    if not document["devices"]:
+        return "\n\n".join([*parts, "no devices"])
+    parts.append(
+        table(
+            ("device", "of", "port", "counters"),
+            [
+                (
+                    row["device"],
+                    row["pods"][0] if len(row["pods"]) == 1 else f"{len(row['pods'])} pods",
+                    row["port"] or "missing",
+                    ", ".join(f"{name} {count}" for name, count in row["events"].items() if count) or "-",
+                )
+                for row in document["devices"]
+            ],
+        )
+    )
+    earlier = {(row["pod"], row["device"]): row for row in before["pods"]} if before else {}
+    parts.append(
+        table(
+            ("pod", "device", "leases", "objects", "sent", "received", "health"),
+            [
+                (
+                    row["pod"],
+                    row["device"],
+                    f"{row['leases']} of {row['max_leases']}",
+                    _objects(row["resources"]),
+                    *(
+                        _traffic(row, way, earlier.get((row["pod"], row["device"])), seconds)
+                        for way in ("sent", "received")
+                    ),
+                    row["unhealthy"] or "ok",
+                )
+                for row in document["pods"]
+            ],
+        )
+    )
+    if document["leases"]:
+        parts.append(
+            table(
+                ("lease", "transport", "from", "to", "qpn", "packets there", "packets back", "state"),
+                [
+                    (
+                        row["lease"],
+                        row["transport"],
+                        row["connector"]["pod"],
+                        f"{row['listener']['pod']}:{row['service'] or '-'}",
+                        f"{row['connector']['qpn']} - {row['listener']['qpn']}",
+                        row["listener"]["received"]["packets"] if row["counted"] else "-",
+                        row["connector"]["received"]["packets"] if row["counted"] else "-",
+                        row["state"],
+                    )
+                    for row in document["leases"]
+                ],
+            )
+        )
+    else:
+        parts.append("no leases")
+    return "\n\n".join(parts)
+
+
+def _objects(resources: Mapping[str, Any] | None) -> str:
+    """Verbs objects that the pod has and may have, where the kernel's controller tells."""
+    objects = (resources or {}).get("hca_object")
+    if objects is None:
+        return "-"
+    return str(objects["used"]) + ("" if objects["limit"] is None else f" of {objects['limit']}")
+
+
+def _traffic(row: Mapping[str, Any], way: str, before: Mapping[str, Any] | None, seconds: float) -> str:
+    if not row["counted"]:
+        return "-"
+    packets, size = row[way]["packets"], row[way]["bytes"]
+    if before is None:
+        return f"{packets} packets, {_bytes(size)}"
+    new, more = packets - before[way]["packets"], size - before[way]["bytes"]
+    return f"{packets} packets, {new / seconds:.0f}/s, {_bytes(more / seconds)}/s"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -463,6 +463,7 @@ def _status(
             "pod": end.pod,
             "address": None if end.key is None else str(address_of(end.key[0])),
             "qpn": None if end.key is None else end.key[1],
+            "received": {"packets": entry.packets if entry else 0, "bytes": entry.bytes if entry else 0},
         }
     return {
         "lease": view.lease,

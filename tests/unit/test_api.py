@@ -122,6 +122,7 @@ def api(attached: Attached, observed: Observed, pending_dir: Path, removals: lis
             attached,  # type: ignore[arg-type]
             executor,
             status=status,
+            rdma=status,
             metrics=lambda: b"rdmanet_up 1\n",
             swap=dict,
             observer=observed,

@@ -12,10 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rdmanet.broker.values import Counts
 from rdmanet.datapath.layout import Count
+from rdmanet.limits import Usage
 from rdmanet.metrics import Metrics
-from rdmanet.model import PodName
+from rdmanet.model import Backend, PodName
+from rdmanet.numbers import DeviceNumbers
 from rdmanet.store import Store
-from tests.unit.test_store import wanted
+from tests.unit.test_store import DEVICE, wanted
 
 Labels = frozenset[tuple[str, str]]
 
@@ -28,6 +30,9 @@ class Numbers:
         self.dropped: dict[tuple[int, str], int] = {}
         self.counts = Counts()
         self.failed = 3  # removals
+        self.guard_failures = 2
+        self.used: dict[int, Usage] = {}
+        self.found: list[DeviceNumbers] = []
 
     def counters(self) -> dict[tuple[int, str, str], Count]:
         return self.counted
@@ -37,6 +42,12 @@ class Numbers:
 
     def states(self) -> dict[str, int]:
         return {"pending": 0, "granted": 2, "unclaimed": 1}
+
+    def usage(self) -> dict[int, Usage]:
+        return self.used
+
+    def devices(self) -> list[DeviceNumbers]:
+        return self.found
 
 
 @pytest.fixture
@@ -53,7 +64,7 @@ def numbers() -> Numbers:
 
 @pytest.fixture
 def metrics(store: Store, numbers: Numbers) -> Metrics:
-    return Metrics(store, numbers, numbers, numbers)  # type: ignore[arg-type]
+    return Metrics(store, numbers, numbers, numbers, numbers, numbers)  # type: ignore[arg-type]
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, Labels], float]:
@@ -85,6 +96,11 @@ def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
         "rdmanet_leases_claimed",
         "rdmanet_leases_refused",
         "rdmanet_leases_revoked",
+        "rdmanet_rdma_refused_objects",
+        "rdmanet_guard_failures",
+        "rdmanet_device_healthy",
+        "rdmanet_device_port_active",
+        "rdmanet_device_events",
         "rdmanet_cni_seconds",
         "rdmanet_lease_seconds",
     }
@@ -143,6 +159,35 @@ def test_leases(numbers: Numbers, metrics: Metrics) -> None:
     assert found["rdmanet_lease_seconds_count", labels()] == 1
     assert found["rdmanet_lease_seconds_bucket", labels(le="0.0025")] == 0
     assert found["rdmanet_lease_seconds_bucket", labels(le="0.005")] == 1
+
+
+def test_devices(numbers: Numbers, metrics: Metrics) -> None:
+    one, two = (dataclasses.replace(wanted(n, pod=PodName("jobs", f"p{n}")), id=n, device=DEVICE) for n in (1, 2))
+    host = dataclasses.replace(DEVICE, name="host0", backend=Backend.SHARED)
+    numbers.found = [
+        DeviceNumbers(DEVICE, (one,), {}, True, {"sent_pkts": 7}),
+        DeviceNumbers(host, (one, two), {2: "it is missing"}, None, {"sent_pkts": 9}),
+    ]
+    found = samples(metrics)
+    assert {key: value for key, value in found.items() if key[0].startswith("rdmanet_device_")} == {
+        ("rdmanet_device_healthy", labels(pod="jobs/p1", device="rxe_rn1")): 1,
+        ("rdmanet_device_healthy", labels(pod="jobs/p1", device="host0")): 1,
+        ("rdmanet_device_healthy", labels(pod="jobs/p2", device="host0")): 0,
+        ("rdmanet_device_port_active", labels(device="rxe_rn1")): 1,
+        ("rdmanet_device_port_active", labels(device="host0")): 0,
+        ("rdmanet_device_events_total", labels(pod="jobs/p1", device="rxe_rn1", event="sent_pkts")): 7,
+        ("rdmanet_device_events_total", labels(pod="", device="host0", event="sent_pkts")): 9,
+    }
+    assert found["rdmanet_guard_failures_total", labels()] == 2
+
+
+def test_two_attachments_of_a_pod_that_share_a_device_are_one_sample(numbers: Numbers, metrics: Metrics) -> None:
+    host = dataclasses.replace(DEVICE, backend=Backend.SHARED)
+    pod = PodName("jobs", "p")
+    both = tuple(dataclasses.replace(wanted(n, pod=pod), id=n, device=host) for n in (1, 2))
+    numbers.found = [DeviceNumbers(host, both, {1: "it is missing"}, True, {})]
+    healthy = [value for (name, _), value in samples(metrics).items() if name == "rdmanet_device_healthy"]
+    assert healthy == [0]
 
 
 def test_cni_calls_by_command_and_code(metrics: Metrics) -> None:

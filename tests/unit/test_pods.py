@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
 import itertools
 import socket
@@ -82,7 +83,7 @@ def pods(server: Server, namespaces: Namespaces) -> Iterator[Pods]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     with ThreadPoolExecutor(1) as executor:
-        pods = Pods(None, executor, max_leases=7)
+        pods = Pods(None, executor)
         pods.serve_with(server, loop)
         yield pods
     loop.call_soon_threadsafe(loop.stop)
@@ -188,12 +189,16 @@ def test_a_socket_that_is_not_served_is_logged(
 
 
 def test_lookups(pods: Pods) -> None:
-    one, two = attachment(1, wants_rdma=True, device=DEVICE), attachment(2)
+    one = attachment(1, wants_rdma=True, device=DEVICE, max_leases=7, traffic_class=104, service_level=3)
+    two = attachment(2)
     opened(pods, one)
     opened(pods, two)
     view = pods.by_name(PodName("default", "pod-1"))
     assert view is not None
     assert (view.name, view.device, view.max_leases) == (one.pod, DEVICE, 7)
+    assert (view.traffic_class, view.service_level) == (104, 3)
+    assert pods.netns_of(100) == one.netns_id
+    assert pods.netns_of(102) is None
     assert view.addresses == (address_key("10.213.0.2"), address_key("fd00::2"))
     assert pods.by_cookie(100) == view
     assert pods.by_address(address_key("fd00::2")) == view
@@ -260,3 +265,26 @@ def test_an_address_that_has_gone_to_another_pod_is_that_pods(pods: Pods) -> Non
     assert pods.by_address(address_key("fd00::2")) is None
     pods.close(new)
     assert pods.by_address(address_key("10.213.0.2")) is None
+
+
+def test_health_is_of_the_device_that_leases_are_of(pods: Pods) -> None:
+    one, two = (dataclasses.replace(wanted(n), id=n, device=DEVICE, netns_id=NetnsId(4, n)) for n in (1, 2))
+    for attachment in (one, two):
+        pods.open((attachment, pods.listen(attachment.netns_id)))
+    known = pods.with_device()
+    assert known == {1: one, 2: two}
+    assert pods.with_device() is known, "another object, and nothing has changed"
+    assert pods.set_health(two, "it is missing")
+    assert not pods.set_health(two, "it is missing"), "no news"
+    views = [pods.by_name(attachment.pod) for attachment in (one, two)]
+    assert [view and view.unhealthy for view in views] == [None, f"{two.pod}: it is missing"]
+    again = dataclasses.replace(two, device=dataclasses.replace(DEVICE, index=99))
+    assert pods.set_health(again, None)
+    assert pods.with_device() == {1: one, 2: again}
+    assert pods.unhealthy() == {}
+    assert pods.cookie(again) not in (None, pods.cookie(one))
+    pods.set_health(again, "it is missing")
+    pods.close(again)
+    assert (pods.unhealthy(), pods.with_device()) == ({}, {1: one})
+    assert not pods.set_health(again, "it is missing"), "it is gone"
+    assert pods.cookie(again) is None

@@ -1,4 +1,4 @@
-"""What `rdmanet status` prints, as whole texts."""
+"""What `rdmanet status` and `rdmanet rdma` print, as whole texts."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def attachment(pod: str, **changes: Any) -> dict[str, Any]:
         "device": None,
         "state": "ready",
         "degraded": None,
+        "unhealthy": None,
     }
     return {**row, **changes}
 
@@ -62,6 +63,7 @@ def test_everything() -> None:
             attachments=[
                 attachment("default/train-0", device={"name": "rxe_rn1"}),
                 attachment("jobs/web-0", ipv4=None, ifname="net1", degraded="its leases cannot work"),
+                attachment("default/train-1", unhealthy="its RDMA device rxe_rn2 is missing"),
                 attachment("default/old", ipv6=None, state="releasing"),
             ],
             leases=[
@@ -94,6 +96,7 @@ def test_everything() -> None:
         POD              INTERFACE  IPV4        IPV6               DEVICE   STATE
         default/train-0  eth0       10.213.0.2  fd72:646d:616e::2  rxe_rn1  ready
         jobs/web-0       net1       -           fd72:646d:616e::2  -        ready (its leases cannot work)
+        default/train-1  eth0       10.213.0.2  fd72:646d:616e::2  -        ready (its RDMA device rxe_rn2 is missing)
         default/old      eth0       10.213.0.2  -                  -        releasing
 
         LEASE  FROM             TO               SERVICE  QPN      STATE      PACKETS
@@ -123,3 +126,85 @@ def test_a_link_that_cannot_be_removed_is_shown_with_the_reason() -> None:
     lines = show.status(document(releasing={"count": 2, "failing": {"rn-7": "The kernel refused RTM_DELLINK."}}))
     assert "\n\nLINK  NOT REMOVED YET, TRIED AGAIN\nrn-7  The kernel refused RTM_DELLINK.\n" in lines
     assert "NOT REMOVED" not in show.status(document(releasing={"count": 2, "failing": {}}))
+
+
+def counts(packets: int) -> dict[str, int]:
+    return {"packets": packets, "bytes": packets * 1024}
+
+
+def rdma(**changes: Any) -> dict[str, Any]:
+    """GET /v1/rdma with one pod, and with changes."""
+    pod = {
+        "pod": "default/train-0",
+        "interface": "eth0",
+        "device": "rxe_rn1",
+        "unhealthy": None,
+        "leases": 1,
+        "max_leases": 256,
+        "resources": {"hca_handle": {"used": 1, "limit": None}, "hca_object": {"used": 9, "limit": 40}},
+        "counted": True,
+        "sent": counts(10),
+        "received": counts(2048),
+    }
+    device = {"device": "rxe_rn1", "pods": ["default/train-0"], "port": "active", "events": {"sent_pkts": 9, "x": 0}}
+    agent = {**AGENT, "rdma_backend": "rxe"}
+    return {"agent": agent, "devices": [device], "pods": [pod], "leases": [], **changes}
+
+
+def test_rdma() -> None:
+    lease = {
+        "lease": "3f2a",
+        "transport": "rc",
+        "state": "granted",
+        "service": "params",
+        "connector": {"pod": "default/train-0", "qpn": 17, "received": counts(3)},
+        "listener": {"pod": "default/train-1", "qpn": 18, "received": counts(5)},
+        "counted": True,
+    }
+    shown = show.rdma(rdma(leases=[lease]))
+    assert shown == text("""
+        RDMA shared
+
+        DEVICE   OF               PORT    COUNTERS
+        rxe_rn1  default/train-0  active  sent_pkts 9
+
+        POD              DEVICE   LEASES    OBJECTS  SENT                RECEIVED             HEALTH
+        default/train-0  rxe_rn1  1 of 256  9 of 40  10 packets, 10 KiB  2048 packets, 2 MiB  ok
+
+        LEASE  TRANSPORT  FROM             TO                      QPN      PACKETS THERE  PACKETS BACK  STATE
+        3f2a   rc         default/train-0  default/train-1:params  17 - 18  5              3             granted
+        """)
+
+
+def test_rdma_again_after_two_seconds() -> None:
+    before = rdma()
+    (pod,) = rdma()["pods"]
+    after = rdma(pods=[{**pod, "sent": counts(30)}])
+    line = show.rdma(after, before, 2.0).splitlines()[6]
+    assert "  30 packets, 10/s, 10 KiB/s  2048 packets, 0/s, 0 B/s  ok" in line
+
+
+def test_rdma_of_a_device_that_pods_share_and_that_is_gone() -> None:
+    (pod,) = rdma()["pods"]
+    pods = [
+        {
+            **pod,
+            "pod": f"default/p{n}",
+            "counted": False,
+            "resources": None,
+            "unhealthy": "its RDMA device host0 is missing",
+        }
+        for n in (1, 2)
+    ]
+    devices: list[dict[str, Any]] = [
+        {"device": "host0", "pods": [one["pod"] for one in pods], "port": None, "events": {}}
+    ]
+    shown = show.rdma(rdma(agent={**AGENT, "rdma_backend": "shared"}, devices=devices, pods=pods))
+    assert "nothing but the broker keeps them apart" in shown.splitlines()[0]
+    assert "host0   2 pods  missing  -" in shown
+    assert "-        -     -         its RDMA device host0 is missing" in shown
+
+
+def test_rdma_without_devices() -> None:
+    agent = {**AGENT, "rdma_mode": None, "rdma_backend": None, "rdma_missing": "no RDMA here"}
+    assert show.rdma(rdma(agent=agent, devices=[], pods=[])) == "RDMA none: no RDMA here\n\nno devices"
