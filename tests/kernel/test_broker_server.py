@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rdmanet import lease as wire
 from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import DatagramKey, Key, PodView
 from rdmanet.errors import BpfError, ConflictError, NetlinkError
-from rdmanet.model import DatagramEntry, Device, GuardEntry, GuardState, PodName, RdmaMode, address_key
+from rdmanet.model import DatagramEntry, Device, GuardEntry, GuardState, PodName, RdmaMode, Transport, address_key
 from rdmanet.netlink import namespace
 
 NAME = wire.SOCKET_NAME.removeprefix("\0")
@@ -160,11 +160,18 @@ class Broker:
         self.guard = MemoryGuard()
         self.pods = Pods(namespaces)
         self.seconds: list[float] = []
+        self.contacts: list[tuple[int, int]] = []
         self.processes: list[Process] = []
         self.server = self._new()
 
     def _new(self) -> BrokerServer:
-        return BrokerServer(self.pods, self.guard, self.pods, observe_granted=self.seconds.append)
+        return BrokerServer(
+            self.pods,
+            self.guard,
+            self.pods,
+            observe_granted=self.seconds.append,
+            on_first_contact=lambda cookie, pid: self.contacts.append((cookie, pid)),
+        )
 
     async def start(self, *, adopt: bool = True) -> None:
         await self.server.start()
@@ -246,6 +253,47 @@ class Process:
 
     async def leave(self) -> None:
         await self._session.close()
+
+
+async def test_device_that_goes_is_told_after_the_guard_is_written(broker: Broker) -> None:
+    train_0, train_1 = [await Process.connect(broker, number) for number in (0, 1)]
+    cookies = [netns.cookie for netns in broker.namespaces[:2]]
+    assert broker.contacts == [(cookie, os.getpid()) for cookie in cookies]
+    number = await leased(train_0, train_1)
+    gone = "the device of train-1 has gone"
+    broker.server.device_gone(cookies[1], gone)
+    assert await train_0.receive() == wire.Revoked((number,), gone)
+    assert {entry.state for entry in broker.guard.entries.values()} == {GuardState.REVOKED}
+    assert [await train_1.receive() for _ in range(2)] == [wire.DeviceState(gone), wire.Revoked((number,), gone)]
+    broker.server.device_back(cookies[1])
+    assert await train_1.receive() == wire.DeviceState(None)
+
+
+async def test_datagrams_have_entries_of_their_own(broker: Broker) -> None:
+    train_0, train_1 = [await Process.connect(broker, number) for number in (0, 1)]
+    await train_1.ask(wire.Listen(2, "gossip", Transport.UD))
+    ends = [replace(p.ends(qpn), transport=Transport.UD, qkey=7) for p, qpn in ((train_0, 17), (train_1, 18))]
+    await train_0.tell(wire.Connect(3, wire.Target.parse("train-1:gossip"), ends[0]))
+    incoming = await train_1.receive()
+    assert isinstance(incoming, wire.Incoming)
+    assert incoming.ends == ends[0]
+    await train_1.ask(wire.Accept(4, incoming.lease, ends[1]))
+    assert isinstance(await train_0.receive(), wire.Reply)
+    one, two = ends[0].keys[0], ends[1].keys[0]
+    assert broker.guard.pairs == {(one, two): DatagramEntry(incoming.lease), (two, one): DatagramEntry(incoming.lease)}
+    assert {entry.state for entry in broker.guard.entries.values()} == {GuardState.DATAGRAM}
+    broker.guard.pairs[two, one] = DatagramEntry(incoming.lease, 5, 600)
+    (row,) = await broker.server.status()
+    assert (row["transport"], row["packets"], row["bytes"]) == ("ud", 5, 600)
+    await broker.restart()
+    assert broker.server.states() == {"pending": 0, "granted": 0, "unclaimed": 1}
+    again = await Process.connect(broker, 0)
+    claimed = await again.ask(wire.Claim(2, (wire.ClaimItem(incoming.lease, 17),)))
+    assert isinstance(claimed, wire.Reply)
+    assert wire.ClaimReply.from_json(claimed.values).claimed == (incoming.lease,)
+    await again.ask(wire.Release(3, (incoming.lease,)))
+    assert broker.guard.pairs == {}
+    assert {entry.state for entry in broker.guard.entries.values()} == {GuardState.REVOKED}
 
 
 async def leased(train_0: Process, train_1: Process) -> int:
