@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.plots import DOTS_PER_INCH, LOSS, WIN
 
@@ -29,7 +30,7 @@ def draw_steps(steps: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
             axes.set_title(f"IPv{family}", fontsize=9)
         panels[0].set_ylabel("milliseconds")
         panels[0].legend(frameon=False, fontsize=8, loc="upper left")
-        figure.supxlabel("gradients, bytes (all-reduced in every step)", fontsize=9)
+        figure.supxlabel("gradients that are all-reduced in every step", fontsize=9)
         figure.suptitle(
             "examples/allreduce: a step of the slowest pod, median; band: 25th to 75th percentile\n"
             "Soft-RoCE is software: the CPU moves the bytes either way, and TCP may win",
@@ -55,5 +56,10 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(sizes, reduce_ms, ":", color=colour, label="of it the all-reduce")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    sizes = sorted({row["gradient_bytes"] for row in rows})
+    axes.set_xticks(sizes, [f"{size / 1000:.3g} KB" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(visible=True, which="major", color="#E5E5E5", linewidth=0.6)
