@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from rdmanet.model import RdmaMode
+from rdmanet.netlink import namespace
+from rdmanet.netlink.nldev import RdmaSocket
 from testbed.demo.rdma import last_figures
 from testbed.host import diff
 from testbed.pod import rdma_nodes
 from tests.kernel.world import Attached, World, succeeded
-from tests.rdma.tools import devices, tool
+from tests.rdma.tools import devices, tool, unhealthy, until
 
 pytestmark = pytest.mark.exclusive
 
@@ -68,6 +70,21 @@ def test_each_pod_sees_its_own_device_alone(world: World) -> None:
     for attached, name in ((one, names[0]), (two, names[1])):
         assert seen_inside(attached) == [name]
         succeeded(world.check(attached))
+
+    # Deleted inside the pod, where the host sees nothing of it, and heard on the host all the same.
+    inside = ["nsenter", f"--net={one.pod.netns}", "rdma"]
+    world.host.exec([*inside, "link", "delete", names[0]])
+    until(lambda: unhealthy(world, one) == f"its RDMA device {names[0]} is missing", "the device that is gone")
+    world.host.exec([*inside, "link", "add", names[0], "type", "rxe", "netdev", "eth0"])
+    with namespace.opened(one.pod.netns) as descriptor, RdmaSocket.here() as rdma:
+        again = rdma.device(names[0])
+        assert again is not None
+        rdma.move(again.index, descriptor)
+    until(lambda: unhealthy(world, one) is None, "the device that is back")
+    world.host.ip(f"link set {two.host_ifname} down")
+    until(lambda: "is down" in (unhealthy(world, two) or ""), "the link that is down")
+    world.host.ip(f"link set {two.host_ifname} up")
+    until(lambda: unhealthy(world, two) is None, "the link that is up again")
 
     # A pod that dies without DEL takes its device along; DEL then finds nothing to do but its row.
     for peer in world.peers:

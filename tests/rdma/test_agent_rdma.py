@@ -6,6 +6,7 @@ One agent and three pods serve most tests: starting Python costs seconds in an e
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks.accept.rdma import counters
+from benchmarks.peers.namespaces import End, Pair
 from rdmanet.model import RdmaMode
 from testbed.demo.rdma import last_figures
 from testbed.host import Dump, diff
+from testbed.paths import REPOSITORY
 from testbed.peer import Peer
 from testbed.pod import rdma_nodes
 from tests.kernel.test_crash import ORDER, PROGRAM, RECORD
 from tests.kernel.world import Attached, World, config, refused, succeeded
-from tests.rdma.tools import devices, tool
+from tests.rdma.tools import devices, tool, unhealthy, until
 
 ROCE_PORT = 4791
 FAMILIES = (4, 6)
@@ -154,9 +158,38 @@ def test_a_device_that_is_gone_is_noticed(stage: Stage) -> None:
     attached = world.add(rdma=True)
     name = stage.device(attached)["name"]
     succeeded(world.check(attached))
+    world.host.ip(f"link set {attached.host_ifname} down")
+    until(lambda: "is down" in (unhealthy(world, attached) or ""), "the link that is down")
+    world.host.ip(f"link set {attached.host_ifname} up")
+    until(lambda: unhealthy(world, attached) is None, "the link that is up again")
     world.host.exec(["rdma", "link", "delete", name])
     refused(world.check(attached), 3, f"its RDMA device {name} is missing")
+    until(lambda: unhealthy(world, attached) == f"its RDMA device {name} is missing", "the device that is gone")
+    inside = ["nsenter", f"--net={attached.pod.netns}", "rdma", "link", "add", name, "type", "rxe", "netdev", "eth0"]
+    world.host.exec(inside)
+    until(lambda: unhealthy(world, attached) is None, "the device that is back")
+    succeeded(world.check(attached))
     world.delete(attached)
+
+
+def test_what_is_counted(stage: Stage) -> None:
+    """The acceptance row `counters`, small: each number that is shown of known traffic, to the packet."""
+    world = stage.world
+    ends = [
+        End(attached.pod, stage.device(attached)["name"], {version: attached.address(version) for version in FAMILIES})
+        for attached in (stage.one, stage.two)
+    ]
+    programs = []
+    for end in ends:
+        argv = [sys.executable, *counters.PROGRAM]
+        programs.append(Peer.start(f"{end.pod.name}-known", end.pod.popen, argv, cwd=str(REPOSITORY)))
+        world.peers.append(programs[-1])
+    scene = counters.Scene(world.host, Pair(*ends), *programs)
+    for version in FAMILIES:
+        assert counters.writes(scene, version, rounds=1)["rounds"] == 1
+    counters.shown(scene)
+    for program in programs:
+        program.close()
 
 
 def test_del_takes_the_device_and_nobody_elses(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 from collections.abc import Iterator
@@ -114,11 +115,18 @@ def test_a_device_from_birth_to_end(bench: Bench) -> None:
     else:
         assert device.name not in bench.host()
     assert bench.inside().count(device.name) == 1
-    assert backend.present(device, descriptor)
+    assert backend.examine(made, device, descriptor).problem is None
+    assert backend.examine(made, device, descriptor).port_active
+    readings = backend.read([dataclasses.replace(made, device=device)], lambda one: contextlib.nullcontext(descriptor))
+    assert readings[made.id].port_active
+    assert readings[made.id].events["sent_pkts"] == 0
     assert 0x1234 not in backend.holders(device, descriptor)
     backend.remove(made, descriptor)
     assert device.name not in bench.inside() + bench.host()
-    assert not backend.present(device, descriptor)
+    assert backend.examine(made, device, descriptor).problem == f"its RDMA device {device.name} is missing"
+    assert (
+        backend.read([dataclasses.replace(made, device=device)], lambda one: contextlib.nullcontext(descriptor)) == {}
+    )
     backend.remove(made, descriptor)  # idempotent
     backend.remove(made, None)
 
@@ -128,7 +136,8 @@ def test_a_second_device_on_one_interface_is_refused(bench: Bench) -> None:
     device = bench.backend.create(bench.attachment, bench.descriptor)
     with pytest.raises(ConflictError, match="exists already on this host, or eth0 has one"):
         bench.backend.create(bench.attachment, bench.descriptor)
-    assert bench.backend.present(device, bench.descriptor), "the refusal took the first one away"
+    found = bench.backend.examine(bench.attachment, device, bench.descriptor)
+    assert found.problem is None, "the refusal took the first one away"
 
 
 @BOTH_MODES
@@ -145,7 +154,8 @@ def test_the_device_goes_with_its_interface(bench: Bench) -> None:
     device = bench.backend.create(bench.attachment, bench.descriptor)
     with RouteSocket.here() as host:
         host.delete_link(bench.attachment.host_ifname)
-    assert not bench.backend.present(device, bench.descriptor)
+    found = bench.backend.examine(bench.attachment, device, bench.descriptor)
+    assert found.problem == f"its RDMA device {device.name} is missing"
     bench.backend.remove(bench.attachment, bench.descriptor)
 
 

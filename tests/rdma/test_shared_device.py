@@ -20,7 +20,6 @@ import pytest
 from benchmarks.peers import host_device
 from benchmarks.peers.host_device import DEVICE, NETDEV
 from rdmanet.model import RdmaMode, address_key
-from testbed.demo.rdma import last_figures
 from testbed.host import Dump, diff
 from testbed.kernel import namespace_mode
 from testbed.paths import REPOSITORY
@@ -61,6 +60,11 @@ class Stage:
 
     def until_well(self) -> None:
         self.until(lambda: all(self.row(name)["unhealthy"] is None for name in self.pods), "well again")
+
+    def sent_packets(self) -> int:
+        """What the device has sent, by itself."""
+        (device,) = self.world.host.api("GET", "/v1/rdma")["devices"]
+        return int(device["events"]["sent_pkts"])
 
     def gid_index(self, name: str, version: int) -> int:
         """Where the device's GID table has the pod's address."""
@@ -111,14 +115,17 @@ def test_what_pods_have(stage: Stage) -> None:
 def test_perftest_by_address(stage: Stage, version: int) -> None:
     one, two = (str(stage.gid_index(name, version)) for name in ("one", "two"))
     assert one != two
-    done = tool(
+    before = stage.sent_packets()
+    tool(
         stage.pods["two"].pod,
         stage.pods["one"].pod,
         ["ib_send_lat", "-d", DEVICE, "-x", two, "-F", "-n", "100"],
         ["ib_send_lat", "-d", DEVICE, "-x", one, "-F", "-n", "100", stage.pods["two"].address(4)],
         "Waiting for client",
     )
-    assert last_figures(done)[4] > 0
+    # A message and an acknowledgement each way and round. Not its figures: an old kernel's clock, emulated, may have
+    # none for it.
+    assert stage.sent_packets() - before >= 4 * 100
 
 
 @pytest.mark.parametrize("version", FAMILIES)

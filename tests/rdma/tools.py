@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Callable
 
 from testbed.container import CommandError, Completed
 from testbed.demo.rdma import wait_for_line
 from testbed.paths import BUILD
 from testbed.pod import Pod
-from tests.kernel.world import World
+from tests.kernel.world import Attached, World
 
 TIMEOUT_S = 90.0
 CLIENT_ATTEMPTS = 5
+
+
+def unhealthy(world: World, attached: Attached) -> str | None:
+    """Why the pod's device cannot be used, by `rdmanet status`."""
+    rows = world.host.api("GET", "/v1/status")["attachments"]
+    (found,) = [row["unhealthy"] for row in rows if row["container_id"] == attached.pod.container_id]
+    return None if found is None else str(found)
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    """Waits for what the agent does by itself."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not reached():
+        assert time.monotonic() < deadline_s, f"{what}, not within {TIMEOUT_S:g} s"
+        time.sleep(0.02)
 
 
 def devices(world: World) -> set[str]:
