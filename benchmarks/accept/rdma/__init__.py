@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.accept.proof import Claim, Proof
+from benchmarks.accept.proof import Claim, Place, Proof
 from benchmarks.accept.rdma import (
     allreduce,
     batch,
+    counters,
     faults,
     leaks,
     library,
+    modes,
     mpi,
     perftest,
     pool,
@@ -21,6 +23,8 @@ ROWS: Proof = {
     "library": Claim(library.measure),
     "batch": Claim(batch.measure),
     "pool": Claim(pool.measure),
+    "modes": Claim(modes.measure, tuple(Place)),
+    "counters": Claim(counters.measure),
     "perftest": Claim(perftest.measure),
     "ucx": Claim(ucx.measure),
     "mpi": Claim(mpi.measure),
