@@ -6,6 +6,7 @@ import array
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -157,3 +158,17 @@ def test_the_only_descriptor_that_listing_adds_is_left_out() -> None:
         assert compat._descriptors() - before == {str(new)}
     finally:
         os.close(new)
+
+
+def test_where_descriptors_cannot_be_listed_there_is_no_channel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyverbs", reason="needs pyverbs (python3-pyverbs)")
+    from rdmanet.verbs import compat
+
+    class Channel:
+        """Of pyverbs before 57: it does not say its descriptor."""
+
+    monkeypatch.setattr(compat, "CompChannel", Channel)
+    monkeypatch.setattr(compat, "_OWN_DESCRIPTORS", tmp_path / "proc is not mounted")
+    assert compat.completion_channel(None) is None
