@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
 
-from rdmanet.errors import RdmanetError
+from rdmanet.errors import RdmanetError, UnavailableError
 from rdmanet.model import Attachment, Backend, Device
 from rdmanet.netlink import events, messages
 from rdmanet.netlink.batch import BatchSockets
@@ -44,8 +44,8 @@ class LeaseHolders(Protocol):
 
 
 class Health:
-    """Runs on the event loop; what blocks runs in ``executor``. ``keep`` is told of a device that has come back under
-    another index."""
+    """Runs on the event loop; what blocks runs in ``executor``, also ``keep``, which is told of a device that has come
+    back under another index."""
 
     def __init__(
         self,
@@ -130,6 +130,8 @@ class Health:
                 attachment = attachments[number]
                 try:
                     found = await loop.run_in_executor(self._executor, self._examine, attachment)
+                    if found.device != attachment.device:
+                        await loop.run_in_executor(self._executor, self._keep, attachment.id, found.device)
                 except RdmanetError as error:
                     # What was known of it stays, until the next announcement.
                     log.error("the RDMA device of %s cannot be looked at: %s", attachment.pod, error)
@@ -142,7 +144,10 @@ class Health:
         with entered(attachment) as descriptor:
             if descriptor is None:
                 return Condition(attachment.device, f"its network namespace {attachment.netns} is gone")
-            found = self._devices.examine(attachment, attachment.device, descriptor)
+            try:
+                found = self._devices.examine(attachment, attachment.device, descriptor)
+            except UnavailableError as error:  # the kernel has no RDMA any more
+                return Condition(attachment.device, error.sentence.removesuffix("."))
         if found.problem is not None:
             return found
         netdev = self._devices.netdev(attachment)
@@ -171,7 +176,6 @@ class Health:
         self._looks.pop(attachment.id, None)
         if found.device != attachment.device:
             log.info("%s: the RDMA device %s is device %d now", attachment.pod, found.device.name, found.device.index)
-            self._keep(attachment.id, found.device)
             attachment = replace(attachment, device=found.device)
         if not self._pods.set_health(attachment, problem):
             return

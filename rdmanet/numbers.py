@@ -6,16 +6,19 @@ Synchronous; called from worker threads.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rdmanet.errors import NotFoundError, RequestError
+from rdmanet.errors import KernelError, NotFoundError, RequestError, UnavailableError
 from rdmanet.limits import Usage
 from rdmanet.model import Attachment, Backend, Device
 from rdmanet.netlink import namespace
 from rdmanet.rdma.backend import DeviceBackend
+
+log = logging.getLogger(__name__)
 
 
 class Pods(Protocol):
@@ -91,7 +94,12 @@ class RdmaNumbers:
         attachments = list(self._pods.with_device().values())
         if self._devices is None or not attachments:
             return []
-        readings = self._devices.read(attachments, entered)
+        try:
+            readings = self._devices.read(attachments, entered)
+        except (KernelError, UnavailableError) as error:
+            # Without RDMA the other numbers are still wanted; health says what has become of the devices.
+            log.warning("RDMA devices cannot be read: %s", error)
+            readings = {}
         unhealthy = self._pods.unhealthy()
         grouped: dict[Device, list[Attachment]] = {}
         for attachment in attachments:

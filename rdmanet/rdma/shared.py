@@ -12,17 +12,21 @@ a device have to trust each other.
 from __future__ import annotations
 
 import ipaddress
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rdmanet.errors import ExhaustedError, NotFoundError, RdmanetError, UnavailableError
-from rdmanet.model import Attachment, Backend, Device, IPAddress, RdmaMode, address_key
+from rdmanet.model import Attachment, Backend, Device, RdmaMode, address_key
 from rdmanet.rdma.backend import Condition, Enter, Lending, Namespaces, RdmaNetlink, Reading, condition, describe
 
 #: A GID comes some milliseconds after its address, from a queue of the kernel's (roce_gid_mgmt.c, gid_cache_wq).
 GID_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
+#: Far more than can be deleted during one examination.
+_REMEMBERED = 4096
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -47,6 +51,9 @@ class SharedBackend:
         self._device = device
         self._netdev = netdev
         self._record = record
+        self._lock = threading.Lock()
+        # Whoever examines an attachment while it is deleted must not lend to it again. Ids are never used twice.
+        self._removed: deque[int] = deque(maxlen=_REMEMBERED)
 
     def create(self, attachment: Attachment, descriptor: int) -> Device:
         """See ``DeviceBackend``. Raises UnavailableError where the host has no such device or it has no netdev,
@@ -65,14 +72,14 @@ class SharedBackend:
                     f"The port of the RDMA device {self._device} is down; bring its netdev up.", subject=self._device
                 )
             try:
-                self._lend(rdma, device, attachment.addresses)
+                self._lend(rdma, device, attachment)
                 self._wait_for_gids(attachment)
             except RdmanetError:
                 self.remove(attachment, descriptor)
                 raise
         return device
 
-    def _lend(self, rdma: RdmaNetlink, device: Device, addresses: Iterable[IPAddress]) -> None:
+    def _lend(self, rdma: RdmaNetlink, device: Device, attachment: Attachment) -> None:
         port = rdma.port(device.index)
         if port is None or port.netdev is None:
             raise UnavailableError(
@@ -80,10 +87,13 @@ class SharedBackend:
                 " of pods' addresses.",
                 subject=device.name,
             )
-        if port.netdev != self._netdev:
-            self._record(port.netdev)
-            self._netdev = port.netdev
-        self._lending.lend(port.netdev, addresses)
+        with self._lock:
+            if attachment.id in self._removed:
+                return
+            if port.netdev != self._netdev:
+                self._record(port.netdev)
+                self._netdev = port.netdev
+            self._lending.lend(port.netdev, attachment.addresses)
 
     def _wait_for_gids(self, attachment: Attachment) -> None:
         wanted = {address_key(address) for address in attachment.addresses}
@@ -100,8 +110,10 @@ class SharedBackend:
 
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
         """See ``DeviceBackend``."""
-        if self._netdev is not None:
-            self._lending.take_back(self._netdev, attachment.addresses)
+        with self._lock:
+            self._removed.append(attachment.id)
+            if self._netdev is not None:
+                self._lending.take_back(self._netdev, attachment.addresses)
 
     def examine(self, attachment: Attachment, device: Device, descriptor: int) -> Condition:
         """See ``DeviceBackend``. Lends the addresses again: a netdev that was down has lost its IPv6 addresses."""
@@ -111,7 +123,7 @@ class SharedBackend:
             found = condition(rdma, device)
             if found.problem is None and found.port_active:
                 try:
-                    self._lend(rdma, found.device, attachment.addresses)
+                    self._lend(rdma, found.device, attachment)
                 except (NotFoundError, UnavailableError) as error:
                     return Condition(found.device, error.sentence.removesuffix("."))
         return found

@@ -416,6 +416,8 @@ class Session:
         if self._device is not None:
             self._lost_devices.append(self._device)
             self._device = None
+            # Before Linux 7 the removal of an rxe device waits for everybody who has it open.
+            self._tidy_devices()
 
     def _listening_ends(self, incoming: wire.Incoming, options: Options) -> Batch:
         assert self._hello is not None

@@ -115,10 +115,11 @@ def test_a_device_from_birth_to_end(bench: Bench) -> None:
     else:
         assert device.name not in bench.host()
     assert bench.inside().count(device.name) == 1
-    assert backend.examine(made, device, descriptor).problem is None
-    assert backend.examine(made, device, descriptor).port_active
+    found = backend.examine(made, device, descriptor)
+    assert found.problem is None
+    assert not found.port_active, "the host's end is not up"
     readings = backend.read([dataclasses.replace(made, device=device)], lambda one: contextlib.nullcontext(descriptor))
-    assert readings[made.id].port_active
+    assert not readings[made.id].port_active
     assert readings[made.id].events["sent_pkts"] == 0
     assert 0x1234 not in backend.holders(device, descriptor)
     backend.remove(made, descriptor)
