@@ -28,6 +28,8 @@ class Leases(Protocol):
     def counts(self) -> Counts: ...
     @property
     def guard_failures(self) -> int: ...
+    @property
+    def dropped_connections(self) -> Mapping[str, int]: ...
 
 
 class Removals(Protocol):
@@ -126,6 +128,14 @@ class _State(Collector):
         for cause, times in counts.revoked.items():
             revoked.add_metric([cause], times)
         yield revoked
+        dropped_connections = CounterMetricFamily(
+            "rdmanet_lease_connections_dropped",
+            "Pods' connections to the broker that it closed by itself, by cause.",
+            labels=["cause"],
+        )
+        for cause, times in self._leases.dropped_connections.items():
+            dropped_connections.add_metric([cause], times)
+        yield dropped_connections
         refused_objects = CounterMetricFamily(
             "rdmanet_rdma_refused_objects",
             "Verbs objects and device contexts that the kernel refused a pod because of rdma.max, by resource.",

@@ -37,10 +37,10 @@ class Line:
 
     def __init__(self, timeout_s: float = TIMEOUT_S):
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout_s)
         self._pending = b""
         try:
-            self._socket.connect(LEASE_SOCKET)
+            self._socket.connect(LEASE_SOCKET)  # waits where the queue of new connections is full
+            self._socket.settimeout(timeout_s)
             key = base64.b64encode(os.urandom(16)).decode()
             self._socket.sendall(
                 b"GET /v1/leases HTTP/1.1\r\nHost: rdmanet\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -18,12 +18,10 @@ import contextlib
 import itertools
 import logging
 import socket
-import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -31,6 +29,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from rdmanet import lease as wire
 from rdmanet.broker import rules
 from rdmanet.broker.core import BrokerCore
+from rdmanet.broker.speakers import netns_cookie, peer_pid, processes_of
+from rdmanet.broker.turns import MAX_EFFECTS, Turns, pace_of_connections
 from rdmanet.broker.values import (
     Close,
     Counts,
@@ -53,10 +53,10 @@ from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName, Transport,
 
 _log = logging.getLogger(__name__)
 
-#: include/uapi/asm-generic/socket.h, since Linux 5.14 (e8b9eab99232); the socket module has no name for it.
-SO_NETNS_COOKIE = 71
 #: Connections that have not become WebSockets yet, on top of Limits.connections_per_pod.
 _SPARE_CONNECTIONS = 16
+#: Rounds of what follows from what: a lease that could not be written is revoked, and no more comes of that.
+_MAX_ROUNDS = 4
 #: Messages that may wait for a pod to read them before it is dropped.
 _MAX_OUTGOING = 256
 #: RFC 6455 5.5: a control frame's payload is at most 125 bytes, two of them the code.
@@ -95,30 +95,6 @@ class QueuePairs(Protocol):
     async def holders(self, device: Device) -> Mapping[int, int]:
         """Of each queue pair of the device, by QPN, the pid, as the agent sees pids, of the thread that created it; 0
         where the kernel does not say whose it is (the thread has ended)."""
-
-
-def netns_cookie(sock: socket.socket) -> int:
-    """The cookie of the network namespace that a socket belongs to: unique until the next boot."""
-    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
-
-
-def peer_pid(sock: socket.socket) -> int:
-    """The pid, as this process sees pids, of whoever connected a unix socket (unix(7), SO_PEERCRED)."""
-    return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-
-
-def _processes_of(threads: Mapping[int, int | None]) -> dict[int, int | None]:
-    """The process of each thread: the kernel records who made a queue pair by thread
-    (drivers/infiniband/core/restrack.c), and who connected a socket by process. 0 when the thread has ended."""
-    processes: dict[int, int] = {}
-    for thread in {thread for thread in threads.values() if thread}:
-        try:
-            status = Path(f"/proc/{thread}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            processes[thread] = 0
-        else:
-            processes[thread] = int(status.split("\nTgid:", 1)[1].split(None, 1)[0])
-    return {query: processes[thread] if thread else thread for query, thread in threads.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -184,7 +160,9 @@ class BrokerServer:
         self._guard_failures = 0
         # One thread: guard writes stay in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="guard")
-        application = web.Application()
+        self._turns = Turns(lambda: self._effects.qsize() > MAX_EFFECTS)
+        self._dropped: Counter[str] = Counter()
+        application = web.Application(middlewares=[self._one_request])
         application.router.add_get(wire.HTTP_PATH, self._serve)
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1)
         self._worker: asyncio.Task[None] | None = None
@@ -209,7 +187,7 @@ class BrokerServer:
         for cookie in list(self._listeners):
             await self.remove_listener(cookie)
         for connection in self._connections.values():
-            _put(connection, None, "the agent stops; leases live on and can be claimed from the next one")
+            self._put(connection, None, "the agent stops; leases live on and can be claimed from the next one")
         farewells = [connection.writer for connection in self._connections.values()]
         if farewells:
             await asyncio.wait(farewells, timeout=_FAREWELL_S)
@@ -283,10 +261,17 @@ class BrokerServer:
         """Guard writes that the kernel refused."""
         return self._guard_failures
 
+    @property
+    def dropped_connections(self) -> Mapping[str, int]:
+        """Connections of pods that the server has closed by itself: ``too_many``, ``unread`` (it does not read its
+        messages), ``protocol`` (it speaks none of ours)."""
+        return self._dropped
+
     # Connections
 
     async def _accept(self, sock: socket.socket, cookie: int, transports: list[asyncio.BaseTransport]) -> None:
         loop = asyncio.get_running_loop()
+        pace = pace_of_connections(loop.time)
         while True:
             try:
                 accepted, _ = await loop.sock_accept(sock)
@@ -297,22 +282,44 @@ class BrokerServer:
                 continue
             transports[:] = [t for t in transports if not t.is_closing()]
             if len(transports) >= self._limits.connections_per_pod + _SPARE_CONNECTIONS:
+                self._dropped["too_many"] += 1
                 accepted.close()
+                await asyncio.sleep(pace.wait_s())
                 continue
             factory = self._runner.server
             assert factory is not None
             transport, _ = await loop.connect_accepted_socket(factory, accepted)
+            # Of what a pod sends, so much is parsed before it is somebody else's turn.
+            transport.max_size = wire.MAX_MESSAGE_BYTES  # type: ignore[attr-defined]
             transports.append(transport)
+            # The next one waits in the socket's own queue.
+            await asyncio.sleep(pace.wait_s())
 
-    async def _serve(self, request: web.Request) -> web.WebSocketResponse:
+    @web.middleware
+    async def _one_request(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """A connection is for one WebSocket. Whoever asks for anything else is answered once."""
+        try:
+            return await handler(request)
+        except web.HTTPException as refusal:
+            self._dropped["protocol"] += 1
+            refusal.force_close()
+            raise
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
         size = wire.MAX_MESSAGE_BYTES + 1  # aiohttp refuses messages of this size and longer
-        response = web.WebSocketResponse(timeout=_FAREWELL_S, compress=False, max_msg_size=size)
+        # Pings are not ours, and would be answered out of turn.
+        response = web.WebSocketResponse(timeout=_FAREWELL_S, compress=False, max_msg_size=size, autoping=False)
         transport = request.transport
         assert transport is not None
         sock = transport.get_extra_info("socket")
         cookie, pid = netns_cookie(sock), peer_pid(sock)
         await self._adopted.wait()
-        await response.prepare(request)
+        try:
+            await response.prepare(request)
+        except ConnectionError:
+            return web.Response()  # it has gone already, and will not see this
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         connection = _Connection(cookie, pid, response, transport)
@@ -322,7 +329,11 @@ class BrokerServer:
             self._apply(self._core.connected(number, cookie, pid, loop.time()))
             async for message in response:
                 if message.type is not WSMsgType.TEXT:
+                    # Without the closing handshake, which would go on reading out of turn.
+                    self._dropped["protocol"] += 1
+                    transport.abort()
                     break
+                await self._turns.take(cookie)
                 self._apply(self._core.receive(number, message.data, loop.time()))
         finally:
             del self._connections[number]
@@ -342,6 +353,17 @@ class BrokerServer:
             farewell = connection.farewell.encode()[:_MAX_CLOSE_BYTES].decode(errors="ignore")
             await connection.socket.close(code=WSCloseCode.GOING_AWAY, message=farewell.encode())
 
+    def _put(self, connection: _Connection, text: str | None, farewell: str = "") -> None:
+        """Queue a message for a pod, or with None the end of the connection; drop a pod that does not read."""
+        if text is None:
+            connection.farewell = farewell
+        try:
+            connection.outgoing.put_nowait(text)
+        except asyncio.QueueFull:
+            _log.info("pid %d does not read its lease messages: its connection is dropped", connection.pid)
+            self._dropped["unread"] += 1
+            connection.transport.abort()
+
     # Effects
 
     def _apply(self, effects: list[Effect]) -> None:
@@ -360,7 +382,7 @@ class BrokerServer:
 
     async def _settled(self) -> None:
         """Everything that is queued now, and what follows from it, has been done."""
-        while True:
+        for _ in range(_MAX_ROUNDS):
             barrier = _Barrier(asyncio.get_running_loop().create_future())
             self._effects.put_nowait(barrier)
             await barrier.reached
@@ -374,7 +396,7 @@ class BrokerServer:
                 case Send(number, message):
                     connection = self._connections.get(number)
                     if connection is not None:
-                        _put(connection, wire.dump(message))
+                        self._put(connection, wire.dump(message))
                 case SetGuard(lease, entries, datagrams):
                     failure = await loop.run_in_executor(self._thread, self._set_guards, entries, datagrams)
                     self._apply(self._core.guard_written(lease, failure, loop.time()))
@@ -387,13 +409,14 @@ class BrokerServer:
                 case Close(number, sentence):
                     connection = self._connections.get(number)
                     if connection is not None:
-                        _put(connection, None, sentence)
+                        self._put(connection, None, sentence)
                 case Granted(seconds):
                     self._observe_granted(seconds)
                 case Greeted(cookie, pid):
                     self._on_first_contact(cookie, pid)
                 case _Barrier(reached):
                     reached.set_result(None)
+            self._turns.go_on()
 
     def _set_guards(
         self,
@@ -437,7 +460,7 @@ class BrokerServer:
         loop = asyncio.get_running_loop()
         try:
             threads = await self._queue_pairs.holders(device)
-            holders = await asyncio.to_thread(_processes_of, {query: threads.get(qpn) for query, qpn in queries})
+            holders = await asyncio.to_thread(processes_of, {query: threads.get(qpn) for query, qpn in queries})
         except RdmanetError as error:
             _log.warning("the holders of queue pairs of %s are not known: %s", device.name, error)
             self._apply(self._core.holders_unknown([query for query, _ in queries], loop.time()))
@@ -475,14 +498,3 @@ def _status(
         "bytes": size,
         "age_s": view.age_s,
     }
-
-
-def _put(connection: _Connection, text: str | None, farewell: str = "") -> None:
-    """Queue a message for a pod, or with None the end of the connection; drop a pod that does not read."""
-    if text is None:
-        connection.farewell = farewell
-    try:
-        connection.outgoing.put_nowait(text)
-    except asyncio.QueueFull:
-        _log.warning("pid %d does not read its lease messages: its connection is dropped", connection.pid)
-        connection.transport.abort()

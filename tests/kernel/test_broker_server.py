@@ -324,7 +324,12 @@ async def test_a_lease_from_asking_to_releasing(broker: Broker) -> None:
     assert len(broker.seconds) == 1
     (status,) = await broker.server.status()
     assert status["state"] == "granted"
-    assert status["connector"] == {"pod": "default/train-0", "address": "10.0.0.0", "qpn": 17}
+    assert status["connector"] == {
+            "pod": "default/train-0",
+            "address": "10.0.0.0",
+            "qpn": 17,
+            "received": {"packets": 0, "bytes": 0},
+        }
     assert broker.server.states() == {"pending": 0, "granted": 1, "unclaimed": 0}
     assert isinstance(await train_0.ask(wire.Release(5, (lease,))), wire.Reply)
     revoked = await train_1.receive()

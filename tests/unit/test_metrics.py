@@ -31,6 +31,7 @@ class Numbers:
         self.counts = Counts()
         self.failed = 3  # removals
         self.guard_failures = 2
+        self.dropped_connections = {"unread": 4}
         self.used: dict[int, Usage] = {}
         self.found: list[DeviceNumbers] = []
 
@@ -96,6 +97,7 @@ def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
         "rdmanet_leases_claimed",
         "rdmanet_leases_refused",
         "rdmanet_leases_revoked",
+        "rdmanet_lease_connections_dropped",
         "rdmanet_rdma_refused_objects",
         "rdmanet_guard_failures",
         "rdmanet_device_healthy",
@@ -156,6 +158,7 @@ def test_leases(numbers: Numbers, metrics: Metrics) -> None:
     assert found["rdmanet_leases_claimed_total", labels()] == 2
     assert found["rdmanet_leases_refused_total", labels(reason="no_device")] == 3
     assert found["rdmanet_leases_revoked_total", labels(cause="pod_gone")] == 2
+    assert found["rdmanet_lease_connections_dropped_total", labels(cause="unread")] == 4
     assert found["rdmanet_lease_seconds_count", labels()] == 1
     assert found["rdmanet_lease_seconds_bucket", labels(le="0.0025")] == 0
     assert found["rdmanet_lease_seconds_bucket", labels(le="0.005")] == 1
