@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from rdmanet.lease import PROTOCOL_VERSION
-from testbed import intruder
+from testbed import adversary
 from testbed.peer import Peer
 from tests.kernel.world import World
 
@@ -31,9 +31,9 @@ def world() -> Iterator[World]:
 def peers(world: World) -> dict[str, Peer]:
     """A program in each of two pods."""
     found = {}
-    for name in ("victim", "intruder"):
+    for name in ("victim", "adversary"):
         pod = world.add(world.pod(name)).pod.start()
-        argv = [sys.executable, "-I", "-S", "-E", intruder.__file__, str(PROTOCOL_VERSION)]
+        argv = [sys.executable, "-I", "-S", "-E", adversary.__file__, str(PROTOCOL_VERSION)]
         found[name] = Peer.start(f"flood-{name}", pod.popen, argv)
         world.peers.append(found[name])
     return found
@@ -58,16 +58,16 @@ def converse(peer: Peer, times: int) -> None:
     peer.ask("hang_up", line="line")
 
 
-@pytest.mark.parametrize("kind", sorted(intruder.FLOODS.keys() - {"nothing"}))
+@pytest.mark.parametrize("kind", sorted(adversary.FLOODS.keys() - {"nothing"}))
 def test_others_are_served_during_a_flood(world: World, peers: dict[str, Peer], kind: str) -> None:
-    peers["intruder"].ask("flood_begin", kind=kind, processes=2)
+    peers["adversary"].ask("flood_begin", kind=kind, processes=2)
     try:
         converse(peers["victim"], ROUND_TRIPS)
         world.delete(world.add())
     finally:
-        assert peers["intruder"].ask("flood_end")["done"] > 0
+        assert peers["adversary"].ask("flood_end")["done"] > 0
     # And so is the pod itself, when it has come to its senses.
-    converse(peers["intruder"], 1)
+    converse(peers["adversary"], 1)
     assert "Traceback" not in (world.host.agent.log if world.host.agent else "")
 
 
@@ -75,13 +75,13 @@ def test_a_flood_of_requests_gets_its_share_and_no_more(world: World, peers: dic
     def refused() -> float:
         return metric(world, "rdmanet_leases_refused_total", 'reason="no_device"')
 
-    peers["intruder"].ask("flood_begin", kind="requests", processes=4)
+    peers["adversary"].ask("flood_begin", kind="requests", processes=4)
     try:
         before = refused()
         converse(peers["victim"], ROUND_TRIPS)
         during = refused() - before
     finally:
-        peers["intruder"].ask("flood_end")
+        peers["adversary"].ask("flood_end")
     assert 0 < during < MOST_PER_ANSWER * ROUND_TRIPS
 
 
@@ -91,12 +91,12 @@ def test_what_is_dropped_is_counted(world: World, peers: dict[str, Peer], kind: 
         return metric(world, "rdmanet_lease_connections_dropped_total", f'cause="{cause}"')
 
     before = dropped()
-    peers["intruder"].ask("flood_begin", kind=kind, processes=2)
+    peers["adversary"].ask("flood_begin", kind=kind, processes=2)
     try:
         for _ in range(200):
             if dropped() > before:
                 break
             converse(peers["victim"], 5)
     finally:
-        peers["intruder"].ask("flood_end")
+        peers["adversary"].ask("flood_end")
     assert dropped() > before

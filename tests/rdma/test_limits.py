@@ -18,7 +18,7 @@ import pytest
 from rdmanet.datapath import devices
 from rdmanet.lease import PROTOCOL_VERSION
 from rdmanet.model import RdmaMode
-from testbed import intruder
+from testbed import adversary
 from testbed.container import Cgroup, cgroup2_root
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
@@ -139,7 +139,7 @@ def stage(rdma_mode: RdmaMode) -> Iterator[Stage]:
         for attached in (one, two):
             pod = attached.pod
             pod.start(sorted(nodes, key=lambda n: n.path), capabilities=(*CAPABILITIES, MKNOD))
-            argv = [sys.executable, "-I", "-S", "-E", intruder.__file__, str(PROTOCOL_VERSION)]
+            argv = [sys.executable, "-I", "-S", "-E", adversary.__file__, str(PROTOCOL_VERSION)]
             stage.peers[pod.name] = Peer.start(f"limits-{pod.name}", pod.popen, argv)
             world.peers.append(stage.peers[pod.name])
         yield stage

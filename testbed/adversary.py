@@ -325,7 +325,7 @@ def devices() -> dict[str, list[Any]]:
     return found
 
 
-class Intruder:
+class Adversary:
     """Carries requests out."""
 
     def __init__(self) -> None:
@@ -360,12 +360,12 @@ class Intruder:
 def main() -> None:
     global VERSION
     VERSION = int(sys.argv[1])
-    intruder = Intruder()
+    adversary = Adversary()
     for line in sys.stdin:
         request = json.loads(line)
         do = request.pop("do")
         try:
-            answer = {**intruder.answer(do, request), "ok": True}
+            answer = {**adversary.answer(do, request), "ok": True}
         except (OSError, ValueError, LookupError) as error:
             answer = {"ok": False, "sentence": f"{do}: {error}"}
         print(json.dumps(answer), flush=True)
