@@ -37,7 +37,7 @@ from rdmanet.errors import StateError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
-from rdmanet.model import GATEWAY_MAC, address_key
+from rdmanet.model import GATEWAY_MAC, Device, address_key
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.numbers import RdmaNumbers
@@ -140,7 +140,7 @@ class Agent:
         await self._blocking(self._attachments.recover)
         await self._broker.adopt()
         if self._devices is not None:
-            health = Health(self._devices, self._pods, self._broker, self._executor, store.set_device)
+            health = Health(self._devices, self._pods, self._broker, self._executor, self._set_device)
             await health.start()
             stack.push_async_callback(health.stop)
         self._removals.start()
@@ -215,6 +215,11 @@ class Agent:
 
     async def _blocking(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+    def _set_device(self, attachment_id: int, device: Device) -> None:
+        """A device has come back, perhaps with another number."""
+        self._store.set_device(attachment_id, device)
+        self._limits.changed(attachment_id, device)
 
     def _contact(self, cookie: int, pid: int) -> None:
         """A process of a pod has spoken to the broker, which tells where the pod's cgroup is."""

@@ -21,7 +21,7 @@ from rdmanet.config import RdmaConfig
 from rdmanet.datapath.devices import Number
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import KernelError, NotFoundError, RdmanetError, UnavailableError
-from rdmanet.model import Attachment, NetnsId, PodCgroup
+from rdmanet.model import Attachment, Device, NetnsId, PodCgroup
 from rdmanet.netlink import namespace
 from rdmanet.rdma import cgroup as cgroups
 from rdmanet.rdma import quota
@@ -36,7 +36,6 @@ DEVICES = Path("/proc/devices")
 CONTROLLER_EFFECT = "rdma-controller:"
 #: A pod whose cgroup was refused is looked at again when it speaks, but no more often than this.
 RETRY_S = 5.0
-UNKNOWN = "not known before a process of the pod speaks to the agent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Usage:
 class _Pod:
     attachments: dict[int, Attachment] = field(default_factory=dict)  # those with a device, by id
     cgroup: PodCgroup | None = None
-    why: str = UNKNOWN  # not limited, or not in all
+    why: str = ""  # not limited, or not in all, though the cgroup is known or was looked for
     looked_s: float = -RETRY_S
 
 
@@ -150,6 +149,16 @@ class PodLimits:
                 return
             self._find(pod, path, named=named)
 
+    def changed(self, attachment_id: int, device: Device) -> None:
+        """An attachment's device has come back, perhaps with another number."""
+        with self._lock:
+            for pod in self._pods.values():
+                one = pod.attachments.get(attachment_id)
+                if one is not None:
+                    pod.attachments[attachment_id] = dataclasses.replace(one, device=device)
+                    if pod.cgroup is not None:
+                        self._guarded(pod, pod.cgroup)
+
     # A start
 
     def adopt(self, attachments: Iterable[Attachment]) -> None:
@@ -177,7 +186,8 @@ class PodLimits:
     # What others ask
 
     def status(self) -> dict[int, tuple[str | None, str]]:
-        """Attachment id → (path of its cgroup or None, why it is not limited or not in all; empty: it is)."""
+        """Attachment id → (path of its cgroup, why it is not limited or not in all). Without either the cgroup is not
+        known before a process of the pod speaks to the agent."""
         with self._lock:
             return {
                 number: (None if pod.cgroup is None else pod.cgroup.path, pod.why)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+#: Of an attachment, what is a sentence where something is wrong. That its cgroup is not known yet is not.
+PROBLEMS = ("degraded", "unhealthy", "not_limited")
+
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Left-aligned columns, two blanks apart, as wide as they need."""
@@ -35,7 +38,7 @@ def status(document: Mapping[str, Any]) -> str:
                         row["ipv4"] or "-",
                         row["ipv6"] or "-",
                         row["device"]["name"] if row["device"] else "-",
-                        row["state"] + "".join(f" ({row[key]})" for key in ("degraded", "unhealthy") if row[key]),
+                        row["state"] + "".join(f" ({row[key]})" for key in PROBLEMS if row.get(key)),
                     )
                     for row in attachments
                 ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_runtimes_word_is_checked(scene: Scene, path: str) -> None:
     one = scene.limits.add(scene.attachment(), path)
     assert one.cgroup is None
     assert scene.programs.restricted == {}
-    assert scene.limits.status()[one.id][1]
+    assert bool(scene.limits.status()[one.id][1]) is (path != "/nowhere")  # that one may come yet
 
 
 def test_without_a_device_nothing_is_done(scene: Scene) -> None:
@@ -140,7 +141,7 @@ def test_without_a_device_nothing_is_done(scene: Scene) -> None:
 
 def test_known_when_a_process_speaks_and_not_before(scene: Scene) -> None:
     one = scene.limits.add(scene.attachment(), None)
-    assert scene.limits.status() == {one.id: (None, limits.UNKNOWN)}
+    assert scene.limits.status() == {one.id: (None, "")}
     scene.tree.process(os.getpid(), "/testbed/pod", "pod")
     assert scene.limits.wants_contact(one.netns_id)
     scene.limits.contact(one.netns_id, os.getpid())
@@ -187,6 +188,17 @@ def test_two_devices_of_one_pod(scene: Scene) -> None:
     scene.limits.remove(first)
     assert scene.programs.restricted == {directory: {numbers[second.id]}}
     scene.limits.remove(second)
+    assert scene.programs.restricted == {}
+
+
+def test_a_device_that_came_back_with_another_number(scene: Scene) -> None:
+    directory = scene.cgroup("/kubepods/pod1")
+    one = scene.limits.add(scene.attachment(), "/kubepods/pod1")
+    assert one.device is not None
+    scene.limits.changed(one.id, dataclasses.replace(one.device, minor=250))
+    assert scene.programs.restricted == {directory: {(231, 250)}}
+    scene.limits.changed(99, one.device)
+    scene.limits.remove(one)
     assert scene.programs.restricted == {}
 
 
@@ -283,7 +295,7 @@ def test_a_new_agent_does_not_take_a_later_cgroup_of_that_name_for_it(scene: Sce
     scene.programs.restricted.clear()
     scene.start().adopt([scene.row(one.id)])
     assert scene.programs.restricted == {}
-    assert scene.limits.status() == {one.id: (None, limits.UNKNOWN)}
+    assert scene.limits.status() == {one.id: (None, "")}
     assert scene.row(one.id).cgroup is None
 
 

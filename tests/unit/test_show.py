@@ -64,6 +64,7 @@ def test_everything() -> None:
                 attachment("default/train-0", device={"name": "rxe_rn1"}),
                 attachment("jobs/web-0", ipv4=None, ifname="net1", degraded="its leases cannot work"),
                 attachment("default/train-1", unhealthy="its RDMA device rxe_rn2 is missing"),
+                attachment("default/train-2", not_limited="it is in the root cgroup"),
                 attachment("default/old", ipv6=None, state="releasing"),
             ],
             leases=[
@@ -97,6 +98,7 @@ def test_everything() -> None:
         default/train-0  eth0       10.213.0.2  fd72:646d:616e::2  rxe_rn1  ready
         jobs/web-0       net1       -           fd72:646d:616e::2  -        ready (its leases cannot work)
         default/train-1  eth0       10.213.0.2  fd72:646d:616e::2  -        ready (its RDMA device rxe_rn2 is missing)
+        default/train-2  eth0       10.213.0.2  fd72:646d:616e::2  -        ready (it is in the root cgroup)
         default/old      eth0       10.213.0.2  -                  -        releasing
 
         LEASE  FROM             TO               SERVICE  QPN      STATE      PACKETS
