@@ -33,7 +33,7 @@ def draw_steps(steps: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
         figure.supxlabel("gradients that are all-reduced in every step", fontsize=9)
         figure.suptitle(
             "examples/allreduce: a step of the slowest pod, median; band: 25th to 75th percentile\n"
-            "Soft-RoCE is software: the CPU moves the bytes either way, and TCP may win",
+            "Soft-RoCE is software: the processors that train move the bytes either way. Says nothing about a NIC",
             fontsize=10,
         )
         files = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
