@@ -23,8 +23,9 @@ from rdmanet import lease as wire
 from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import DatagramKey, Key, PodView
 from rdmanet.errors import BpfError, ConflictError, NetlinkError
-from rdmanet.model import DatagramEntry, Device, GuardEntry, GuardState, PodName, RdmaMode, Transport, address_key
+from rdmanet.model import DatagramEntry, Device, GuardEntry, GuardState, PodName, Transport, address_key
 from rdmanet.netlink import namespace
+from tests.unit.broker_world import device
 
 NAME = wire.SOCKET_NAME.removeprefix("\0")
 
@@ -62,9 +63,8 @@ def namespaces() -> Iterator[list[Netns]]:
         pytest.skip("needs root: network namespaces")
     made = []
     for number in range(2):
-        name = f"broker-{os.getpid()}-{number}"
-        subprocess.run(["ip", "netns", "add", name], check=True)
-        path = Path("/run/netns") / name
+        path = Path(f"/run/netns/broker-{os.getpid()}-{number}")
+        subprocess.run(["ip", "netns", "add", path.name], check=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         with namespace.run_inside(descriptor, lambda: namespace.abstract_listener("cookie")) as sock:
             made.append(Netns(path, descriptor, namespace.cookie(sock)))
@@ -99,8 +99,7 @@ class MemoryGuard:
         self.entries[address, qpn] = entry
 
     def delete_guards(self, keys: Sequence[Key]) -> None:
-        for key in keys:
-            self.entries.pop(key, None)
+        self.entries = {key: entry for key, entry in self.entries.items() if key not in keys}
 
     def guards(self) -> Mapping[Key, GuardEntry]:
         return dict(self.entries)
@@ -111,8 +110,7 @@ class MemoryGuard:
         self.pairs.update(entries)
 
     def delete_datagrams(self, keys: Sequence[DatagramKey]) -> None:
-        for key in keys:
-            self.pairs.pop(key, None)
+        self.pairs = {key: entry for key, entry in self.pairs.items() if key not in keys}
 
     def datagrams(self) -> Mapping[DatagramKey, DatagramEntry]:
         return dict(self.pairs)
@@ -126,7 +124,7 @@ class Pods:
             netns.cookie: PodView(
                 PodName("default", f"train-{number}"),
                 (address_key(f"10.0.0.{number}"),),
-                Device(f"rxe{number}", "rxe", RdmaMode.SHARED, number, f"uverbs{number}", 231, 192 + number),
+                device(number),
                 8,
             )
             for number, netns in enumerate(namespaces)
@@ -325,11 +323,11 @@ async def test_a_lease_from_asking_to_releasing(broker: Broker) -> None:
     (status,) = await broker.server.status()
     assert status["state"] == "granted"
     assert status["connector"] == {
-            "pod": "default/train-0",
-            "address": "10.0.0.0",
-            "qpn": 17,
-            "received": {"packets": 0, "bytes": 0},
-        }
+        "pod": "default/train-0",
+        "address": "10.0.0.0",
+        "qpn": 17,
+        "received": {"packets": 0, "bytes": 0},
+    }
     assert broker.server.states() == {"pending": 0, "granted": 1, "unclaimed": 0}
     assert isinstance(await train_0.ask(wire.Release(5, (lease,))), wire.Reply)
     revoked = await train_1.receive()

@@ -20,13 +20,13 @@ from rdmanet.broker.values import (
     Send,
     SetGuard,
 )
-from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName, RdmaMode, Transport, address_key
+from rdmanet.model import Backend, DatagramEntry, Device, GuardEntry, PodName, RdmaMode, Transport, address_key
 
 LIMITS = Limits(connections_per_pod=4, listeners_per_pod=2, pending_per_pod=2)
 
 
 def device(number: int) -> Device:
-    return Device(f"rxe_rn{number}", "rxe", RdmaMode.SHARED, number, f"uverbs{number}", 231, 192 + number)
+    return Device(f"rxe_rn{number}", Backend.RXE, RdmaMode.SHARED, number, f"uverbs{number}", 231, 192 + number)
 
 
 def pod(name: str, number: int, *, rdma: bool = True, ipv6_only: bool = False, max_leases: int = 8) -> PodView:
