@@ -160,6 +160,7 @@ def test_leases(numbers: Numbers, metrics: Metrics) -> None:
     assert found["rdmanet_leases_revoked_total", labels(cause="pod_gone")] == 2
     assert found["rdmanet_lease_connections_dropped_total", labels(cause="unread")] == 4
     assert found["rdmanet_lease_seconds_count", labels()] == 1
+    assert found["rdmanet_lease_seconds_bucket", labels(le="0.00025")] == 0
     assert found["rdmanet_lease_seconds_bucket", labels(le="0.0025")] == 0
     assert found["rdmanet_lease_seconds_bucket", labels(le="0.005")] == 1
 
