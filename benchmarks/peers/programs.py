@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks.peers.namespaces import End, Pair
@@ -145,12 +146,18 @@ def roce_drops(host: Host) -> dict[str, int]:
     return found
 
 
-def variables(end: End, family: int) -> dict[str, str]:
-    """What `python -m rdmanet.verbs env` says inside a pod, as its programs would have it after eval."""
-    argv = [sys.executable, "-m", "rdmanet.verbs", "env", "--json", "--family", str(family), "--timeout-s", "60"]
+def told(end: End) -> dict[int, dict[str, str]]:
+    """What `python -m rdmanet.verbs env` says inside a pod: by IP version, as its programs would have it after eval."""
+    argv = [sys.executable, "-m", "rdmanet.verbs", "env", "--json", "--timeout-s", "60"]
     try:
         done = end.pod.exec(argv, cwd=str(REPOSITORY), timeout_s=120)
     except CommandError as error:
         raise UnavailableError(f"rdmanet.verbs env in {end.pod.name}: {error.sentence}") from error
-    found: dict[str, str] = done.json()["variables"]
-    return found
+    return {int(family): variables for family, variables in done.json()["families"].items()}
+
+
+def told_all(ends: Sequence[End]) -> dict[int, list[dict[str, str]]]:
+    """The same of several pods at once: by IP version, in their order."""
+    with ThreadPoolExecutor(len(ends)) as threads:
+        found = list(threads.map(told, ends))
+    return {family: [variables[family] for variables in found] for family in (4, 6)}

@@ -164,6 +164,7 @@ def document(found: Environment, variables: Mapping[str, str], limit: memlock.Li
         "port": PORT,
         "gid_indexes": {str(address): index for address, index in found.gid_indexes.items()},
         "variables": dict(variables),
+        "families": {str(address.version): found.variables(address.version) for address in found.gid_indexes},
         "memlock": {"soft_bytes": limit.soft_bytes, "hard_bytes": limit.hard_bytes, "advice": advice},
     }
     return json.dumps(value, indent=2) + "\n"
@@ -178,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     env.formatter_class = argparse.RawDescriptionHelpFormatter
     env.add_argument("--family", type=int, choices=(4, 6), help="IP version to talk from; default: IPv4 where there is")
-    env.add_argument("--json", action="store_true", help="as JSON, with every address and the memlock limit")
+    env.add_argument(
+        "--json", action="store_true", help="as JSON, with every address and family, and the memlock limit"
+    )
     env.add_argument("--timeout-s", type=float, default=10.0, metavar="S", help="for the agent to answer; default: 10")
     options = parser.parse_args(arguments)
     try:

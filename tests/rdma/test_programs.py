@@ -28,12 +28,12 @@ class Stage:
     host: Host
     pair: Pair
     plain: Pod
-    told: dict[int, tuple[dict[str, str], dict[str, str]]]
+    told: dict[int, list[dict[str, str]]]  # by family: the server's and the client's
 
     @property
     def ends(self) -> list[End]:
         """The pods with devices."""
-        return [self.pair.client, self.pair.server]
+        return [self.pair.server, self.pair.client]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def stage(rdma_mode: RdmaMode) -> Iterator[Stage]:
     ):
         assert host.cni("ADD", plain, configuration).returncode == 0
         plain.start()
-        yield Stage(host, pair, plain, {family: ucx.told(pair, family) for family in FAMILIES})
+        yield Stage(host, pair, plain, programs.told_all((pair.server, pair.client)))
         plain.stop()
         host.cni("DEL", plain, configuration)
 
@@ -58,7 +58,7 @@ def stage(rdma_mode: RdmaMode) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_environment_names_what_is_there(stage: Stage, family: int) -> None:
-    for end, variables in zip((stage.pair.server, stage.pair.client), stage.told[family], strict=True):
+    for end, variables in zip(stage.ends, stage.told[family], strict=True):
         assert variables["RDMANET_DEVICE"] == end.device
         assert variables["RDMANET_ADDRESS"] == end.addresses[family]
         assert variables["NCCL_IB_HCA"] == f"={end.device}:1"
@@ -71,10 +71,10 @@ def test_the_environment_names_what_is_there(stage: Stage, family: int) -> None:
 
 def test_a_shell_can_use_it_and_memlock_is_mentioned(stage: Stage) -> None:
     limited = ["prlimit", "--memlock=65536:65536"]
-    line = f'eval "$({" ".join(ENV)})" && ibv_devinfo -d "$RDMANET_DEVICE" && echo "$UCX_NET_DEVICES"'
+    line = f'eval "$({" ".join(ENV)} --family 6)" && ibv_devinfo -d "$RDMANET_DEVICE" && echo "$RDMANET_ADDRESS"'
     done = stage.pair.client.pod.exec([*limited, "sh", "-c", line], cwd=str(REPOSITORY), timeout_s=120)
     assert f"hca_id:\t{stage.pair.client.device}" in done.stdout
-    assert done.stdout.rstrip().endswith(f"{stage.pair.client.device}:1")
+    assert done.stdout.rstrip().endswith(f"\n{stage.pair.client.addresses[6]}")
     assert "memlock is 64 KiB and cannot be raised in here" in done.stderr
 
 
@@ -110,7 +110,7 @@ def test_ucx(stage: Stage, test: str, family: int) -> None:
 
 def test_mpi(stage: Stage) -> None:
     mpi.introduce(stage.ends)
-    result = mpi.over_roce(stage.host, stage.ends, 4, mpi.COUNT, 1)
+    result = mpi.over_roce(stage.host, stage.ends, stage.told[4], mpi.COUNT, 1)
     assert result["sums"] == 2 * mpi.COUNT
 
 

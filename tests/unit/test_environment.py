@@ -91,6 +91,7 @@ def test_what_a_shell_and_a_program_read(infiniband: Path) -> None:
     document = json.loads(env.document(found, found.variables(6), Limit(1, None), "raise it"))
     assert document["gid_indexes"] == {"10.213.0.7": 10, "fd00:213::7": 9}
     assert document["variables"]["RDMANET_GID_INDEX"] == "9"
+    assert document["families"] == {"4": found.variables(4), "6": found.variables(6)}
     assert document["memlock"] == {"soft_bytes": 1, "hard_bytes": None, "advice": "raise it"}
 
 

@@ -82,9 +82,11 @@ def least_bytes(ranks: int, count: int, rounds: int) -> int:
     return 2 * (ranks - 1) * 8 * count * rounds
 
 
-def over_roce(host: Host, ends: Sequence[End], family: int, count: int, rounds: int) -> dict[str, int]:
+def over_roce(
+    host: Host, ends: Sequence[End], told: Sequence[dict[str, str]], count: int, rounds: int
+) -> dict[str, int]:
     """The job with what `rdmanet.verbs env` says; StepError unless RoCE carried it all."""
-    environments = {end.pod.name: programs.variables(end, family) for end in ends}
+    environments = {end.pod.name: variables for end, variables in zip(ends, told, strict=True)}
     result = run(host, ends, environments, count, rounds)
     least = least_bytes(len(ends), count, rounds)
     need(result["roce_bytes"] >= least, f"RoCE carried {result['roce_bytes']} bytes of at least {least}")
@@ -97,9 +99,10 @@ def measure() -> Figure:
     results: dict[str, dict[str, int]] = {}
     with namespaces.agent_host("mpi") as host, namespaces.attached(host, PODS, 9000) as ends:
         introduce(ends)
+        told = programs.told_all(ends)
         for family in FAMILIES:
-            results[f"{RANKS} pods, IPv{family}"] = over_roce(host, ends, family, COUNT, ROUNDS)
-        results["2 pods, IPv4"] = over_roce(host, ends[:2], 4, COUNT, ROUNDS)
+            results[f"{RANKS} pods, IPv{family}"] = over_roce(host, ends, told[family], COUNT, ROUNDS)
+        results["2 pods, IPv4"] = over_roce(host, ends[:2], told[4][:2], COUNT, ROUNDS)
         control = run(host, ends, {}, COUNT, ROUNDS)
         results[f"{RANKS} pods without the settings"] = control
     least = least_bytes(RANKS, COUNT, ROUNDS)

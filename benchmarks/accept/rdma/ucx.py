@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.accept.rdma.perftest import FAMILIES
@@ -48,9 +48,9 @@ CASES = (
 )
 
 
-def run(host: Host, pair: Pair, case: Case, environments: tuple[dict[str, str], dict[str, str]]) -> dict[str, object]:
+def run(host: Host, pair: Pair, case: Case, environments: Sequence[dict[str, str]]) -> dict[str, object]:
     """One case, made again when it fails by itself; figures and counters. StepError when it fails or RoCE did not
-    carry it."""
+    carry it. `environments` are the server's and the client's."""
     why = ""
     for attempt in range(1, ATTEMPTS + 1):
         argv = ["ucx_perftest", "-t", case.test, "-s", str(case.size_bytes), "-n", str(ITERATIONS), "-w", "10", "-f"]
@@ -60,7 +60,7 @@ def run(host: Host, pair: Pair, case: Case, environments: tuple[dict[str, str], 
             argv,
             [*argv, pair.server.addresses[4]],
             LISTENING,
-            environments=environments,
+            environments=(environments[0], environments[1]),
             timeout_s=TIMEOUT_S,
         )
         moved = programs.traffic(host, (pair.client, pair.server)).since(before)
@@ -82,21 +82,15 @@ def run(host: Host, pair: Pair, case: Case, environments: tuple[dict[str, str], 
     raise StepError(f"ucx_perftest {case.name} failed {ATTEMPTS} times in a row: {why}")
 
 
-def told(pair: Pair, family: int) -> tuple[dict[str, str], dict[str, str]]:
-    """What the environment command says in the server's and in the client's pod."""
-    with ThreadPoolExecutor(2) as threads:
-        server, client = threads.map(programs.variables, (pair.server, pair.client), (family, family))
-    return server, client
-
-
 def measure() -> Figure:
     """All cases over both families."""
     results: dict[str, dict[str, object]] = {}
     failed = []
     settings: dict[str, dict[str, str]] = {}
     with namespaces.agent_host("ucx") as host, namespaces.ours(host, "ucx", 9000) as pair:
+        told = programs.told_all((pair.server, pair.client))
         for family in FAMILIES:
-            environments = told(pair, family)
+            environments = told[family]
             settings[f"IPv{family}"] = {k: v for k, v in environments[1].items() if k.startswith("UCX_")}
             for case in CASES:
                 try:
