@@ -223,6 +223,7 @@ CODES: dict[type[RdmanetError], tuple[int, int]] = {
     errors.NetlinkError: (103, 500),
     errors.BpfError: (103, 500),
     errors.VerbsError: (103, 500),
+    errors.TimedOutError: (103, 500),
     errors.LeaseError: (199, 500),
     errors.LeaseRefusedError: (199, 500),
     errors.LeaseRevokedError: (199, 500),
