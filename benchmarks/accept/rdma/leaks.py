@@ -1,7 +1,9 @@
 """Row `leaks`: 10,000 leases opened and closed leave nothing in the kernel, in the agent or in the library.
 
-In batches and one by one, some used and some not. What counts objects must be as before, to the last one; memory is
-taken when all is warm and at the end, and may grow by less than a lease could ever need: allocators keep pages.
+In batches and one by one, some used and some not. What counts objects must be as before, to the last one; memory may
+grow in the second half by less than a lease could ever need. In the first half allocators still find their size: the
+broker's server alone, whose objects do not grow in number by tracemalloc, takes 300 bytes per lease more for the first
+3,000 leases and then none.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.accept.rdma.faults import PINS
 from benchmarks.peers import namespaces
@@ -33,7 +34,7 @@ SINGLE_SHARE = 10
 CHURN_TIMEOUT_S = 1800.0
 #: Revoked entries stay until the kernel says that the queue pair is gone, asked at most every 60 s.
 GONE_TIMEOUT_S = 90.0
-#: Growth from warm to the end, per lease. What a leaked queue pair, request or table entry costs is more.
+#: Growth in the second half, per lease. What a leaked queue pair, request or table entry costs is more.
 GROWTH_BYTES = 100
 KERNEL_GROWTH_BYTES = 500
 
@@ -140,40 +141,45 @@ def _slab_bytes() -> int:
     return 0
 
 
-def compare(warm: State, after: State, leases: int) -> dict[str, Any]:
-    """Growth per lease; StepError when an object is left or memory grew by more than allowed."""
-    left = {
-        key: (warm.objects.get(key), value) for key, value in after.objects.items() if warm.objects.get(key) != value
-    }
+def nothing_left(before: State, after: State) -> None:
+    """StepError when an object is left."""
+    left = {key: (before.objects.get(key), value) for key, value in after.objects.items()}
+    left = {key: counts for key, counts in left.items() if counts[0] != counts[1]}
     need(not left, f"left behind (before, after): {left}")
     need(not after.objects["leases"] and not after.objects["guard entries"], f"left behind: {after.objects}")
-    growth = {key: (value - warm.memory_bytes[key]) / leases for key, value in after.memory_bytes.items()}
-    for key, grown in growth.items():
-        most = KERNEL_GROWTH_BYTES if key == "kernel slab" else GROWTH_BYTES
-        need(grown < most, f"{key} grew by {grown:.0f} bytes per lease: {warm.memory_bytes} to {after.memory_bytes}")
-    return {key: round(value, 1) for key, value in growth.items()}
+
+
+def growth_bytes(before: State, after: State, leases: int) -> dict[str, float]:
+    """Of each memory, per lease."""
+    return {key: round((value - before.memory_bytes[key]) / leases, 1) for key, value in after.memory_bytes.items()}
 
 
 def measure() -> Figure:
-    """A tenth to warm up, then all of them."""
+    """A tenth to warm up, then all of them in two halves."""
     with namespaces.agent_host("leaks") as host, Churn.begin(host) as churn:
         churn.every_way(LEASES // 10)
-        warm, before = churn.state(), churn.leases
-        elapsed_s = churn.every_way(LEASES)
-        after = churn.state()
-        leases = churn.leases - before
-        need(leases >= LEASES, f"{leases} leases were made")
-        growth = compare(warm, after, leases)
+        states, leases, elapsed_s = [churn.state()], [churn.leases], []
+        for _ in range(2):
+            elapsed_s.append(churn.every_way(LEASES // 2))
+            states.append(churn.state())
+            leases.append(churn.leases)
+    total = leases[2] - leases[0]
+    need(total >= LEASES, f"{total} leases were made")
+    nothing_left(states[0], states[2])
+    halves = [growth_bytes(states[n], states[n + 1], leases[n + 1] - leases[n]) for n in range(2)]
+    for key, grown in halves[1].items():
+        most = KERNEL_GROWTH_BYTES if key == "kernel slab" else GROWTH_BYTES
+        need(grown < most, f"{key} grew by {grown:g} bytes per lease: {[state.memory_bytes for state in states]}")
     return Figure(
-        leases,
+        total,
         "leases",
-        f"opened and closed in {sum(elapsed_s.values()):.0f} s, in batches of {BATCH} and one by one; not a queue "
-        "pair, region, descriptor, lease or guard entry is left; growth per lease: "
-        + ", ".join(f"{key} {value:g} bytes" for key, value in growth.items()),
+        f"opened and closed in {sum(sum(ways.values()) for ways in elapsed_s):.0f} s, in batches of {BATCH} and one by "
+        "one; not a queue pair, region, descriptor, lease or guard entry is left; growth per lease in the second half: "
+        + ", ".join(f"{key} {value:g} bytes" for key, value in halves[1].items()),
         {
             "elapsed_s": elapsed_s,
-            "growth_bytes_per_lease": growth,
-            "objects": after.objects,
-            "memory_bytes": {"warm": warm.memory_bytes, "after": after.memory_bytes},
+            "growth_bytes_per_lease": {"first half": halves[0], "second half": halves[1]},
+            "objects": states[2].objects,
+            "memory_bytes": [state.memory_bytes for state in states],
         },
     )
