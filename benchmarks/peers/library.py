@@ -10,7 +10,7 @@ divided by their number; in the session that is open or, if `fresh`, in one that
 smallest queues. ``drop`` gives back what either of them holds.
 
 ``pool`` {target, size} opens a pool; ``warm`` {count} → {each_us} takes so many queue pairs from it, one after another,
-and gives them back: what each took to be handed out; ``ask`` {timeout_s} → {took_s} takes one, has a message answered
+and gives them back: what each took to be handed out; ``ask`` {within_s} → {took_s} takes one, has a message answered
 by ``serve``, and lets it go; ``statistics`` → the pool's.
 """
 
@@ -165,19 +165,19 @@ class Program:
             await self._pool.release(qp)
         return {"each_us": each_us}
 
-    async def ask(self, timeout_s: float) -> dict[str, Any]:
+    async def ask(self, within_s: float) -> dict[str, Any]:
         assert self._pool is not None, "no pool has been opened"
         began = time.monotonic()
         while True:
             try:
-                async with self._pool.queue_pair(timeout_s=timeout_s) as qp:
-                    await qp.send(json.dumps({"do": "send", "rounds": 1}).encode(), timeout_s=timeout_s)
-                    await qp.send(b"still there?", timeout_s=timeout_s)
-                    assert await qp.recv(timeout_s=timeout_s) == b"still there?"
-                    await qp.send(b"done", timeout_s=timeout_s)
+                async with self._pool.queue_pair(timeout_s=within_s) as qp:
+                    await qp.send(json.dumps({"do": "send", "rounds": 1}).encode(), timeout_s=within_s)
+                    await qp.send(b"still there?", timeout_s=within_s)
+                    assert await qp.recv(timeout_s=within_s) == b"still there?"
+                    await qp.send(b"done", timeout_s=within_s)
                     return {"took_s": time.monotonic() - began}
             except (verbs.LeaseRevokedError, verbs.VerbsError):  # of the peer that was: the next one may be new
-                if time.monotonic() - began > timeout_s:
+                if time.monotonic() - began > within_s:
                     raise
 
     async def statistics(self) -> dict[str, Any]:

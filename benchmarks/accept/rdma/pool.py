@@ -30,12 +30,12 @@ def measure(rounds: int = ROUNDS) -> Figure:
                 return float(statistics.median(client.ask("warm", count=SIZE)["each_us"]))
 
             warm, connected = in_turn(pair, 1, warm_us, rounds)
-            client.ask("ask", timeout_s=TIMEOUT_S)
+            client.ask("ask", within_s=TIMEOUT_S)
         # Its process is gone, and another one comes.
         with library(pair.server, "pool-again") as server:
             server.ask("serve", service="pooled")
             began = time.monotonic()
-            client.ask("ask", timeout_s=TIMEOUT_S)
+            client.ask("ask", within_s=TIMEOUT_S)
             back_s = time.monotonic() - began
             found = client.ask("statistics")
     need(found["lost"] >= SIZE, f"the pool lost {found['lost']} queue pairs of a process that has ended")
