@@ -23,14 +23,15 @@ def draw_steps(steps: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     training); returns the files."""
     families = sorted({row["family"] for row in steps})
     with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.6 * len(families), 4.0), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(families), 4.4), layout="constrained")
         panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
         for axes, family in zip(panels, families, strict=True):
             _panel(axes, [row for row in steps if row["family"] == family])
             axes.set_title(f"IPv{family}", fontsize=9)
         panels[0].set_ylabel("milliseconds")
-        panels[0].legend(frameon=False, fontsize=8, loc="upper left")
-        figure.supxlabel("gradients that are all-reduced in every step", fontsize=9)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center"
+        )
         figure.suptitle(
             "examples/allreduce: a step of the slowest pod, median; band: 25th to 75th percentile\n"
             "Soft-RoCE is software: the processors that train move the bytes either way. Says nothing about a NIC",
@@ -54,10 +55,11 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(sizes, [q[1] for q in quartiles], "o-", color=colour, markersize=4, label=f"step, {NAMES[transport]}")
         reduce_ms = [statistics.median(row["reduce_ms"]) for row in ours]
         axes.plot(sizes, reduce_ms, ":", color=colour, label="of it the all-reduce")
+    axes.set_xlabel("gradients that are all-reduced in every step")
     axes.set_xscale("log")
     axes.set_yscale("log")
     sizes = sorted({row["gradient_bytes"] for row in rows})
-    axes.set_xticks(sizes, [f"{size / 1000:.3g} KB" for size in sizes])
+    axes.set_xticks(sizes, [f"{size / 1000:.3g} KB" if size < 1e6 else f"{size / 1e6:.3g} MB" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
