@@ -26,7 +26,7 @@ gids = st.binary(min_size=16, max_size=16)
 mtus = st.sampled_from(wire.MTUS_BYTES)
 transports = st.sampled_from(Transport)
 connected = st.builds(
-    lambda gid, mtu_bytes, found: wire.Ends(gid, mtu_bytes, *zip(*found, strict=True)),
+    lambda gid, mtu_bytes, found: wire.Ends(gid, mtu_bytes, tuple(q for q, _ in found), tuple(p for _, p in found)),
     gids,
     mtus,
     st.lists(pairs, min_size=1, max_size=64, unique_by=lambda pair: pair[0]),
