@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -47,6 +48,25 @@ def test_every_reason_to_refuse_has_its_line_and_no_other() -> None:
     section = GUIDE.read_text(encoding="utf-8").partition("| reason | what to do |")[2].partition("\n\n")[0]
     first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(Reason)
+
+
+@pytest.mark.parametrize("document", ["docs/rdma.md", "docs/design/rdma.md"])
+def test_every_metric_that_is_named_exists(document: str) -> None:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"`(rdmanet_[a-z_]+)`", text))
+    assert named
+    exported = set(re.findall(r'"(rdmanet_[a-z_]+)"', (REPOSITORY / "rdmanet/metrics.py").read_text(encoding="utf-8")))
+    assert named <= exported
+
+
+def test_every_configuration_key_that_is_named_exists() -> None:
+    sections = {section: set(keys) for section, keys in dataclasses.asdict(config.Config()).items()}
+    text = GUIDE.read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)\.(\w+)(?: = [^`]*)?`", text)
+    found = [(section, key) for section, key in named if section in sections]
+    assert ("rdma", "backend") in found
+    for section, key in found:
+        assert key in sections[section], f"{section}.{key}"
 
 
 @pytest.mark.parametrize("document", ["docs/rdma.md", "examples/allreduce/README.md"])
