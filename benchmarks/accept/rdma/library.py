@@ -22,8 +22,8 @@ FAMILIES = (4, 6)
 COMPLETIONS = {"events": False, "polling": True}
 WAYS = ("asyncio", "numpy", "sync")
 #: Of each of the five operations, in each case.
-ROUNDS = 200
-DATAGRAMS = 1000
+ROUNDS = 100
+DATAGRAMS = 500
 OPERATIONS = {"write", "read", "message", "fetch_add", "compare_swap"}
 TIMEOUT_S = 600.0
 
