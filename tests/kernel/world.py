@@ -210,6 +210,7 @@ class World:
             dump["attachments"] = {str(k): repr(v) for k, v in datapath.attachments().items()}
             dump["endpoints"] = {k.hex(): repr(v) for k, v in datapath.endpoints().items()}
             dump["guards"] = {repr(k): repr(v) for k, v in datapath.guards().items()}
+            dump["datagrams"] = {repr(k): repr(v) for k, v in datapath.datagrams().items()}
         tables = ("attachments", "addresses", "host_effects")
         for table, rows in zip(tables, self.sql(*(f"SELECT * FROM {t} ORDER BY 1" for t in tables)), strict=True):
             dump[f"table {table}"] = rows
