@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from rdmanet.errors import KernelError, NotFoundError, UnavailableError
 from rdmanet.model import Attachment, Backend, Device, IPAddress, RdmaMode
 
 
@@ -143,13 +144,19 @@ def describe(rdma: RdmaNetlink, found: _Named, backend: Backend, mode: RdmaMode)
 
 def condition(rdma: RdmaNetlink, device: Device) -> Condition:
     """What has become of a device: asked by its index, and where that is another's or nobody's by its name."""
+    missing = Condition(device, f"its RDMA device {device.name} is missing")
     port = rdma.port(device.index)
     if port is not None and port.device == device.name:
+        try:
+            rdma.character_device(device.index)
+        except (KernelError, NotFoundError, UnavailableError):
+            # Its removal waits for those who have it open (rxe of Linux 6.1); nobody can open it any more.
+            return missing
         return Condition(device, None, port.active)
     found = rdma.device(device.name)
     port = None if found is None else rdma.port(found.index)
     if found is None or port is None:
-        return Condition(device, f"its RDMA device {device.name} is missing")
+        return missing
     again = describe(rdma, found, device.backend, device.mode)
     if (again.uverbs, again.major, again.minor) != (device.uverbs, device.major, device.minor):
         return Condition(

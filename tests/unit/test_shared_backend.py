@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Host:
 
     def __init__(self, gids: Path) -> None:
         self.ports = {3: Port("host0", True, "nic0")}
-        self.node = Node()
+        self.node: Node | None = Node()
         self.lent: dict[str, set[IPAddress]] = {}
         self.recorded: list[str] = []
         self.gids = gids
@@ -77,6 +78,8 @@ class Host:
         return self.ports.get(index)
 
     def character_device(self, index: int) -> Node:
+        if self.node is None:
+            raise NetlinkError("The kernel refused.", errno=errno.ENODATA)
         return self.node
 
     def readings(self, indexes: Sequence[int], descriptor: int | None = None) -> list[Named | None]:
@@ -184,6 +187,7 @@ def test_a_full_table_and_a_refusal_leave_nothing(
     ("changes", "words"),
     [
         ({"ports": {}}, "its RDMA device host0 is missing"),
+        ({"node": None}, "its RDMA device host0 is missing"),
         ({"ports": {5: Port("host0", True, "nic0")}, "node": Node("uverbs4", 231, 196)}, "has come back as uverbs4"),
     ],
 )
