@@ -2,8 +2,11 @@
 
 Requests: ``open`` {path}, ``mknod`` {path, major, minor} → {errno}, 0 where it succeeds; ``devices`` → {devices}:
 what a library that lists RDMA devices finds in sysfs, name → [uverbs name, major, minor]; ``dial`` {line} opens a lease
-connection under a name, ``say`` {line, message} → {answer} sends a message and waits for what answers it, ``hang_up``
-{line}; ``flood_begin`` {kind, processes}, ``flood_end`` → {done}: see `FLOODS`.
+connection under a name, ``say`` {line, message} → {answer} sends a message and waits for what answers it, ``tell`` does
+not wait, ``hear`` {line} → {message} is the next that comes in, ``hang_up`` {line}; ``watch_classes`` begins to look at
+RoCE packets that come in, ``classes`` {count} → {classes}: traffic class bytes of so many; ``send_class`` {address,
+traffic_class, count} sends RoCE packets with that byte; ``flood_begin`` {kind, processes}, ``flood_end`` → {done}: see
+`FLOODS`.
 """
 
 from __future__ import annotations
@@ -89,12 +92,14 @@ class Line:
                         continue
             self._more()
 
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Sends a request and returns what answers it; pushed messages in between are passed over."""
-        self.send(json.dumps(message))
+    def ask(self, message: dict[str, Any], or_closed: bool = False) -> dict[str, Any]:
+        """Sends a request and returns what answers it; pushed messages in between are passed over. With `or_closed` an
+        error that answers no request will do: the agent is about to hang up."""
+        with contextlib.suppress(*((BrokenPipeError,) if or_closed else ())):  # what it said before can be read
+            self.send(json.dumps(message))
         while True:
             answer = self.receive()
-            if answer.get("id") == message["id"]:
+            if answer.get("id") == message["id"] or (or_closed and answer["type"] == "error"):
                 return answer
 
     def close(self) -> None:
@@ -325,12 +330,57 @@ def devices() -> dict[str, list[Any]]:
     return found
 
 
+# Traffic classes
+
+ROCE_PORT = 4791
+ETH_P_ALL = 3
+
+
+class Classes:
+    """The traffic class bytes of RoCE packets that come in through eth0."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        self._socket.bind(("eth0", 0))
+        self._socket.settimeout(TIMEOUT_S)
+
+    def next(self, count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            data, (_, _, kind, *_) = self._socket.recvfrom(2048)
+            packet = data[14:]
+            if kind == socket.PACKET_OUTGOING:
+                continue
+            if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
+                traffic_class, udp = packet[1], packet[(packet[0] & 15) * 4 :]
+            elif packet[0] >> 4 == 6 and packet[6] == socket.IPPROTO_UDP:
+                traffic_class, udp = (packet[0] & 15) << 4 | packet[1] >> 4, packet[40:]
+            else:
+                continue
+            if struct.unpack_from("!H", udp, 2)[0] == ROCE_PORT:
+                found.append(traffic_class)
+        return found
+
+
+def send_class(address: str, traffic_class: int, count: int) -> None:
+    """UDP to RoCE's port, with a base transport header (InfiniBand 9.2) to a queue pair that nobody has."""
+    ipv6 = ":" in address
+    with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        if ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, traffic_class)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, traffic_class)
+        for _ in range(count):
+            sock.sendto(struct.pack("!BBHII", 4, 0, 0xFFFF, 0xABCDE, 1) + b"icrc", (address, ROCE_PORT))
+
+
 class Adversary:
     """Carries requests out."""
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._flood: Flood | None = None
+        self._watch: Classes | None = None
 
     def answer(self, do: str, request: dict[str, Any]) -> dict[str, Any]:
         match do:
@@ -344,7 +394,20 @@ class Adversary:
                 self._lines[request["line"]] = Line()
                 return {}
             case "say":
-                return {"answer": self._lines[request["line"]].ask(request["message"])}
+                return {"answer": self._lines[request["line"]].ask(request["message"], request.get("or_closed", False))}
+            case "tell":
+                self._lines[request["line"]].send(json.dumps(request["message"]))
+                return {}
+            case "hear":
+                return {"message": self._lines[request["line"]].receive()}
+            case "watch_classes":
+                self._watch = Classes()
+                return {}
+            case "classes" if self._watch is not None:
+                return {"classes": self._watch.next(**request)}
+            case "send_class":
+                send_class(**request)
+                return {}
             case "hang_up":
                 self._lines.pop(request["line"]).close()
                 return {}
