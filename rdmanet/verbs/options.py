@@ -17,8 +17,8 @@ class Options:
     chunk_bytes: int = 1 << 20  # WRITE and READ are split into requests of this size
     messages: int = 15  # receives posted; a sender waits while all are taken
     message_bytes: int = 4096  # longest message of send()
-    #: Look for completions again and again while an operation waits, instead of being woken for each: sooner, and
-    #: for a whole processor (docs/verbs.md has the figures).
+    #: Look for completions again and again while an operation waits, instead of being woken for each: takes a whole
+    #: processor, and pays only where the device works beside it (docs/verbs.md has the figures).
     polling: bool = False
 
     def __post_init__(self) -> None:
