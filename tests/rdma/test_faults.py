@@ -24,7 +24,9 @@ def host(rdma_mode: RdmaMode) -> Iterator[Host]:
 def test_every_byte_arrives_or_the_caller_is_told(host: Host, name: str) -> None:
     result = faults.measured(host, name, faults.CASES[name])
     assert result["lost_bytes"] == 0
-    assert result["outcome"] == ("all arrived" if name == "loss-1%" else "exception")
+    # Under loss it may be either: a device that gets no processor for seconds gives up as one whose packets are lost.
+    assert result["outcome"] == "exception" or name == "loss-1%"
+    assert all(size > 0 for size in result["bytes"].values()), result
 
 
 @pytest.fixture

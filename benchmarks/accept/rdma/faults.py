@@ -198,7 +198,7 @@ CASES = {
 CONFIGURATION = {"rdma": {"max_leases_per_pod": MAX_LEASES}}
 
 
-def measured(host: Host, name: str, case: Case) -> dict[str, object]:
+def measured(host: Host, name: str, case: Case) -> dict[str, Any]:
     """One case; StepError when a byte was lost, somebody was not told in time, or something is left."""
     with scene(host, f"f{list(CASES).index(name)}") as at:
         begin(at, case.size_bytes)
@@ -221,7 +221,7 @@ def measured(host: Host, name: str, case: Case) -> dict[str, object]:
     return {**result, "retransmissions": again, **at.more}
 
 
-def verdict(name: str, lives: bool, outcomes: dict[str, Any], received: dict[str, Any]) -> dict[str, object]:
+def verdict(name: str, lives: bool, outcomes: dict[str, Any], received: dict[str, Any]) -> dict[str, Any]:
     """What became of every byte. StepError for the wrong end of a stream, or one that came too late."""
     lost_bytes = 0
     told = {}
