@@ -10,8 +10,7 @@ import ipaddress
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from testbed.paths import REPOSITORY
 from testbed.peer import Peer, PeerError
 from testbed.pod import rdma_nodes
 from tests.kernel.world import Attached, World, succeeded
-from tests.rdma.tools import tool
+from tests.rdma.tools import tool, until
 
 FAMILIES = (4, 6)
 pytestmark = pytest.mark.any_kernel
@@ -48,18 +47,11 @@ class Stage:
         (row,) = [row for row in rows if row["container_id"] == self.pods[name].pod.container_id]
         return dict(row)
 
-    def until(self, reached: Callable[[], bool], what: str) -> None:
-        """Waits for what the agent does by itself."""
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while not reached():
-            assert time.monotonic() < deadline_s, f"{what}, not within {TIMEOUT_S:g} s"
-            time.sleep(0.05)
-
     def until_unhealthy(self, words: str) -> None:
-        self.until(lambda: all(words in (self.row(name)["unhealthy"] or "") for name in self.pods), words)
+        until(lambda: all(words in (self.row(name)["unhealthy"] or "") for name in self.pods), words)
 
     def until_well(self) -> None:
-        self.until(lambda: all(self.row(name)["unhealthy"] is None for name in self.pods), "well again")
+        until(lambda: all(self.row(name)["unhealthy"] is None for name in self.pods), "well again")
 
     def sent_packets(self) -> int:
         """What the device has sent, by itself."""
@@ -200,11 +192,11 @@ def test_addresses_that_somebody_takes_are_put_back(stage: Stage) -> None:
 
     assert lent()
     world.host.ip(f"address delete {address}/32 dev {NETDEV}")
-    stage.until(lent, "lent again")
+    until(lent, "lent again")
     world.host.kill_agent()
     world.host.ip(f"address delete {address}/32 dev {NETDEV}")
     world.start_agent()
-    stage.until(lent, "lent again by the next agent")
+    until(lent, "lent again by the next agent")
 
 
 def test_the_end(stage: Stage) -> None:
