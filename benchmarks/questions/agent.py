@@ -126,7 +126,7 @@ class _Round:
         return (self._processor_ns() - before_ns) / 1e6 / (time.monotonic() - began_s)
 
     def _processor_ns(self) -> int:
-        """The process's clock: a sum over its threads' files would fall where one of them ends (clock_getcpuclockid(3))."""
+        """The clock of the process (clock_getcpuclockid(3)): a sum over its threads would fall where one ends."""
         assert self._ours.host.agent is not None
         return time.clock_gettime_ns(~self._ours.host.agent.process.pid << 3 | CPUCLOCK_SCHED)
 
