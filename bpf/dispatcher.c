@@ -4,14 +4,7 @@
  * swaps a whole program on all devices at once. They stay when the agent goes or comes back newer.
  */
 #include <uapi/linux/pkt_cls.h>
-
-enum hook {
-	HOOK_POD = 0,
-	HOOK_HOST = 1,
-	HOOK_UPLINK = 2,
-};
-
-BPF_F_TABLE("prog", __u32, __u32, programs, 8, 0);
+#include "hook.h"
 
 /* Nothing from a pod goes unjudged. */
 int dispatch_pod(struct __sk_buff *skb)

@@ -26,6 +26,16 @@ enum drop_reason {
 	DROP_ROCE_NAT,		    /* RoCE cannot pass NAT: the ICRC covers addresses and ports */
 	DROP_NO_ATTACHMENT,	    /* the device is no attachment of ours */
 	DROP_NO_NODE,		    /* the agent has not written the node's configuration yet */
+	DROP_NO_PROGRAM,	    /* the slot of the program that goes on is empty */
+	DROP_FLOW_TABLE_FULL,	    /* no room to track another flow */
+	DROP_FLOW_LIMIT,	    /* the pod tracks as many flows as one may */
+	DROP_FRAGMENT_UNKNOWN, /* a later part of a packet whose first part was not let through */
+	DROP_ICMP_UNRELATED,   /* an ICMP error about no tracked flow */
+	DROP_NEIGHBOUR,	       /* ARP or neighbour discovery for others than the next hops */
+	DROP_POLICY_EGRESS,    /* the sender's policies do not allow it */
+	DROP_POLICY_INGRESS,   /* the receiver's policies do not allow it */
+	DROP_NO_BACKEND,       /* the service has none that may be used from here */
+	DROP_SERVICE_CONFLICT, /* another flow has the backend's end already */
 };
 
 struct drop_key {

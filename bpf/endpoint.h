@@ -18,7 +18,10 @@ struct attachment_entry {
 	struct address_key ipv6; /* zero: none */
 	__u8 mac[6];
 	__u8 pad[2];
-	__u32 slot; /* of its counters */
+	__u32 slot;	   /* of its counters */
+	__u32 identity;	   /* of its pod's labels */
+	__u32 ingress_set; /* of the policies that select it; 0: none does */
+	__u32 egress_set;
 };
 
 /* By the index of the host's end of the veth pair. */
@@ -31,6 +34,9 @@ struct endpoint_entry {
 	__u8 mac[6];
 	__u8 pad[2];
 	__u32 slot; /* of its attachment's counters */
+	__u32 identity;
+	__u32 ingress_set;
+	__u32 egress_set;
 };
 
 BPF_F_TABLE("hash", struct address_key, struct endpoint_entry, endpoints, 16384, 0);

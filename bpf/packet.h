@@ -257,8 +257,7 @@ static __always_inline void read_transport(struct packet *packet, const void *he
  */
 static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet)
 {
-	const void *frame = (void *)(long)skb->data;
-	const void *end = (void *)(long)skb->data_end;
+	const void *frame, *end;
 	__u8 head[14] = {};
 	__u32 bytes = 0;
 
@@ -275,6 +274,11 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	if (!has_transport(packet, bytes))
 		return DROP_MALFORMED;
 
+	/* The compiler would load the end early and widen it by shifting, which the verifier
+	 * refuses. */
+	asm volatile("" ::: "memory");
+	frame = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
 	/* Without options or extensions, which the verifier can follow. */
 	if (packet->transport == AFTER_IPV4 && frame + AFTER_IPV4 + 14 <= end)
 		read_transport(packet, frame + AFTER_IPV4);

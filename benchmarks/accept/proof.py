@@ -13,9 +13,10 @@ Work = Callable[[], Figure]
 
 
 class Place(enum.StrEnum):
-    """A mode of the RDMA subsystem and a kernel: one that can give pods rxe devices of their own, or the
-    distribution's, which need not."""
+    """The running kernel, whatever RDMA it has; or a mode of the RDMA subsystem and a kernel: one that can give pods rxe
+    devices of their own, or the distribution's, which need not."""
 
+    HOST = "host"
     SHARED = "shared"
     EXCLUSIVE = "exclusive"
     DISTRIBUTION = "distribution"
@@ -28,6 +29,8 @@ class Place(enum.StrEnum):
     @property
     def words(self) -> str:
         """For people."""
+        if self is Place.HOST:
+            return "the running kernel"
         return f"{self.mode} mode" + (" on the distribution's kernel" if self is Place.DISTRIBUTION else "")
 
 

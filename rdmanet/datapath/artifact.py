@@ -24,8 +24,21 @@ FORMAT = 1
 NEWEST = "datapath.json"
 #: Bytes of one eBPF instruction (RFC 9669 3).
 INSTRUCTION_BYTES = 8
-#: Hooks and their slots in the program array, as enum hook in bpf/dispatcher.c has them.
-HOOKS: Mapping[str, int] = {"pod": 0, "host": 1, "uplink": 2}
+#: Programs that a filter enters through a dispatcher, and their slots in the program array (enum hook in bpf/hook.h).
+HOOKS: dict[str, int] = {"pod": 0, "host": 1, "uplink": 2}
+#: Programs that go on where those stop, by tail call.
+CONTINUATIONS: dict[str, int] = {"outside": 3, "nodeport": 4, "monitor": 5}
+#: Programs on sockets (BPF_PROG_TYPE_CGROUP_SOCK_ADDR), and what they are attached as (enum bpf_attach_type).
+SOCKET_PROGRAMS: Mapping[str, int] = {
+    "connect4": 10,
+    "connect6": 11,
+    "sendmsg4": 14,
+    "sendmsg6": 15,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
+    "getpeername4": 29,
+    "getpeername6": 30,
+}
 #: The program for pods' cgroups (bpf/device.c). It is in no slot: each pod's is loaded with a map of its own.
 DEVICE_PROGRAM = "device"
 DEVICE_MAP = "pod_devices"

@@ -22,8 +22,6 @@ from typing import Any
 from rdmanet.datapath import artifact as artifacts
 from rdmanet.datapath import source
 from rdmanet.datapath.artifact import (
-    DEVICE_PROGRAM,
-    HOOKS,
     INSTRUCTION_BYTES,
     Artifact,
     Layout,
@@ -133,7 +131,7 @@ def _compile(lib: Any, text: str, key: str, compiler: str) -> Artifact:
         maps, names = _maps(lib, module)
         layouts = {name: _layout(lib, module, name) for name in maps}
         programs = {}
-        for name in (*HOOKS, *(f"dispatch_{hook}" for hook in HOOKS), DEVICE_PROGRAM):
+        for name in source.programs(text):
             programs[name] = _program(name, _instructions(lib, module, name), names)
         return Artifact(
             hash=key,

@@ -76,6 +76,10 @@ NODE = StructTable(
     ("host_ifindex", "I"),
     ("first_port", "H"),
     ("last_port", "H"),
+    ("epoch", "I"),
+    ("maglev_size", "I"),
+    ("max_flows_per_pod", "I"),
+    ("monitor", "I"),
 )
 ATTACHMENT = StructTable(
     "attachment_entry",
@@ -88,6 +92,9 @@ ATTACHMENT = StructTable(
     ("mac", "6s"),
     ("pad", "2x"),
     ("slot", "I"),
+    ("identity", "I"),
+    ("ingress_set", "I"),
+    ("egress_set", "I"),
 )
 ENDPOINT = StructTable(
     "endpoint_entry",
@@ -97,6 +104,9 @@ ENDPOINT = StructTable(
     ("mac", "6s"),
     ("pad", "2x"),
     ("slot", "I"),
+    ("identity", "I"),
+    ("ingress_set", "I"),
+    ("egress_set", "I"),
 )
 NEAR_ATTACHMENT = StructTable("near_attachment", ("ifindex", "I"), ("entry", f"{ATTACHMENT.size}s"))
 NEAR_ENDPOINT = StructTable("near_endpoint", ("address", "16s"), ("entry", f"{ENDPOINT.size}s"))
@@ -141,7 +151,7 @@ COUNTER = StructTable("counter_entry", ("packets", "4Q"), ("bytes", "4Q"))  # of
 DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "I"))
 DEVICE_NUMBER = StructTable("device_number", ("major", "I"), ("minor", "I"))
 
-#: Key and value of every map.
+#: Key and value of the maps described here; ``tables.MAPS`` has all.
 MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "node": (U32, NODE),
     "attachments": (U32, ATTACHMENT),
@@ -170,20 +180,42 @@ class NodeEntry:
     masquerade: bool = True
     first_port: int = 61000
     last_port: int = 65535
+    epoch: int = 0  # of the policy
+    maglev_size: int = 0
+    max_flows_per_pod: int = 0
+    monitor: bool = False  # whether somebody reads events
 
     def encode(self) -> bytes:
         """struct node_entry."""
         if not 0 < self.first_port <= self.last_port <= 65535:
             raise InputError(f"The masquerading ports {self.first_port}-{self.last_port} are no range of ports.")
         return NODE.pack(
-            _mac(self.gateway_mac), int(self.masquerade), self.host_ifindex, self.first_port, self.last_port
+            _mac(self.gateway_mac),
+            int(self.masquerade),
+            self.host_ifindex,
+            self.first_port,
+            self.last_port,
+            self.epoch,
+            self.maglev_size,
+            self.max_flows_per_pod,
+            int(self.monitor),
         )
 
     @classmethod
     def decode(cls, raw: bytes) -> NodeEntry:
         """From struct node_entry."""
-        mac, masquerade, ifindex, first, last = NODE.unpack(raw)
-        return cls(_raw(mac), int(ifindex), bool(masquerade), int(first), int(last))
+        mac, masquerade, ifindex, first, last, epoch, maglev, flows, monitor = NODE.unpack(raw)
+        return cls(
+            gateway_mac=_raw(mac),
+            host_ifindex=int(ifindex),
+            masquerade=bool(masquerade),
+            first_port=int(first),
+            last_port=int(last),
+            epoch=int(epoch),
+            maglev_size=int(maglev),
+            max_flows_per_pod=int(flows),
+            monitor=bool(monitor),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +229,21 @@ class AttachmentEntry:
     device: bool = False
     enforce: bool = False
     traffic_class: int = 0  # of its RoCE packets, the two ECN bits 0
+    identity: int = 0
+    ingress_set: int = 0  # of the policies that select its pod; 0: none does
+    egress_set: int = 0
 
     def encode(self, slot: int) -> bytes:
         """struct attachment_entry; ``slot`` is its counters'."""
         flags = _flags(self.device, self.enforce)
         ipv4, ipv6, mac = address(self.ipv4), address(self.ipv6), _mac(self.mac)
-        return ATTACHMENT.pack(self.attachment_id, flags, self.traffic_class, ipv4, ipv6, mac, slot)
+        policy = (self.identity, self.ingress_set, self.egress_set)
+        return ATTACHMENT.pack(self.attachment_id, flags, self.traffic_class, ipv4, ipv6, mac, slot, *policy)
 
     @classmethod
     def decode(cls, raw: bytes) -> AttachmentEntry:
         """From struct attachment_entry."""
-        id_, flags, traffic_class, ipv4, ipv6, mac, _ = ATTACHMENT.unpack(raw)
+        id_, flags, traffic_class, ipv4, ipv6, mac, _, *policy = ATTACHMENT.unpack(raw)
         return cls(
             attachment_id=int(id_),
             mac=_raw(mac),
@@ -216,6 +252,9 @@ class AttachmentEntry:
             device=bool(int(flags) & HAS_DEVICE),
             enforce=bool(int(flags) & ENFORCE),
             traffic_class=int(traffic_class),
+            identity=int(policy[0]),
+            ingress_set=int(policy[1]),
+            egress_set=int(policy[2]),
         )
 
 
@@ -228,35 +267,42 @@ class EndpointEntry:
     attachment_id: int
     device: bool = False
     enforce: bool = False
+    identity: int = 0
+    ingress_set: int = 0
+    egress_set: int = 0
 
     def encode(self, slot: int) -> bytes:
         """struct endpoint_entry; ``slot`` is its attachment's counters'."""
         flags = _flags(self.device, self.enforce)
-        return ENDPOINT.pack(self.ifindex, self.attachment_id, flags, _mac(self.mac), slot)
+        policy = (self.identity, self.ingress_set, self.egress_set)
+        return ENDPOINT.pack(self.ifindex, self.attachment_id, flags, _mac(self.mac), slot, *policy)
 
     @classmethod
     def decode(cls, raw: bytes) -> EndpointEntry:
         """From struct endpoint_entry."""
-        ifindex, attachment, flags, mac, _ = ENDPOINT.unpack(raw)
+        ifindex, attachment, flags, mac, _, *policy = ENDPOINT.unpack(raw)
         return cls(
             ifindex=int(ifindex),
             mac=_raw(mac),
             attachment_id=int(attachment),
             device=bool(int(flags) & HAS_DEVICE),
             enforce=bool(int(flags) & ENFORCE),
+            identity=int(policy[0]),
+            ingress_set=int(policy[1]),
+            egress_set=int(policy[2]),
         )
 
 
 def attachment_slot(raw: bytes) -> tuple[int, int]:
     """(attachment id, slot) of a struct attachment_entry."""
     fields = ATTACHMENT.unpack(raw)
-    return int(fields[0]), int(fields[-1])
+    return int(fields[0]), int(fields[6])
 
 
 def endpoint_slot(raw: bytes) -> tuple[int, int]:
     """(attachment id, slot) of a struct endpoint_entry."""
     fields = ENDPOINT.unpack(raw)
-    return int(fields[1]), int(fields[-1])
+    return int(fields[1]), int(fields[4])
 
 
 def near_endpoint_place(key: bytes) -> int:

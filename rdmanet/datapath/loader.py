@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rdmanet.datapath import bpf
-from rdmanet.datapath.artifact import DEVICE_MAP, HOOKS, INSTRUCTION_BYTES, Artifact, MapDefinition
+from rdmanet.datapath.artifact import CONTINUATIONS, DEVICE_MAP, HOOKS, INSTRUCTION_BYTES, Artifact, MapDefinition
 from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
 
 _PROGRAM_ARRAY = "programs"
@@ -196,7 +196,10 @@ def _fill_slots(artifact: Artifact, maps: dict[str, int]) -> None:
     """Loads what no slot runs yet, all before the first slot changes."""
     with ExitStack() as loaded:
         updates = []
-        for hook, slot in HOOKS.items():
+        # Those that others go on in come first.
+        for hook, slot in (CONTINUATIONS | HOOKS).items():
+            if hook not in artifact.programs:
+                continue
             name = _slot_name(artifact, hook)
             if _running(maps[_PROGRAM_ARRAY], slot) != name:
                 descriptor = load(artifact, hook, name, maps)
@@ -207,8 +210,8 @@ def _fill_slots(artifact: Artifact, maps: dict[str, int]) -> None:
 
 
 def _slot_name(artifact: Artifact, hook: str) -> str:
-    """The program's name in the kernel tells which artifact it came from: 15 bytes, `uplink_` is the longest."""
-    return f"{hook}_{artifact.hash[:8]}"
+    """The program's name in the kernel tells which artifact it came from; names have 15 bytes (BPF_OBJ_NAME_LEN)."""
+    return f"{hook}_{artifact.hash[:8]}"[:15]
 
 
 def _running(program_array: int, slot: int) -> str | None:

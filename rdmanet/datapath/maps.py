@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from rdmanet.datapath import bpf, devices, layout, loader
+from rdmanet.datapath import bpf, devices, layout, loader, tables
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import (
     COUNTED,
@@ -352,7 +352,7 @@ class Datapath:
 
 def _check_tables(artifact: Artifact) -> None:
     """This version's tables against the compiler's layout: never read one struct as another."""
-    for name, (key, value) in layout.MAPS.items():
+    for name, (key, value) in tables.MAPS.items():
         definition, compiled = artifact.maps.get(name), artifact.layouts.get(name)
         if (
             definition is None

@@ -12,11 +12,12 @@ from pathlib import Path
 from rdmanet.errors import NotFoundError, StateError
 
 #: One entry file per hook, and the dispatcher that reaches those of packets.
-ENTRY_FILES = ("pod.c", "host.c", "uplink.c", "dispatcher.c", "device.c")
+ENTRY_FILES = ("pod.c", "outside.c", "host.c", "uplink.c", "dispatcher.c", "device.c")
 
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"')
 _REASONS = re.compile(r"enum\s+drop_reason\s*\{(.*?)\}\s*;", re.DOTALL)
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+_PROGRAM = re.compile(r"^int (\w+)\(struct (?:__sk_buff|bpf_sock_addr|bpf_cgroup_dev_ctx) \*\w+\)", re.MULTILINE)
 _REASON = re.compile(r"DROP_([A-Z0-9_]+)(?:\s*=\s*(\d+))?")
 
 
@@ -55,6 +56,11 @@ def _expand(directory: Path, name: str, seen: set[str], included_by: str) -> str
             out.append(_expand(directory, include[1], seen, included_by=name))
             out.append(f'#line {number + 1} "{name}"\n')
     return "".join(out)
+
+
+def programs(text: str) -> tuple[str, ...]:
+    """Names of all programs, in order: functions that take a hook's context."""
+    return tuple(_PROGRAM.findall(_COMMENT.sub("", text)))
 
 
 def drop_reasons(text: str) -> tuple[str, ...]:

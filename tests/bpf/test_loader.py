@@ -136,7 +136,7 @@ def test_another_value_size_is_refused(artifact: Artifact, pins: Path) -> None:
     """bcc's own pinned tables silently accept it."""
     Datapath.open(artifact, pins).close()
     changed = with_map(artifact, "endpoints", value_size=28)
-    with pytest.raises(StateError, match="value_size 24 instead of 28"):
+    with pytest.raises(StateError, match="value_size 36 instead of 28"):
         loader.open_pins(changed, pins)
     with pytest.raises(StateError, match="endpoints does not fit"):
         Datapath.open(changed, pins)

@@ -39,6 +39,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "node": NOUNS | {"config", "ipam", "netlink", "store"},
     "devices": NOUNS | {"config", "node", "netlink", "rdma", "store"},
     "metrics": NOUNS | {"broker", "datapath", "limits", "numbers", "store"},
+    "objects": NOUNS,
     "numbers": NOUNS | {"limits", "netlink", "rdma"},
     "health": NOUNS | {"netlink", "numbers", "rdma"},
     "limits": NOUNS | {"config", "datapath", "netlink", "rdma", "store"},

@@ -29,7 +29,7 @@ ROWS: Proof = {
     "quota": Claim(quota.measure),
     "isolation": Claim(isolation.measure),
     "guard": Claim(guard.measure),
-    "modes": Claim(modes.measure, tuple(Place)),
+    "modes": Claim(modes.measure, (Place.SHARED, Place.EXCLUSIVE, Place.DISTRIBUTION)),
     "counters": Claim(counters.measure),
     "perftest": Claim(perftest.measure),
     "ucx": Claim(ucx.measure),

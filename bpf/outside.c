@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Goes on from pod.c with what is for no pod of this host: to the host itself, or out through an
+ * uplink. The source and, of RoCE, the device and the traffic class are right already.
+ */
+#include "counters.h"
+#include "drop.h"
+#include "endpoint.h"
+#include "nat.h"
+#include "node.h"
+#include "packet.h"
+
+#ifndef AF_INET
+#define AF_INET	 2
+#define AF_INET6 10
+#endif
+
+/* bcc 0.26 declares bpf_redirect_neigh without the length of its parameters. */
+static long (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *next_hop, int bytes,
+			      __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
+static __always_inline int pod_to_host(struct __sk_buff *skb, const struct packet *packet,
+				       const struct node_entry *config,
+				       const struct attachment_entry *attachment)
+{
+	bool roce = packet->flags & IS_ROCE;
+
+	if (roce && (attachment->flags & ENFORCE))
+		return drop(attachment->id, DROP_ROCE_UNLEASED);
+	count(skb, attachment->slot, FROM_POD, roce);
+	return deliver_to_host(skb, config, attachment->id, attachment->mac);
+}
+
+static __always_inline int decrement_hop_limit(struct __sk_buff *skb, const struct packet *packet)
+{
+	__u8 hop_limit = packet->hop_limit - 1;
+
+	if (packet->family == 6)
+		return bpf_skb_store_bytes(skb,
+					   NETWORK_OFFSET + offsetof(struct ipv6hdr, hop_limit),
+					   &hop_limit, 1, 0);
+	/* The checksum counts 16-bit words: time to live and protocol. */
+	if (bpf_l3_csum_replace(skb, NETWORK_OFFSET + offsetof(struct iphdr, check),
+				bpf_htons(packet->hop_limit << 8 | packet->protocol),
+				bpf_htons(hop_limit << 8 | packet->protocol), 2))
+		return -1;
+	return bpf_skb_store_bytes(skb, NETWORK_OFFSET + offsetof(struct iphdr, ttl), &hop_limit, 1,
+				   0);
+}
+
+/* Through an uplink that the FIB named, to the next hop that it named. */
+static __always_inline int pod_to_outside(struct __sk_buff *skb, const struct packet *packet,
+					  const struct node_entry *config,
+					  const struct attachment_entry *attachment,
+					  const struct bpf_fib_lookup *fib)
+{
+	struct bpf_redir_neigh next_hop = {.nh_family = fib->family};
+	__u32 ifindex = fib->ifindex;
+	struct uplink_entry *uplink = uplinks.lookup(&ifindex);
+	bool roce = packet->flags & IS_ROCE;
+
+	if (!uplink)
+		return drop(attachment->id, DROP_NOT_UPLINK);
+	/* The stack answers with time exceeded. */
+	if (packet->hop_limit <= 1)
+		return pod_to_host(skb, packet, config, attachment);
+	if (config->masquerade) {
+		int reason;
+
+		/* Its answers would come in as RoCE: port 4791 is only ever a destination. */
+		if (roce || (packet->protocol == IPPROTO_UDP &&
+			     packet->source_port == bpf_htons(ROCE_PORT)))
+			return drop(attachment->id, DROP_ROCE_NAT);
+		reason = nat_outbound(skb, packet, config, uplink, attachment->id);
+		if (reason)
+			return drop(attachment->id, reason);
+	} else if (roce && (attachment->flags & ENFORCE)) {
+		return drop(attachment->id, DROP_ROCE_UNLEASED);
+	}
+	if (decrement_hop_limit(skb, packet))
+		return drop(attachment->id, DROP_MALFORMED);
+	count(skb, attachment->slot, FROM_POD, roce);
+	__builtin_memcpy(next_hop.ipv6_nh, fib->ipv6_dst, sizeof(next_hop.ipv6_nh));
+	return redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
+}
+
+static __always_inline int pod_route(struct __sk_buff *skb, const struct packet *packet,
+				     const struct node_entry *config,
+				     const struct attachment_entry *attachment)
+{
+	struct bpf_fib_lookup fib = {};
+	int verdict;
+
+	if (packet->family == 4) {
+		fib.family = AF_INET;
+		fib.ipv4_src = packet->source.word[3];
+		fib.ipv4_dst = packet->destination.word[3];
+	} else {
+		fib.family = AF_INET6;
+		__builtin_memcpy(fib.ipv6_src, &packet->source, 16);
+		__builtin_memcpy(fib.ipv6_dst, &packet->destination, 16);
+	}
+	fib.ifindex = config->host_ifindex;
+	fib.l4_protocol = packet->protocol;
+	/* A GSO frame is cut to the route's MTU on its way. */
+	if (!skb->gso_size)
+		fib.tot_len = packet->end - NETWORK_OFFSET;
+
+	verdict = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	switch (verdict) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+		if (fib.ifindex == config->host_ifindex)
+			return drop(attachment->id, DROP_NO_ENDPOINT);
+		return pod_to_outside(skb, packet, config, attachment, &fib);
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
+		/* The host's own address; or no route at all, and the stack tells the pod so. */
+		return pod_to_host(skb, packet, config, attachment);
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		/*
+		 * The stack tells the pod the path's MTU; without DF it would send fragments with
+		 * the pod's address.
+		 */
+		if (packet->flags & DONT_FRAGMENT)
+			return pod_to_host(skb, packet, config, attachment);
+		return drop(attachment->id, DROP_FRAGMENT);
+	default:
+		return drop(attachment->id, DROP_NO_ROUTE);
+	}
+}
+
+int outside(struct __sk_buff *skb)
+{
+	struct packet packet = {};
+	struct node_entry *config = node_lookup();
+	struct attachment_entry *attachment;
+	int reason;
+
+	if (!config)
+		return drop(0, DROP_NO_NODE);
+	attachment = attachment_lookup(skb->ifindex);
+	if (!attachment)
+		return drop(0, DROP_NO_ATTACHMENT);
+	reason = parse_ethernet(skb, &packet);
+	if (!reason)
+		reason = parse_network(skb, &packet);
+	if (!reason)
+		reason = parse_transport(skb, &packet);
+	if (reason)
+		return drop(attachment->id, reason);
+	return pod_route(skb, &packet, config, attachment);
+}

@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Services: which backends stand behind an address and a port. */
+#include "address.h"
+
+/* Who asks; the address is zero for NodePorts. */
+enum service_scope {
+	SCOPE_CLUSTER = 0, /* sockets: ClusterIPs and external IPs */
+	SCOPE_NODE = 1,	   /* sockets: NodePorts, at one of the node's addresses */
+	SCOPE_OUTSIDE = 2, /* the uplink: NodePorts and external IPs */
+};
+
+struct service_key {
+	struct address_key address;
+	__be16 port;
+	__u8 protocol;
+	__u8 scope;
+};
+
+/* struct service_entry.flags */
+#define SERVICE_HAS_MEMBERS 1 /* members tells which backends live: affinity and UDP */
+
+struct service_entry {
+	__u32 id;
+	__u32 generation;
+	__u32 backends;	    /* slots 0 to backends - 1 of this generation */
+	__u32 affinity_s;   /* 0: none */
+	__u32 maglev_first; /* scope OUTSIDE: where its places begin */
+	__u32 flags;
+};
+
+BPF_F_TABLE("hash", struct service_key, struct service_entry, services, 131072, BPF_F_NO_PREALLOC);
+
+struct backend_key {
+	__u32 service;
+	__u32 generation;
+	__u32 slot;
+};
+
+struct backend_entry {
+	struct address_key address;
+	__be16 port;
+	__u16 pad;
+};
+
+BPF_F_TABLE("hash", struct backend_key, struct backend_entry, backends, 524288, BPF_F_NO_PREALLOC);
+
+struct member_key {
+	struct address_key address;
+	__u32 service;
+	__be16 port;
+	__u16 pad;
+};
+
+#define MEMBER_READY	   1
+#define MEMBER_TERMINATING 2 /* keeps its flows, gets no new ones */
+
+BPF_F_TABLE("hash", struct member_key, __u32, members, 131072, BPF_F_NO_PREALLOC);
+
+/* Each place is the slot of a backend; node.maglev_size places for each service of scope OUTSIDE.
+ */
+BPF_F_TABLE("array", __u32, __u32, maglev, 261376, 0);
+
+/* Which backend a client had: sessionAffinity ClientIP. Sockets' clients are their namespaces. */
+struct affinity_key {
+	struct address_key client; /* sockets: the namespace's cookie in the last two words */
+	__u32 service;
+};
+
+struct affinity_entry {
+	struct address_key address;
+	__be16 port;
+	__u16 pad[3];
+	__u64 last_used_ns;
+};
+
+BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity_entry, affinity, 65536, 0);
+
+/* What a socket called the backend that it talks to, for recvmsg and getpeername. */
+struct socket_key {
+	__u64 cookie;
+	struct address_key backend;
+	__be16 port;
+	__u8 protocol;
+	__u8 pad[5];
+};
+
+struct socket_entry {
+	struct address_key address; /* of the service */
+	__be16 port;
+	__u16 pad;
+	__u32 service;
+};
+
+BPF_F_TABLE("lru_hash", struct socket_key, struct socket_entry, sockets, 65536, 0);
+
+/* The backend that an unconnected datagram socket got for a service: key as above, with the
+ * service's. */
+BPF_F_TABLE("lru_hash", struct socket_key, struct socket_entry, socket_flows, 65536, 0);
+
+/* Network namespaces whose sockets see services, by cookie; the attachment, or 0 for the host. */
+BPF_F_TABLE("hash", __u64, __u32, namespaces, 8192, 0);

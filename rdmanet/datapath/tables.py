@@ -1,0 +1,120 @@
+"""Tables of the maps for flows, policy and services, beside their C structs; and those of all maps.
+
+As in ``layout``: numbers in the host's byte order, ports (``2s``) in the network's, addresses as address keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rdmanet.datapath import layout
+from rdmanet.datapath.layout import ADDRESS_KEY, U32, U64, StructTable
+
+FLOW_KEY = StructTable(
+    "flow_key",
+    ("low", "16s"),
+    ("high", "16s"),
+    ("low_port", "2s"),
+    ("high_port", "2s"),
+    ("protocol", "B"),
+    ("pad", "3x"),
+)
+FLOW = StructTable(
+    "flow_entry",
+    ("created_ns", "Q"),
+    ("last_seen_ns", "Q"),
+    ("translated", "16s"),
+    ("origin", "I"),
+    ("target", "I"),
+    ("slot", "I"),
+    ("epoch", "I"),
+    ("translated_port", "2s"),
+    ("flags", "B"),
+    ("closing", "B"),
+    ("pad", "4x"),
+)
+FRAGMENT_KEY = StructTable(
+    "fragment_key",
+    ("source", "16s"),
+    ("destination", "16s"),
+    ("identification", "I"),
+    ("protocol", "B"),
+    ("pad", "3x"),
+)
+FRAGMENT = StructTable(
+    "fragment_entry",
+    ("source_port", "2s"),
+    ("destination_port", "2s"),
+    ("destination_qpn", "I"),
+    ("flags", "B"),
+    ("pad", "3x"),
+)
+PREFIX_KEY = StructTable("prefix_key", ("bits", "I"), ("address", "16s"))
+POLICY_KEY = StructTable(
+    "policy_key",
+    ("bits", "I"),
+    ("set", "I"),
+    ("peer", "I"),
+    ("protocol", "B"),
+    ("pad", "x"),
+    ("port", "2s"),
+)
+SERVICE_KEY = StructTable("service_key", ("address", "16s"), ("port", "2s"), ("protocol", "B"), ("scope", "B"))
+SERVICE = StructTable(
+    "service_entry",
+    ("id", "I"),
+    ("generation", "I"),
+    ("backends", "I"),
+    ("affinity_s", "I"),
+    ("maglev_first", "I"),
+    ("flags", "I"),
+)
+BACKEND_KEY = StructTable("backend_key", ("service", "I"), ("generation", "I"), ("slot", "I"))
+BACKEND = StructTable("backend_entry", ("address", "16s"), ("port", "2s"), ("pad", "2x"))
+MEMBER_KEY = StructTable("member_key", ("address", "16s"), ("service", "I"), ("port", "2s"), ("pad", "2x"))
+AFFINITY_KEY = StructTable("affinity_key", ("client", "16s"), ("service", "I"))
+AFFINITY = StructTable("affinity_entry", ("address", "16s"), ("port", "2s"), ("pad", "6x"), ("last_used_ns", "Q"))
+SOCKET_KEY = StructTable(
+    "socket_key", ("cookie", "Q"), ("backend", "16s"), ("port", "2s"), ("protocol", "B"), ("pad", "5x")
+)
+SOCKET = StructTable("socket_entry", ("address", "16s"), ("port", "2s"), ("pad", "2x"), ("service", "I"))
+EVENT = StructTable(
+    "event",
+    ("time_ns", "Q"),
+    ("source", "16s"),
+    ("destination", "16s"),
+    ("translated", "16s"),
+    ("kind", "I"),
+    ("reason", "I"),
+    ("attachment", "I"),
+    ("peer", "I"),
+    ("bytes", "I"),
+    ("source_port", "2s"),
+    ("destination_port", "2s"),
+    ("translated_port", "2s"),
+    ("protocol", "B"),
+    ("direction", "B"),
+    ("hook", "B"),
+    ("tcp_flags", "B"),
+    ("pad", "2x"),
+)
+
+#: Key and value of every map of entries.
+MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
+    **layout.MAPS,
+    "flows": (FLOW_KEY, FLOW),
+    "flow_counts": (U32, U64),
+    "fragments": (FRAGMENT_KEY, FRAGMENT),
+    "prefixes": (PREFIX_KEY, U32),
+    "policy": (POLICY_KEY, U32),
+    "node_addresses": (ADDRESS_KEY, U32),
+    "services": (SERVICE_KEY, SERVICE),
+    "backends": (BACKEND_KEY, BACKEND),
+    "members": (MEMBER_KEY, U32),
+    "maglev": (U32, U32),
+    "affinity": (AFFINITY_KEY, AFFINITY),
+    "sockets": (SOCKET_KEY, SOCKET),
+    "socket_flows": (SOCKET_KEY, SOCKET),
+    "namespaces": (U64, U32),
+    "events_lost": (U32, U64),
+}

@@ -1,0 +1,1 @@
+"""Kubernetes objects that people give the node: values, reading them from documents, keeping them."""
