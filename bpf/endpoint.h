@@ -132,7 +132,7 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct node_entr
 	__u32 ifindex = endpoint->ifindex;
 
 	if (set_ethernet(skb, endpoint->mac, config->gateway_mac))
-		return drop(endpoint->attachment, DROP_MALFORMED);
+		return drop(skb, endpoint->attachment, DROP_MALFORMED);
 	/*
 	 * The receiver's stack ignores what the sending side's device took for another host's.
 	 * redirect_peer sets the type itself since kernel commit c43272299488 (6.15).
@@ -150,6 +150,6 @@ static __always_inline int deliver_to_host(struct __sk_buff *skb, const struct n
 					   __u32 attachment, const __u8 *source)
 {
 	if (set_ethernet(skb, config->gateway_mac, source))
-		return drop(attachment, DROP_MALFORMED);
+		return drop(skb, attachment, DROP_MALFORMED);
 	return bpf_redirect(config->host_ifindex, BPF_F_INGRESS);
 }

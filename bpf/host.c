@@ -16,31 +16,31 @@ int host(struct __sk_buff *skb)
 	int reason;
 
 	if (!config)
-		return drop(0, DROP_NO_NODE);
+		return drop(skb, 0, DROP_NO_NODE);
 	reason = parse_ethernet(skb, &packet);
 	if (reason)
-		return drop(0, reason);
+		return drop(skb, 0, reason);
 	if (packet.ethertype != ETH_P_IP && packet.ethertype != ETH_P_IPV6)
-		return drop(0, DROP_NOT_IP);
+		return drop(skb, 0, DROP_NOT_IP);
 	reason = parse_network(skb, &packet);
 	if (reason)
-		return drop(0, reason);
+		return drop(skb, 0, reason);
 	if ((packet.flags & IS_TO_GROUP) || address_is_group(&packet.destination))
-		return drop(0, DROP_MULTICAST);
+		return drop(skb, 0, DROP_MULTICAST);
 	if (address_is_local_scope(&packet.destination, packet.family))
-		return drop(0, DROP_NO_ROUTE);
+		return drop(skb, 0, DROP_NO_ROUTE);
 	reason = parse_transport(skb, &packet);
 	if (reason)
-		return drop(0, reason);
+		return drop(skb, 0, reason);
 
 	endpoint = endpoints.lookup(&packet.destination);
 	if (!endpoint)
-		return drop(0, DROP_NO_ENDPOINT);
+		return drop(skb, 0, DROP_NO_ENDPOINT);
 	roce = packet.flags & IS_ROCE;
 	if (roce) {
 		reason = guard_judge(skb, &packet, HAS_DEVICE, endpoint->flags);
 		if (reason)
-			return drop(endpoint->attachment, reason);
+			return drop(skb, endpoint->attachment, reason);
 	}
 	count(skb, endpoint->slot, TO_POD, roce);
 	return deliver(skb, config, endpoint);

@@ -26,7 +26,7 @@ static __always_inline int pod_to_host(struct __sk_buff *skb, const struct packe
 	bool roce = packet->flags & IS_ROCE;
 
 	if (roce && (attachment->flags & ENFORCE))
-		return drop(attachment->id, DROP_ROCE_UNLEASED);
+		return drop(skb, attachment->id, DROP_ROCE_UNLEASED);
 	count(skb, attachment->slot, FROM_POD, roce);
 	return deliver_to_host(skb, config, attachment->id, attachment->mac);
 }
@@ -60,7 +60,7 @@ static __always_inline int pod_to_outside(struct __sk_buff *skb, const struct pa
 	bool roce = packet->flags & IS_ROCE;
 
 	if (!uplink)
-		return drop(attachment->id, DROP_NOT_UPLINK);
+		return drop(skb, attachment->id, DROP_NOT_UPLINK);
 	/* The stack answers with time exceeded. */
 	if (packet->hop_limit <= 1)
 		return pod_to_host(skb, packet, config, attachment);
@@ -70,15 +70,15 @@ static __always_inline int pod_to_outside(struct __sk_buff *skb, const struct pa
 		/* Its answers would come in as RoCE: port 4791 is only ever a destination. */
 		if (roce || (packet->protocol == IPPROTO_UDP &&
 			     packet->source_port == bpf_htons(ROCE_PORT)))
-			return drop(attachment->id, DROP_ROCE_NAT);
+			return drop(skb, attachment->id, DROP_ROCE_NAT);
 		reason = nat_outbound(skb, packet, config, uplink, attachment->id);
 		if (reason)
-			return drop(attachment->id, reason);
+			return drop(skb, attachment->id, reason);
 	} else if (roce && (attachment->flags & ENFORCE)) {
-		return drop(attachment->id, DROP_ROCE_UNLEASED);
+		return drop(skb, attachment->id, DROP_ROCE_UNLEASED);
 	}
 	if (decrement_hop_limit(skb, packet))
-		return drop(attachment->id, DROP_MALFORMED);
+		return drop(skb, attachment->id, DROP_MALFORMED);
 	count(skb, attachment->slot, FROM_POD, roce);
 	__builtin_memcpy(next_hop.ipv6_nh, fib->ipv6_dst, sizeof(next_hop.ipv6_nh));
 	return redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
@@ -111,7 +111,7 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		if (fib.ifindex == config->host_ifindex)
-			return drop(attachment->id, DROP_NO_ENDPOINT);
+			return drop(skb, attachment->id, DROP_NO_ENDPOINT);
 		return pod_to_outside(skb, packet, config, attachment, &fib);
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		/* The host's own address; or no route at all, and the stack tells the pod so. */
@@ -123,9 +123,9 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 		 */
 		if (packet->flags & DONT_FRAGMENT)
 			return pod_to_host(skb, packet, config, attachment);
-		return drop(attachment->id, DROP_FRAGMENT);
+		return drop(skb, attachment->id, DROP_FRAGMENT);
 	default:
-		return drop(attachment->id, DROP_NO_ROUTE);
+		return drop(skb, attachment->id, DROP_NO_ROUTE);
 	}
 }
 
@@ -137,16 +137,16 @@ int outside(struct __sk_buff *skb)
 	int reason;
 
 	if (!config)
-		return drop(0, DROP_NO_NODE);
+		return drop(skb, 0, DROP_NO_NODE);
 	attachment = attachment_lookup(skb->ifindex);
 	if (!attachment)
-		return drop(0, DROP_NO_ATTACHMENT);
+		return drop(skb, 0, DROP_NO_ATTACHMENT);
 	reason = parse_ethernet(skb, &packet);
 	if (!reason)
 		reason = parse_network(skb, &packet);
 	if (!reason)
 		reason = parse_transport(skb, &packet);
 	if (reason)
-		return drop(attachment->id, reason);
+		return drop(skb, attachment->id, reason);
 	return pod_route(skb, &packet, config, attachment);
 }

@@ -45,17 +45,17 @@ static __always_inline int pod_arp(struct __sk_buff *skb, const struct attachmen
 	__be32 address;
 
 	if (bpf_skb_load_bytes(skb, NETWORK_OFFSET, &arp, sizeof(arp)))
-		return drop(attachment->id, DROP_MALFORMED);
+		return drop(skb, attachment->id, DROP_MALFORMED);
 	if (arp.hardware != bpf_htons(ARPHRD_ETHER) || arp.protocol != bpf_htons(ETH_P_IP) ||
 	    arp.hardware_bytes != 6 || arp.protocol_bytes != 4 ||
 	    (arp.operation != bpf_htons(ARPOP_REQUEST) && arp.operation != bpf_htons(ARPOP_REPLY)))
-		return drop(attachment->id, DROP_MALFORMED);
+		return drop(skb, attachment->id, DROP_MALFORMED);
 	if (!mac_equal(arp.sender_mac, attachment->mac))
-		return drop(attachment->id, DROP_SPOOFED_MAC);
+		return drop(skb, attachment->id, DROP_SPOOFED_MAC);
 	__builtin_memcpy(&address, arp.sender_address, 4);
 	address_map(&sender, address);
 	if (!address_equal(&sender, &attachment->ipv4))
-		return drop(attachment->id, DROP_SPOOFED_ADDRESS);
+		return drop(skb, attachment->id, DROP_SPOOFED_ADDRESS);
 	return TC_ACT_OK;
 }
 
@@ -80,12 +80,12 @@ static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet
 
 	/* Its own stack keeps such packets inside; what comes out was made by hand. */
 	if (endpoint->ifindex == skb->ifindex)
-		return drop(attachment->id, DROP_NO_ROUTE);
+		return drop(skb, attachment->id, DROP_NO_ROUTE);
 	if (roce) {
 		int reason = guard_judge(skb, packet, attachment->flags, endpoint->flags);
 
 		if (reason)
-			return drop(attachment->id, reason);
+			return drop(skb, attachment->id, reason);
 	}
 	count(skb, attachment->slot, FROM_POD, roce);
 	count(skb, endpoint->slot, TO_POD, roce);
@@ -101,51 +101,51 @@ int pod(struct __sk_buff *skb)
 	int reason, verdict;
 
 	if (!config)
-		return drop(0, DROP_NO_NODE);
+		return drop(skb, 0, DROP_NO_NODE);
 	attachment = attachment_lookup(skb->ifindex);
 	if (!attachment)
-		return drop(0, DROP_NO_ATTACHMENT);
+		return drop(skb, 0, DROP_NO_ATTACHMENT);
 	if (usual(skb, config, attachment, &verdict))
 		return verdict;
 
 	__builtin_memset(&packet, 0, sizeof(packet));
 	reason = parse_ethernet(skb, &packet);
 	if (reason)
-		return drop(attachment->id, reason);
+		return drop(skb, attachment->id, reason);
 	if (!mac_equal(packet.source_mac, attachment->mac))
-		return drop(attachment->id, DROP_SPOOFED_MAC);
+		return drop(skb, attachment->id, DROP_SPOOFED_MAC);
 	if (packet.ethertype == ETHERTYPE_ARP)
 		return pod_arp(skb, attachment);
 	if (packet.ethertype != ETH_P_IP && packet.ethertype != ETH_P_IPV6)
-		return drop(attachment->id, DROP_NOT_IP);
+		return drop(skb, attachment->id, DROP_NOT_IP);
 	/*
 	 * Router solicitations and multicast listener reports come from addresses that are not the
 	 * attachment's.
 	 */
 	if (packet.flags & IS_TO_GROUP)
-		return drop(attachment->id, DROP_MULTICAST);
+		return drop(skb, attachment->id, DROP_MULTICAST);
 
 	reason = parse_network(skb, &packet);
 	if (reason)
-		return drop(attachment->id, reason);
+		return drop(skb, attachment->id, reason);
 	if (!pod_owns_source(&packet, attachment))
-		return drop(attachment->id, DROP_SPOOFED_ADDRESS);
+		return drop(skb, attachment->id, DROP_SPOOFED_ADDRESS);
 	endpoint = near_endpoint_lookup(&packet.destination, packet.family);
 	/* What a pod has is neither a group nor local. */
 	if (!endpoint) {
 		if (address_is_group(&packet.destination))
-			return drop(attachment->id, DROP_MULTICAST);
+			return drop(skb, attachment->id, DROP_MULTICAST);
 		if (address_is_local_scope(&packet.destination, packet.family))
-			return drop(attachment->id, DROP_NO_ROUTE);
+			return drop(skb, attachment->id, DROP_NO_ROUTE);
 	}
 	reason = parse_transport(skb, &packet);
 	if (reason)
-		return drop(attachment->id, reason);
+		return drop(skb, attachment->id, reason);
 	if (packet.flags & IS_ROCE) {
 		if (!(attachment->flags & HAS_DEVICE))
-			return drop(attachment->id, DROP_ROCE_NO_DEVICE);
+			return drop(skb, attachment->id, DROP_ROCE_NO_DEVICE);
 		if (set_traffic_class(skb, &packet, attachment->traffic_class))
-			return drop(attachment->id, DROP_MALFORMED);
+			return drop(skb, attachment->id, DROP_MALFORMED);
 	}
 
 	if (!endpoint)
@@ -153,5 +153,5 @@ int pod(struct __sk_buff *skb)
 	if (endpoint)
 		return pod_to_pod(skb, &packet, config, attachment, endpoint);
 	programs.call(skb, HOOK_OUTSIDE);
-	return drop(attachment->id, DROP_NO_PROGRAM);
+	return drop(skb, attachment->id, DROP_NO_PROGRAM);
 }

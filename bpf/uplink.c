@@ -43,7 +43,7 @@ int uplink(struct __sk_buff *skb)
 
 	reason = nat_rewrite(skb, &packet, false, &flow.address, flow.port);
 	if (reason)
-		return drop(endpoint->attachment, reason);
+		return drop(skb, endpoint->attachment, reason);
 	count(skb, endpoint->slot, TO_POD, false);
 	return deliver(skb, config, endpoint);
 }

@@ -13,8 +13,8 @@ Work = Callable[[], Figure]
 
 
 class Place(enum.StrEnum):
-    """The running kernel, whatever RDMA it has; or a mode of the RDMA subsystem and a kernel: one that can give pods rxe
-    devices of their own, or the distribution's, which need not."""
+    """The running kernel, whatever RDMA it has; or a mode of the RDMA subsystem and a kernel: one that can give pods
+    rxe devices of their own, or the distribution's, which need not."""
 
     HOST = "host"
     SHARED = "shared"

@@ -52,7 +52,7 @@ class ObjectKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """Labels for namespace selectors; ``kubernetes.io/metadata.name`` is always among them, as the API server adds it."""
+    """Labels for namespace selectors; ``kubernetes.io/metadata.name`` is always among them: the API server adds it."""
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -196,8 +196,8 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class NetworkPolicy:
-    """Selects pods of its namespace. None: does not select for this direction (policyTypes); an empty tuple: selects and
-    allows nothing."""
+    """Selects pods of its namespace. None: does not select for this direction (policyTypes); an empty tuple: selects
+    and allows nothing."""
 
     namespace: str
     name: str
