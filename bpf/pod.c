@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
 /* tc ingress of the host's end of a pod's veth pair: everything that a pod sends. */
-#include <uapi/linux/if_arp.h>
 #include <uapi/linux/in.h>
 #include "counters.h"
 #include "drop.h"
@@ -10,54 +9,13 @@
 #include "guard.h"
 #include "hook.h"
 #include "monitor.h"
+#include "neighbour.h"
 #include "node.h"
 #include "packet.h"
 #include "policy.h"
 #include "service.h"
 #include "traffic_class.h"
 #include "usual.h"
-
-/* ARP for Ethernet and IPv4 (RFC 826). */
-struct arp_packet {
-	__be16 hardware;
-	__be16 protocol;
-	__u8 hardware_bytes;
-	__u8 protocol_bytes;
-	__be16 operation;
-	__u16 sender_mac[3];
-	__u8 sender_address[4];
-	__u8 target_mac[6];
-	__u8 target_address[4];
-};
-
-static __always_inline bool mac_equal(const __u16 *a, const void *mac)
-{
-	const __u16 *b = mac;
-
-	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]));
-}
-
-/* The stack answers the pod's ARP, if the pod says nothing but the truth about itself. */
-static __always_inline int pod_arp(struct __sk_buff *skb, const struct attachment_entry *attachment)
-{
-	struct arp_packet arp;
-	struct address_key sender;
-	__be32 address;
-
-	if (bpf_skb_load_bytes(skb, NETWORK_OFFSET, &arp, sizeof(arp)))
-		return drop(skb, attachment->id, DROP_MALFORMED);
-	if (arp.hardware != bpf_htons(ARPHRD_ETHER) || arp.protocol != bpf_htons(ETH_P_IP) ||
-	    arp.hardware_bytes != 6 || arp.protocol_bytes != 4 ||
-	    (arp.operation != bpf_htons(ARPOP_REQUEST) && arp.operation != bpf_htons(ARPOP_REPLY)))
-		return drop(skb, attachment->id, DROP_MALFORMED);
-	if (!mac_equal(arp.sender_mac, attachment->mac))
-		return drop(skb, attachment->id, DROP_SPOOFED_MAC);
-	__builtin_memcpy(&address, arp.sender_address, 4);
-	address_map(&sender, address);
-	if (!address_equal(&sender, &attachment->ipv4))
-		return drop(skb, attachment->id, DROP_SPOOFED_ADDRESS);
-	return TC_ACT_OK;
-}
 
 static __always_inline bool pod_owns_source(const struct packet *packet,
 					    const struct attachment_entry *attachment)
@@ -115,9 +73,11 @@ int pod(struct __sk_buff *skb)
 	if (!mac_equal(packet.source_mac, attachment->mac))
 		return drop(skb, attachment->id, DROP_SPOOFED_MAC);
 	if (packet.ethertype == ETHERTYPE_ARP)
-		return pod_arp(skb, attachment);
+		return neighbour_arp(skb, config, attachment);
 	if (packet.ethertype != ETH_P_IP && packet.ethertype != ETH_P_IPV6)
 		return drop(skb, attachment->id, DROP_NOT_IP);
+	if (packet.ethertype == ETH_P_IPV6 && is_neighbour_discovery(skb))
+		return neighbour_discovery(skb, &packet, config, attachment);
 	/*
 	 * Router solicitations and multicast listener reports come from addresses that are not the
 	 * attachment's.

@@ -10,6 +10,7 @@ import ctypes
 import ipaddress
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -254,6 +255,8 @@ class Lab:
             self.host.sysctl(f"{family}/conf/rdmanet0/forwarding", "1")
         self.datapath.configure(NodeEntry(GATEWAY_MAC, self.host_ifindex, True, FIRST_PORT, LAST_PORT))
         self.datapath.set_uplink(self.uplink_ifindex, UplinkEntry(address_key(UPLINK[4]), address_key(UPLINK[6])))
+        for own in (*GATEWAYS.values(), *UPLINK.values()):
+            bpf.update(self.map("node_addresses"), address_key(own), struct.pack("=I", 1))
 
     def add_pod(self, *, device: bool = False, enforce: bool = False, mtu_bytes: int = 1500) -> Pod:
         """A pod with both families, its veth pair, filter and map entries."""

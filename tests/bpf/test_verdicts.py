@@ -13,7 +13,6 @@ from rdmanet.model import address_key
 from tests.bpf import bench as benches
 from tests.bpf import lab, packets
 from tests.bpf.bench import (
-    OK,
     REDIRECT,
     SHOT,
     UNSPEC,
@@ -109,15 +108,6 @@ def test_without_masquerading_packets_leave_as_they_are(bench: Bench, version: i
     assert outcome.counters == {(bench.train_0.id, "from_pod", "roce"): 1}
 
 
-@pytest.mark.parametrize("operation", [1, 2], ids=["request", "reply"])
-def test_arp_about_itself_goes_to_the_stack(bench: Bench, operation: int) -> None:
-    web = bench.web
-    body = packets.arp(operation, web.mac, web.addresses[4], GATEWAYS[4])
-    frame = packets.ethernet(b"\xff" * 6, web.mac, packets.ETHERTYPE_ARP, body)
-    outcome = bench.from_pod(web, frame)
-    assert (outcome.verdict, outcome.frame, outcome.drops) == (OK, frame, {})
-
-
 @dataclass(frozen=True)
 class Dropped:
     """A frame from a pod that is dropped for a reason."""
@@ -138,10 +128,12 @@ def _toward(destinations: dict[int, str], version: int) -> Callable[[Bench], byt
     return _web(lambda web, bench: to(web, destinations[version], version))
 
 
-def _arp(mac: bytes | None = None, address: str | None = None, operation: int = 1) -> Callable[[Bench], bytes]:
+def _arp(
+    mac: bytes | None = None, address: str | None = None, operation: int = 1, target: str = GATEWAYS[4]
+) -> Callable[[Bench], bytes]:
     def build(bench: Bench) -> bytes:
         web = bench.web
-        body = packets.arp(operation, mac or web.mac, address or web.addresses[4], GATEWAYS[4])
+        body = packets.arp(operation, mac or web.mac, address or web.addresses[4], target)
         return packets.ethernet(b"\xff" * 6, web.mac, packets.ETHERTYPE_ARP, body)
 
     return build
@@ -203,6 +195,8 @@ DROPPED = [
     Dropped("spoofed_mac", "ARP for another MAC", _arp(mac=b"\x02\0\0\0\0\x09")),
     Dropped("spoofed_address", "ARP for another address", _arp(address="10.90.0.1")),
     Dropped("spoofed_address", "ARP probe", _arp(address="0.0.0.0")),
+    Dropped("neighbour", "an ARP reply", _arp(operation=2)),
+    Dropped("neighbour", "ARP for a pod", _arp(target="10.90.0.7")),
     Dropped("malformed", "RARP's operation", _arp(operation=3)),
     Dropped("malformed", "ARP cut short", lambda b: _arp()(b)[:41]),
     Dropped("not_ip", "LLDP", _raw(0x88CC, bytes(46))),
