@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -170,6 +171,7 @@ class Attachment:
     service_level: int = 0
     pod_uid: str | None = None  # Kubernetes'
     cgroup: PodCgroup | None = None  # None: not known (yet)
+    labels: Mapping[str, str] = field(default_factory=dict)  # args.cni.labels; those of a Pod object come before them
     result: dict[str, object] = field(default_factory=dict)  # the CNI result as 1.1.0, empty until ready
 
     @property

@@ -14,11 +14,11 @@ import ipaddress
 import json
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
+from rdmanet.database import Database
 from rdmanet.errors import ConflictError, StateError
 from rdmanet.model import (
     Attachment,
@@ -36,7 +36,7 @@ from rdmanet.model import (
     pod_mac,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -62,6 +62,7 @@ CREATE TABLE attachments (
     service_level INTEGER NOT NULL DEFAULT 0,
     pod_uid TEXT,
     cgroup TEXT,
+    labels TEXT NOT NULL DEFAULT '{}',
     UNIQUE (container_id, ifname)
 ) STRICT;
 CREATE TABLE addresses (
@@ -80,93 +81,25 @@ ALTER TABLE attachments ADD COLUMN traffic_class INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE attachments ADD COLUMN service_level INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE attachments ADD COLUMN pod_uid TEXT;
 ALTER TABLE attachments ADD COLUMN cgroup TEXT;
-"""
+""",
+    3: """
+ALTER TABLE attachments ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
+""",
 }
 
 _COLUMNS = (
     "id, container_id, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name, state, mac, mtu_bytes,"
-    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup"
+    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup, labels"
 )
 
 
-class Store:
+class Store(Database):
     """One database file. ``close`` when done."""
 
-    def __init__(self, path: Path):
-        self._lock = threading.RLock()
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with ExitStack() as opening:
-                self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
-                opening.callback(self._db.close)
-                self._db.row_factory = sqlite3.Row
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.execute("PRAGMA foreign_keys=ON")
-                path.chmod(0o600)
-                self._migrate()
-                opening.pop_all()
-        except (sqlite3.Error, OSError) as error:
-            raise StateError(
-                f"The agent's database {path} is not usable: {error}. If it is damaged, stop the agent, move the"
-                f" file away, and let the"
-                " runtime re-create the pods.",
-                operation="open",
-                subject=str(path),
-            ) from error
-
-    def _migrate(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StateError(
-                f"The agent's database {self.path} was written by a newer rdmanet (schema {version}, this one knows"
-                f" {SCHEMA_VERSION});"
-                " install that version again.",
-                operation="open",
-                subject=str(self.path),
-            )
-        if version == 0:
-            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-            return
-        for following in range(version + 1, SCHEMA_VERSION + 1):
-            self._db.executescript(f"BEGIN;{_MIGRATIONS[following]}PRAGMA user_version={following};COMMIT;")
-
-    def close(self) -> None:
-        """Closes the database; the write-ahead log is folded in."""
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
-                self._db.execute("COMMIT")
-            except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
-                if isinstance(error, sqlite3.IntegrityError):
-                    raise
-                raise StateError(
-                    f"The agent's database {self.path} cannot be written: {error}. Check free space and permissions.",
-                    operation="commit",
-                    subject=str(self.path),
-                ) from error
-
-    def _rows(self, query: str, parameters: tuple[object, ...] = ()) -> list[sqlite3.Row]:
-        with self._lock:
-            try:
-                return self._db.execute(query, parameters).fetchall()
-            except sqlite3.DatabaseError as error:
-                raise StateError(
-                    f"The agent's database {self.path} cannot be read: {error}.",
-                    operation="read",
-                    subject=str(self.path),
-                ) from error
+    SCHEMA = _SCHEMA
+    VERSION = SCHEMA_VERSION
+    MIGRATIONS = _MIGRATIONS
+    ADVICE = "stop the agent, move the file away, and let the runtime re-create the pods"
 
     # Attachments
 
@@ -182,7 +115,7 @@ class Store:
                     "INSERT INTO attachments (container_id, ifname, network, netns, netns_dev, netns_ino,"
                     " pod_namespace,"
                     " pod_name, state, mac, mtu_bytes, wants_rdma, guard, max_leases, traffic_class, service_level,"
-                    " pod_uid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    " pod_uid, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         attachment.container_id,
                         attachment.ifname,
@@ -201,6 +134,7 @@ class Store:
                         attachment.traffic_class,
                         attachment.service_level,
                         attachment.pod_uid,
+                        json.dumps(dict(attachment.labels)),
                     ),
                 )
                 number = int(cursor.lastrowid or 0)
@@ -337,6 +271,7 @@ def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
         service_level=row["service_level"],
         pod_uid=row["pod_uid"],
         cgroup=PodCgroup(**json.loads(row["cgroup"])) if row["cgroup"] else None,
+        labels=json.loads(row["labels"]),
     )
 
 

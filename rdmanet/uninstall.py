@@ -70,7 +70,8 @@ def _remove(
 def _remove_files(config: Config) -> None:
     """Removes what agents wrote, by name: the directories are the configuration's and may hold other people's files."""
     state_dir = config.agent.state_dir
-    files = [config.agent.socket, *(state_dir / f"state.db{suffix}" for suffix in ("", "-wal", "-shm"))]
+    databases = [f"{name}{suffix}" for name in ("state.db", "objects.db") for suffix in ("", "-wal", "-shm")]
+    files = [config.agent.socket, *(state_dir / name for name in databases)]
     if (state_dir / "pending").is_dir():
         files += (state_dir / "pending").iterdir()
     for path in (*files, state_dir / "agent.lock"):

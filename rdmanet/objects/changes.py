@@ -35,4 +35,5 @@ class Watcher(Protocol):
         be carried out (two services with one address, a full map). Has no effects: other watchers may still refuse."""
 
     def objects_changed(self, changes: Changes) -> None:
-        """After the commit. Raises KernelError where the kernel refuses; the rows stay, and the next start tries again."""
+        """After the commit. Raises KernelError where the kernel refuses: the rows stay, and the same changes come again
+        with the next ones, or at the next start."""
