@@ -65,11 +65,12 @@ class MapInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProgramInfo:
-    """struct bpf_prog_info, as far as adoption needs it."""
+    """struct bpf_prog_info, as far as adoption and tests need it."""
 
     type: int
     id: int
     name: str
+    verified_instructions: int  # that the verifier went through; it gives up at a million
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +290,8 @@ def program_info(descriptor: int) -> ProgramInfo:
     raw = _info(descriptor, 232)
     type_, id_ = struct.unpack_from("=II", raw)
     (name,) = struct.unpack_from("=16s", raw, 64)
-    return ProgramInfo(type_, id_, _text(name))
+    (verified,) = struct.unpack_from("=I", raw, 216)  # Linux 5.16, aba64c7da983
+    return ProgramInfo(type_, id_, _text(name), verified)
 
 
 def run_program(descriptor: int, packet: bytes, context: bytes = b"", repeat: int = 1) -> Run:
