@@ -46,7 +46,7 @@ struct drop_key {
 /* Not preallocated: 4096 attachments times 20 reasons, of which few ever occur. */
 BPF_F_TABLE("percpu_hash", struct drop_key, __u64, drops, 81920, BPF_F_NO_PREALLOC);
 
-static __always_inline int drop(struct __sk_buff *skb, __u32 attachment, enum drop_reason reason)
+static __always_inline void count_drop(__u32 attachment, enum drop_reason reason)
 {
 	struct drop_key key = {.attachment = attachment, .reason = reason};
 	__u64 one = 1;
@@ -56,5 +56,10 @@ static __always_inline int drop(struct __sk_buff *skb, __u32 attachment, enum dr
 		*packets += 1;
 	else
 		drops.update(&key, &one);
+}
+
+static __always_inline int drop(struct __sk_buff *skb, __u32 attachment, enum drop_reason reason)
+{
+	count_drop(attachment, reason);
 	return TC_ACT_SHOT;
 }

@@ -99,3 +99,85 @@ BPF_F_TABLE("lru_hash", struct socket_key, struct socket_entry, socket_flows, 65
 
 /* Network namespaces whose sockets see services, by cookie; the attachment, or 0 for the host. */
 BPF_F_TABLE("hash", __u64, __u32, namespaces, 8192, 0);
+
+static __always_inline struct service_entry *service_lookup(const struct address_key *address,
+							    __be16 port, __u8 protocol, __u8 scope)
+{
+	struct service_key key = {
+		.address = *address, .port = port, .protocol = protocol, .scope = scope};
+
+	return services.lookup(&key);
+}
+
+/* As service_lookup, of a NodePort: the address is zero, and only its family counts. */
+static __always_inline struct service_entry *
+service_lookup_node_port(const struct address_key *address, __be16 port, __u8 protocol, __u8 scope)
+{
+	struct address_key zero = {};
+
+	if (address_is_mapped(address))
+		address_map(&zero, 0);
+	return service_lookup(&zero, port, protocol, scope);
+}
+
+/* MEMBER_READY, MEMBER_TERMINATING, or 0: gone, or a service whose members are not told. */
+static __always_inline __u32 member_state(const struct service_entry *service,
+					  const struct address_key *address, __be16 port)
+{
+	struct member_key key = {.address = *address, .service = service->id, .port = port};
+	__u32 *state;
+
+	if (!(service->flags & SERVICE_HAS_MEMBERS))
+		return 0;
+	state = members.lookup(&key);
+	return state ? *state : 0;
+}
+
+/* The backend that the client had, as long as it takes new flows and the time has not run out. */
+static __always_inline bool affinity_backend(const struct service_entry *service,
+					     const struct address_key *client,
+					     struct backend_entry *backend)
+{
+	struct affinity_key key = {.client = *client, .service = service->id};
+	__u64 now_ns = bpf_ktime_get_ns();
+	struct affinity_entry *entry = affinity.lookup(&key);
+
+	if (!entry || now_ns > entry->last_used_ns + service->affinity_s * 1000000000ULL)
+		return false;
+	backend->address = entry->address;
+	backend->port = entry->port;
+	if (member_state(service, &backend->address, backend->port) != MEMBER_READY)
+		return false;
+	entry->last_used_ns = now_ns;
+	return true;
+}
+
+static __always_inline void affinity_remember(const struct service_entry *service,
+					      const struct address_key *client,
+					      const struct backend_entry *backend)
+{
+	struct affinity_key key = {.client = *client, .service = service->id};
+	struct affinity_entry entry = {.address = backend->address,
+				       .port = backend->port,
+				       .last_used_ns = bpf_ktime_get_ns()};
+
+	affinity.update(&key, &entry);
+}
+
+/*
+ * The backend of a slot, for a flow to an address of that family. False where there is none: the
+ * service may have another generation by now.
+ */
+static __always_inline bool service_backend(const struct service_entry *service, __u32 slot,
+					    const struct address_key *address,
+					    struct backend_entry *backend)
+{
+	struct backend_key key = {
+		.service = service->id, .generation = service->generation, .slot = slot};
+	struct backend_entry *found = backends.lookup(&key);
+
+	if (!found || address_is_mapped(&found->address) != address_is_mapped(address))
+		return false;
+	*backend = *found;
+	return true;
+}

@@ -25,6 +25,7 @@ MAP_TYPE_PERCPU_HASH = 5
 MAP_TYPE_LRU_HASH = 9
 PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_CGROUP_DEVICE = 15
+PROG_TYPE_CGROUP_SOCK_ADDR = 18
 ATTACH_CGROUP_DEVICE = 6
 #: Update whatever is there, or not.
 ANY = 0
@@ -38,6 +39,7 @@ _PROG_QUERY = 16
 _MAP_UPDATE_BATCH, _MAP_DELETE_BATCH = 26, 27
 _PROG_GET_FD_BY_ID = 13
 _OBJ_GET_INFO_BY_FD = 15
+_LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 28, 29, 34
 
 _NAME_BYTES = 16  # BPF_OBJ_NAME_LEN, the closing zero included
 _ATTR_BYTES = 152
@@ -178,13 +180,15 @@ def keys(descriptor: int, key_bytes: int, max_entries: int) -> Iterator[bytes]:
         previous, following = following, ctypes.create_string_buffer(key_bytes)
 
 
-def load_program(name: str, instructions: bytes, license_: str, type_: int = PROG_TYPE_SCHED_CLS) -> int:
+def load_program(
+    name: str, instructions: bytes, license_: str, type_: int = PROG_TYPE_SCHED_CLS, expected_attach_type: int = 0
+) -> int:
     """A loaded program's descriptor. The verifier's last words are in the error."""
     code, licenses = _buffer(instructions), ctypes.create_string_buffer(license_.encode())
 
     def attributes(log: ctypes.Array[ctypes.c_char] | None) -> bytes:
         return struct.pack(
-            "=IIQQIIQII16s",
+            "=IIQQIIQII16sII",
             type_,
             len(instructions) // 8,
             ctypes.addressof(code),
@@ -195,6 +199,8 @@ def load_program(name: str, instructions: bytes, license_: str, type_: int = PRO
             0,
             0,
             _name(name),
+            0,
+            expected_attach_type,
         )
 
     result, number = _call(_PROG_LOAD, attributes(None))
@@ -276,6 +282,29 @@ def programs_of_cgroup(cgroup: int, type_: int) -> list[int]:
     if result < 0:
         raise _failed("BPF_PROG_QUERY", f"cgroup descriptor {cgroup}", number)
     return list(ids[: struct.unpack_from("=I", attr, 24)[0]])
+
+
+def link_to_cgroup(cgroup: int, program: int, type_: int) -> int:
+    """Attaches a program to a cgroup, beside others' (Linux 5.7, af6eea57437a); returns the link, which holds it: it is
+    detached when the last descriptor and pin of the link have gone."""
+    result, number = _call(_LINK_CREATE, struct.pack("=IIII", program, cgroup, type_, 0))
+    if result < 0:
+        raise _failed("BPF_LINK_CREATE", f"program descriptor {program}", number)
+    return result
+
+
+def update_link(link: int, program: int) -> None:
+    """Puts another program in the place of the link's, in one step."""
+    result, number = _call(_LINK_UPDATE, struct.pack("=IIII", link, program, 0, 0))
+    if result < 0:
+        raise _failed("BPF_LINK_UPDATE", f"link descriptor {link}", number)
+
+
+def detach_link(link: int) -> None:
+    """Detaches the link's program now, whoever holds the link (Linux 5.9, 73b11c2ab072)."""
+    result, number = _call(_LINK_DETACH, struct.pack("=I", link))
+    if result < 0:
+        raise _failed("BPF_LINK_DETACH", f"link descriptor {link}", number)
 
 
 def map_info(descriptor: int) -> MapInfo:
