@@ -114,6 +114,7 @@ class Attachments:
                 traffic_class=_chosen(request.config.traffic_class, self._rdma.traffic_class),
                 service_level=_chosen(request.config.service_level, self._rdma.service_level),
                 pod_uid=request.args.pod_uid,
+                labels=request.labels,
             )
             attachment = self._reserve(wanted, request.ips)
             try:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rdmanet.cni.labels import labels_of
 from rdmanet.cni.result import Dns, Result
 from rdmanet.cni.values import (
     CniCode,
@@ -287,7 +288,7 @@ class Request:
         args = Args.parse(variables.get("CNI_ARGS", ""))
         found = cls(command, config, container_id, _netns(variables["CNI_NETNS"]), ifname, args, path)
         # Asked for now, so that a bad value is refused here and not in the middle of an ADD.
-        found.ips, found.mac, found.wants_rdma  # noqa: B018
+        found.ips, found.mac, found.wants_rdma, found.labels  # noqa: B018
         return found
 
     @property
@@ -316,6 +317,11 @@ class Request:
         """MAC asked for: ``runtimeConfig.mac``, else ``args.cni.mac``, else MAC of CNI_ARGS."""
         listed = string_of("args.cni.mac", self._cni_args.get("mac") or "")
         return self.config.runtime_config.mac or mac_of_text("args.cni.mac", listed) or self.args.mac
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The pod's labels where no Pod object has others: ``args.cni.labels``."""
+        return labels_of(self._cni_args.get("labels"))
 
     @property
     def dns(self) -> Dns:

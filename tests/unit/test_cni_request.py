@@ -353,3 +353,26 @@ def test_a_networks_own_limits_and_class() -> None:
     assert (config.max_leases, config.traffic_class, config.service_level) == (None, None, None)
     refused(CniCode.CONFIG, "0 to 252, divisible by 4", rdmaTrafficClass=7)
     refused(CniCode.FIELD, 'did you mean "rdmaMaxLeases"?', rdmaMaxLease=7)
+
+
+def test_labels_come_with_the_network_configuration() -> None:
+    labels = [{"key": "app", "value": "web"}, {"key": "example.com/tier", "value": ""}]
+    assert request(args={"cni": {"labels": labels}}).labels == {"app": "web", "example.com/tier": ""}
+    assert request().labels == {}
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"),
+    [
+        ({"app": "web"}, "not a list"),
+        ([{"key": "app"}], '"key": "app", "value": "web"'),
+        ([{"key": "app", "value": "web", "more": 1}], '"value": "web"'),
+        ([{"key": "-app", "value": "web"}], "not a label key"),
+        ([{"key": "a" * 64, "value": "web"}], "not a label key"),
+        ([{"key": "app", "value": "web!"}], "the value of app"),
+        ([{"key": "app", "value": 7}], "the value of app"),
+        ([{"key": "app", "value": "a"}, {"key": "app", "value": "b"}], "twice"),
+    ],
+)
+def test_what_is_no_label_is_refused(labels: object, word: str) -> None:
+    refused(7, "args.cni.labels", word, args={"cni": {"labels": labels}})

@@ -271,7 +271,7 @@ def test_the_first_versions_file_is_read_and_gets_defaults(path: Path) -> None:
         (found,) = store.attachments()
         assert (found.id, found.guard, found.wants_rdma) == (7, GuardMode.ENFORCE, True)
         assert (found.max_leases, found.traffic_class, found.service_level) == (256, 0, 0)
-        assert (found.pod_uid, found.cgroup) == (None, None)
+        assert (found.pod_uid, found.cgroup, found.labels) == (None, None, {})
         store.close()
     store = Store(path)
     store.set_cgroup(7, PodCgroup("/kubepods/pod7", 42))
@@ -290,6 +290,11 @@ def test_limits_and_the_cgroup_are_kept(store: Store) -> None:
     assert store.attachments() == [found]
     store.set_cgroup(made.id, None)
     assert store.attachments()[0].cgroup is None
+
+
+def test_labels_are_kept(store: Store) -> None:
+    store.reserve(wanted(labels={"app": "web", "example.com/tier": ""}))
+    assert store.attachments()[0].labels == {"app": "web", "example.com/tier": ""}
 
 
 def test_no_cgroup_outlives_a_reboot(store: Store) -> None:
