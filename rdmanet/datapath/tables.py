@@ -33,6 +33,15 @@ FLOW = StructTable(
     ("closing", "B"),
     ("pad", "4x"),
 )
+#: After so many seconds without a packet a flow is stale: FLOW_*_S of bpf/flow.h.
+FLOW_TIMEOUTS_S: Mapping[str, int] = {
+    "tcp_established": 7440,
+    "tcp_opening": 240,
+    "tcp_closing": 60,
+    "udp_replied": 300,
+    "udp_opening": 120,
+    "icmp": 60,
+}
 FRAGMENT_KEY = StructTable(
     "fragment_key",
     ("source", "16s"),
@@ -46,8 +55,10 @@ FRAGMENT = StructTable(
     ("source_port", "2s"),
     ("destination_port", "2s"),
     ("destination_qpn", "I"),
+    ("source_qpn", "I"),
     ("flags", "B"),
-    ("pad", "3x"),
+    ("protocol", "B"),
+    ("pad", "2x"),
 )
 PREFIX_KEY = StructTable("prefix_key", ("bits", "I"), ("address", "16s"))
 POLICY_KEY = StructTable(
