@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from rdmanet import __version__, config
-from rdmanet.errors import RdmanetError, UnavailableError
+from rdmanet.client import ask
+from rdmanet.errors import RdmanetError
 
-ANSWER_TIMEOUT_S = 10.0
 #: From one `rdmanet rdma --watch` to the next.
 WATCH_S = 1.0
 
@@ -150,38 +147,3 @@ def _swap(chosen: argparse.Namespace) -> int:
     for hook, program in ask(config.load(chosen.config).agent.socket, "/v1/swap", method="POST").items():
         print(f"{hook}: {program}")
     return 0
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over the agent's socket (urllib and http.client know TCP only; aiohttp would cost half a second)."""
-
-    def __init__(self, path: Path):
-        super().__init__("rdmanet", timeout=ANSWER_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
-def ask(path: Path, url: str, method: str = "GET") -> dict[str, Any]:
-    """One request to the agent; its JSON document. Raises UnavailableError when nobody answers, or it refuses."""
-    connection = _UnixConnection(path)
-    try:
-        connection.request(method, url)
-        answer = connection.getresponse()
-        document: dict[str, Any] = json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UnavailableError(
-            f"The agent does not answer on {path}: {error}. Start it with `rdmanet agent` (as root), or name its"
-            f" configuration"
-            " with --config.",
-            operation=method,
-            subject=url,
-        ) from error
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise UnavailableError(str(document.get("error", document)), operation=method, subject=url)
-    return document

@@ -19,9 +19,7 @@ def labels_of(value: object) -> Mapping[str, str]:
             raise config_error(f'"{NAME}" holds {shown(item)}; write {{"key": "app", "value": "web"}}')
         key, text = pair["key"], pair["value"]
         if not isinstance(key, str) or not is_label_key(key):
-            raise config_error(
-                f'"{NAME}" has the key {shown(key)}, which is no label key such as app or example.com/app'
-            )
+            raise config_error(f'"{NAME}" has the key {shown(key)}, not a label key such as app')
         if not isinstance(text, str) or not is_label_value(text):
             raise config_error(
                 f'"{NAME}": the value of {key} is {shown(text)}, not at most 63 letters, digits, "-", "_" and "." with'

@@ -25,6 +25,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "show": set(),
     "memlock": set(),
     "names": set(),
+    "client": {"errors"},
     "codec": {"errors"},
     "lease": NOUNS | {"codec"},
     "config": NOUNS,
@@ -54,11 +55,11 @@ MAY_KNOW: dict[str, set[str]] = {
     "api": NOUNS | {"attach", "cni", "pending"},
     "doctor": NOUNS | {"config", "datapath", "memlock", "netlink", "node", "rdma"},
     "uninstall": NOUNS | {"config", "datapath", "devices", "limits", "netlink", "node", "rdma", "removal", "store"},
-    "cli": NOUNS | {"agent", "config", "datapath", "doctor", "show", "uninstall"},
+    "cli": NOUNS | {"agent", "client", "config", "datapath", "doctor", "show", "uninstall"},
     "__main__": {"cli"},
 }
 #: The composition root: everything but what people type.
-MAY_KNOW["agent"] = set(MAY_KNOW) - {"cli", "show", "doctor", "memlock", "uninstall", "verbs", "__main__"}
+MAY_KNOW["agent"] = set(MAY_KNOW) - {"cli", "client", "show", "doctor", "memlock", "uninstall", "verbs", "__main__"}
 
 #: Module from outside → where alone it may be imported, relative to rdmanet.
 SOLE_IMPORTERS = {
