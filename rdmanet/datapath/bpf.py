@@ -76,6 +76,14 @@ class ProgramInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """struct bpf_link_info of a link to a cgroup."""
+
+    program_id: int
+    cgroup_id: int  # its inode; 0: the link was detached
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """What a program did to a packet: its return value, the packet, struct __sk_buff, nanoseconds per run."""
 
@@ -298,6 +306,12 @@ def update_link(link: int, program: int) -> None:
     result, number = _call(_LINK_UPDATE, struct.pack("=IIII", link, program, 0, 0))
     if result < 0:
         raise _failed("BPF_LINK_UPDATE", f"link descriptor {link}", number)
+
+
+def link_info(link: int) -> LinkInfo:
+    """What the kernel knows of a cgroup's link."""
+    program_id, cgroup_id = struct.unpack_from("=8xI4xQ", _info(link, 32))
+    return LinkInfo(program_id, cgroup_id)
 
 
 def detach_link(link: int) -> None:

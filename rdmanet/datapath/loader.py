@@ -15,8 +15,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdmanet.datapath import bpf
-from rdmanet.datapath.artifact import CONTINUATIONS, DEVICE_MAP, HOOKS, INSTRUCTION_BYTES, Artifact, MapDefinition
+from rdmanet.datapath import bpf, sockets
+from rdmanet.datapath.artifact import (
+    CONTINUATIONS,
+    DEVICE_MAP,
+    HOOKS,
+    INSTRUCTION_BYTES,
+    SOCKET_PROGRAMS,
+    Artifact,
+    MapDefinition,
+)
 from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
 
 _PROGRAM_ARRAY = "programs"
@@ -52,7 +60,7 @@ def open_pins(artifact: Artifact, directory: Path) -> Pinned:
         _open_maps(pinned, artifact)
         for hook in HOOKS:
             pinned.dispatchers[hook] = _open_dispatcher(artifact, directory, hook, pinned.maps)
-        _fill_slots(artifact, pinned.maps)
+        _fill_slots(artifact, pinned.maps, pinned.directory)
         undo.pop_all()
         return pinned
 
@@ -65,7 +73,7 @@ def swap(pinned: Pinned, artifact: Artifact) -> None:
     """
     with _locked(pinned.directory):
         _open_maps(pinned, artifact)
-        _fill_slots(artifact, pinned.maps)
+        _fill_slots(artifact, pinned.maps, pinned.directory)
         pinned.artifact = artifact
 
 
@@ -80,6 +88,7 @@ def remove(directory: Path) -> None:
         return
     if not bpf.is_bpffs(directory):
         raise UnavailableError(f"{directory} is not in a bpffs; nothing was removed there.", subject=str(directory))
+    sockets.detach(directory)
     for path in names:
         path.unlink(missing_ok=True)
     try:
@@ -192,7 +201,7 @@ def _open_dispatcher(artifact: Artifact, directory: Path, hook: str, maps: dict[
     return descriptor
 
 
-def _fill_slots(artifact: Artifact, maps: dict[str, int]) -> None:
+def _fill_slots(artifact: Artifact, maps: dict[str, int], directory: Path) -> None:
     """Loads what no slot runs yet, all before the first slot changes."""
     with ExitStack() as loaded:
         updates = []
@@ -205,8 +214,29 @@ def _fill_slots(artifact: Artifact, maps: dict[str, int]) -> None:
                 descriptor = load(artifact, hook, name, maps)
                 loaded.callback(os.close, descriptor)
                 updates.append((slot, descriptor))
+        replaced = {}
+        for program, name in sockets.attached(directory).items():
+            if name != sockets.program_name(program, artifact.hash):
+                replaced[program] = _load_socket_program(artifact, program, maps)
+                loaded.callback(os.close, replaced[program])
         for slot, descriptor in updates:
             bpf.update(maps[_PROGRAM_ARRAY], struct.pack("=I", slot), struct.pack("=I", descriptor))
+        sockets.replace(directory, replaced)
+
+
+def attach_sockets(pinned: Pinned, cgroup: Path) -> None:
+    """Attaches the socket programs to the root cgroup, as ``sockets.attach`` does; those that are stay. Idempotent."""
+    with _locked(pinned.directory), ExitStack() as loaded:
+        programs = {}
+        for program in sockets.missing(pinned.directory, cgroup):
+            programs[program] = _load_socket_program(pinned.artifact, program, pinned.maps)
+            loaded.callback(os.close, programs[program])
+        sockets.attach(pinned.directory, cgroup, programs)
+
+
+def _load_socket_program(artifact: Artifact, program: str, maps: Mapping[str, int]) -> int:
+    name = sockets.program_name(program, artifact.hash)
+    return load(artifact, program, name, maps, bpf.PROG_TYPE_CGROUP_SOCK_ADDR, SOCKET_PROGRAMS[program])
 
 
 def _slot_name(artifact: Artifact, hook: str) -> str:
@@ -229,14 +259,19 @@ def _running(program_array: int, slot: int) -> str | None:
 
 
 def load(
-    artifact: Artifact, program_name: str, name: str, maps: Mapping[str, int], type_: int = bpf.PROG_TYPE_SCHED_CLS
+    artifact: Artifact,
+    program_name: str,
+    name: str,
+    maps: Mapping[str, int],
+    type_: int = bpf.PROG_TYPE_SCHED_CLS,
+    expected_attach_type: int = 0,
 ) -> int:
     """Patches map descriptors into the first half of 64-bit loads and loads the program."""
     program = artifact.programs[program_name]
     code = bytearray(program.instructions)
     for relocation in program.relocations:
         struct.pack_into("=i", code, relocation.instruction * INSTRUCTION_BYTES + 4, maps[relocation.map])
-    return bpf.load_program(name, bytes(code), artifact.license, type_)
+    return bpf.load_program(name, bytes(code), artifact.license, type_, expected_attach_type)
 
 
 def running(pinned: Pinned) -> dict[str, str]:

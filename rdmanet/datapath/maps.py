@@ -86,6 +86,10 @@ class Datapath:
         _check_tables(artifact)
         loader.swap(self._pinned, artifact)
 
+    def attach_sockets(self, cgroup: Path) -> None:
+        """Lets sockets reach services, by the root of the cgroup2 hierarchy; see ``sockets.attach``. Idempotent."""
+        loader.attach_sockets(self._pinned, cgroup)
+
     def running(self) -> dict[str, str]:
         """Hook → kernel name of the program that runs there: the hook and 8 digits of its artifact's hash."""
         return loader.running(self._pinned)
@@ -189,6 +193,21 @@ class Datapath:
             assert isinstance(address, bytes)
             found[address, int(qpn)] = layout.decode_guard(value)
         return found
+
+    # Whose sockets see services
+
+    def set_namespace(self, cookie: int, attachment_id: int) -> None:
+        """Sockets of the network namespace with this cookie (SO_NETNS_COOKIE) reach services; what they cannot reach is
+        counted with the attachment, 0 for the host."""
+        self._update("namespaces", layout.U64.pack(cookie), layout.U32.pack(attachment_id))
+
+    def delete_namespace(self, cookie: int) -> None:
+        """From now on its sockets are not touched; connections go on."""
+        self._delete("namespaces", layout.U64.pack(cookie))
+
+    def namespaces(self) -> dict[int, int]:
+        """Attachment ids (the host's: 0) by cookie."""
+        return {_number(key): _number(value) for key, value in self._items("namespaces")}
 
     # Which RDMA devices cgroups may open
 
