@@ -146,9 +146,10 @@ def _sender(station: Station) -> Iterator[socket.socket]:
 
 def _drain(sniffer: socket.socket) -> None:
     """What came since the last time, mostly answers to what was sent then."""
+    sniffer.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:
-            sniffer.recv(1, socket.MSG_DONTWAIT)
+            sniffer.recv(1)
 
 
 def _until_fence(sniffer: socket.socket) -> Iterator[bytes]:
