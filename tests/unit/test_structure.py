@@ -43,6 +43,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "node": NOUNS | {"config", "ipam", "netlink", "store"},
     "devices": NOUNS | {"config", "node", "netlink", "rdma", "store"},
     "metrics": NOUNS | {"broker", "datapath", "limits", "numbers", "store"},
+    "policy": NOUNS | {"datapath", "objects"},
     "objects": NOUNS | {"names"},
     "numbers": NOUNS | {"limits", "netlink", "rdma"},
     "health": NOUNS | {"netlink", "numbers", "rdma"},
