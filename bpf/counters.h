@@ -1,10 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* Packets and bytes of each attachment. */
-
-enum direction {
-	FROM_POD = 0,
-	TO_POD = 1,
-};
+#include "drop.h"
 
 #define COUNTER_SLOTS 4096
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* Why packets are dropped, counted by name and attachment. */
 #include <uapi/linux/pkt_cls.h>
+#include "hook.h"
 
 /*
  * Each name without DROP_, in lower case, is the metric's label and what the command line prints;
@@ -38,17 +39,28 @@ enum drop_reason {
 	DROP_SERVICE_CONFLICT, /* another flow has the backend's end already */
 };
 
-struct drop_key {
-	__u32 attachment; /* 0: not known */
-	__u32 reason;
+/* Whose traffic it was: what the attachment sent, or what was for it. */
+enum direction {
+	FROM_POD = 0,
+	TO_POD = 1,
 };
 
-/* Not preallocated: 4096 attachments times 20 reasons, of which few ever occur. */
+struct drop_key {
+	__u32 attachment; /* 0: not known */
+	__u16 reason;
+	__u16 direction;
+};
+
+/* Not preallocated: 4096 attachments times 30 reasons, of which few ever occur. */
 BPF_F_TABLE("percpu_hash", struct drop_key, __u64, drops, 81920, BPF_F_NO_PREALLOC);
 
-static __always_inline void count_drop(__u32 attachment, enum drop_reason reason)
+static __always_inline void count_drop(__u32 attachment, __u16 reason, __u16 direction)
 {
-	struct drop_key key = {.attachment = attachment, .reason = reason};
+	struct drop_key key = {
+		.attachment = attachment,
+		.reason = reason,
+		.direction = direction,
+	};
 	__u64 one = 1;
 	__u64 *packets = drops.lookup(&key);
 
@@ -58,8 +70,15 @@ static __always_inline void count_drop(__u32 attachment, enum drop_reason reason
 		drops.update(&key, &one);
 }
 
+/*
+ * The one exit of what is not let through: few instructions here, the rest is in monitor.c. Of
+ * DROP_POLICY_INGRESS the attachment is the receiver; else the sender or, of what comes from the
+ * host or outside, the one for which it was.
+ */
 static __always_inline int drop(struct __sk_buff *skb, __u32 attachment, enum drop_reason reason)
 {
-	count_drop(attachment, reason);
+	skb->cb[CB_REASON] = reason;
+	skb->cb[CB_ATTACHMENT] = attachment;
+	programs.call(skb, HOOK_MONITOR);
 	return TC_ACT_SHOT;
 }

@@ -9,7 +9,21 @@ enum hook {
 	/* Entered by a tail call from those, which hands nothing over but the packet. */
 	HOOK_OUTSIDE = 3,  /* a pod's packet to no pod of this host: to the host, or out */
 	HOOK_NODEPORT = 4, /* from outside, to a NodePort or an external IP */
-	HOOK_MONITOR = 5,  /* a packet that was dropped, while somebody watches */
+	HOOK_MONITOR = 5,  /* a packet that is dropped: counted and, while somebody reads, shown */
+	/* In no slot. */
+	HOOK_SOCKET = 8, /* on the root cgroup: connect, sendmsg */
 };
 
-BPF_F_TABLE("prog", __u32, __u32, programs, 16, 0);
+/* As many as ever: dispatchers outlive versions, and hold this map. */
+BPF_F_TABLE("prog", __u32, __u32, programs, 8, 0);
+
+/* What skb->cb says to the program that comes next. */
+#define CB_HOOK	      0
+#define CB_REASON     1
+#define CB_ATTACHMENT 2
+
+/* Each program for packets does this first. */
+static __always_inline void enter(struct __sk_buff *skb, enum hook hook)
+{
+	skb->cb[CB_HOOK] = hook;
+}

@@ -136,6 +136,7 @@ int outside(struct __sk_buff *skb)
 	struct attachment_entry *attachment;
 	int reason;
 
+	enter(skb, HOOK_OUTSIDE);
 	if (!config)
 		return drop(skb, 0, DROP_NO_NODE);
 	attachment = attachment_lookup(skb->ifindex);

@@ -8,6 +8,7 @@
 #include <uapi/linux/in.h>
 #include "address.h"
 #include "drop.h"
+#include "monitor.h"
 #include "policy.h"
 #include "service.h"
 
@@ -205,9 +206,9 @@ static __always_inline enum translation translate(struct bpf_sock_addr *ctx, __u
 	return TRANSLATED;
 }
 
-static __always_inline int refuse(__u32 attachment)
+static __always_inline int refuse(__u32 attachment, const struct socket_end *end)
 {
-	count_drop(attachment, DROP_NO_BACKEND);
+	monitor_refusal(attachment, DROP_NO_BACKEND, &end->address, end->port, end->protocol);
 	set_retval(-ECONNREFUSED);
 	return REFUSED;
 }
@@ -230,7 +231,7 @@ static __always_inline int go(struct bpf_sock_addr *ctx, bool ipv6, bool connect
 		return GOES_ON;
 	translation = translate(ctx, namespace, &end, connects);
 	if (translation == NO_BACKEND)
-		return refuse(*attachment);
+		return refuse(*attachment, &end);
 	if (translation == UNTOUCHED)
 		return GOES_ON;
 	if (ipv6)

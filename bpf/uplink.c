@@ -16,6 +16,7 @@ int uplink(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex;
 	int reason;
 
+	enter(skb, HOOK_UPLINK);
 	if (!config || !config->masquerade)
 		return TC_ACT_UNSPEC;
 	own = uplinks.lookup(&ifindex);

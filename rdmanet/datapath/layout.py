@@ -148,7 +148,7 @@ NAT_ENTRY = StructTable(
     ("pad", "x"),
 )
 COUNTER = StructTable("counter_entry", ("packets", "4Q"), ("bytes", "4Q"))  # of COUNTED, in this order
-DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "I"))
+DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "H"), ("direction", "H"))
 DEVICE_NUMBER = StructTable("device_number", ("major", "I"), ("minor", "I"))
 
 #: Key and value of the maps described here; ``tables.MAPS`` has all.

@@ -44,6 +44,7 @@ class Datapath:
         self._pinned = pinned
         self._lock = threading.Lock()
         self._slots: Slots | None = None
+        self._cookies: dict[int, int] = {}  # attachment id → its namespace's
         self._attached: dict[int, int] = {}  # index of the host's end → attachment id, once the slots are known
 
     @classmethod
@@ -196,14 +197,34 @@ class Datapath:
 
     # Whose sockets see services
 
-    def set_namespace(self, cookie: int, attachment_id: int) -> None:
-        """Sockets of the network namespace with this cookie (SO_NETNS_COOKIE) reach services; what they cannot reach is
-        counted with the attachment, 0 for the host."""
-        self._update("namespaces", layout.U64.pack(cookie), layout.U32.pack(attachment_id))
+    def enter_namespace(self, cookie: int, attachment_id: int) -> None:
+        """Sockets of the network namespace with this cookie (SO_NETNS_COOKIE) reach services from now on; where there
+        is no backend, that is counted with one of the namespace's attachments, 0 in the host's."""
+        with self._lock:
+            self._cookies[attachment_id] = cookie
+            self._update("namespaces", layout.U64.pack(cookie), layout.U32.pack(attachment_id))
 
-    def delete_namespace(self, cookie: int) -> None:
-        """From now on its sockets are not touched; connections go on."""
-        self._delete("namespaces", layout.U64.pack(cookie))
+    def leave_namespace(self, attachment_id: int) -> None:
+        """The attachment is in its namespace no more; with the last one its sockets are not touched any longer, and
+        connections go on."""
+        with self._lock:
+            cookie = self._cookies.pop(attachment_id, None)
+            if cookie is None:  # of an earlier agent
+                cookies = [known for known, number in self.namespaces().items() if number == attachment_id]
+            else:
+                cookies = [cookie]
+            for left in cookies:
+                other = next((number for number, known in self._cookies.items() if known == left), None)
+                if other is None:
+                    self._delete("namespaces", layout.U64.pack(left))
+                else:
+                    self._update("namespaces", layout.U64.pack(left), layout.U32.pack(other))
+
+    def forget_namespaces(self) -> None:
+        """Takes out those that nobody has entered since this was opened: what an earlier agent left."""
+        with self._lock:
+            for cookie in self.namespaces().keys() - set(self._cookies.values()):
+                self._delete("namespaces", layout.U64.pack(cookie))
 
     def namespaces(self) -> dict[int, int]:
         """Attachment ids (the host's: 0) by cookie."""
@@ -265,14 +286,24 @@ class Datapath:
 
     def drops(self) -> dict[tuple[int, str], int]:
         """Packets by (attachment id, or 0 where it is not known; drop reason), summed over the CPUs."""
-        reasons = self._pinned.artifact.drop_reasons
+        found: dict[tuple[int, str], int] = {}
+        for (attachment, _, reason), packets in self.drops_by_direction().items():
+            found[attachment, reason] = found.get((attachment, reason), 0) + packets
+        return found
+
+    def drops_by_direction(self) -> dict[tuple[int, str, str], int]:
+        """The same by (attachment id, ``from_pod`` or ``to_pod``, drop reason)."""
         found = {}
         for key, values in self._items("drops"):
-            attachment, number = (int(field) for field in layout.DROP_KEY.unpack(key))
-            # A newer version may have left a reason that this one has no name for.
-            reason = reasons[number - 1] if 0 < number <= len(reasons) else f"reason_{number}"
-            found[attachment, reason] = sum(_number(value) for value in _per_cpu(values, layout.U64.size))
+            attachment, number, direction = (int(field) for field in layout.DROP_KEY.unpack(key))
+            place = attachment, layout.DIRECTIONS[direction], self.drop_reason(number)
+            found[place] = sum(_number(value) for value in _per_cpu(values, layout.U64.size))
         return found
+
+    def drop_reason(self, number: int) -> str:
+        """The name of a drop reason; a newer version may have left one that this one has no name for."""
+        reasons = self._pinned.artifact.drop_reasons
+        return reasons[number - 1] if 0 < number <= len(reasons) else f"reason_{number}"
 
     def forget(self, attachment_id: int) -> None:
         """Removes the counters and drops of an attachment; its slot, if it has gone, is free for others."""
@@ -285,7 +316,8 @@ class Datapath:
                 slots.give_back(attachment_id)
         # By every key that there can be: the map holds the drops of all attachments.
         for reason in range(1, len(self._pinned.artifact.drop_reasons) + 1 + SPARE_DROP_REASONS):
-            self._delete("drops", layout.DROP_KEY.pack(attachment_id, reason))
+            for direction in range(len(layout.DIRECTIONS)):
+                self._delete("drops", layout.DROP_KEY.pack(attachment_id, reason, direction))
 
     # Slots of counters, and the places that are reached without hashing
 

@@ -107,7 +107,7 @@ EVENT = StructTable(
     ("direction", "B"),
     ("hook", "B"),
     ("tcp_flags", "B"),
-    ("pad", "2x"),
+    ("ethertype", "H"),
 )
 
 #: Key and value of every map of entries.
@@ -128,4 +128,5 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "socket_flows": (SOCKET_KEY, SOCKET),
     "namespaces": (U64, U32),
     "events_lost": (U32, U64),
+    "event_layout": (U32, EVENT),
 }
