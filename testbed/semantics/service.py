@@ -40,7 +40,8 @@ class ServiceWorld:
         service's, and goes where it says."""
         for service in self.services:
             for service_port in service.ports:
-                if service_port.protocol is not protocol:
+                versions = {own.version for own in service.cluster_ips}  # its ipFamilies
+                if service_port.protocol is not protocol or address.version not in versions:
                     continue
                 if asker is Asker.INSIDE and address in service.cluster_ips and port == service_port.port:
                     return self._choose(service, service_port, address.version, service.internal_local)
