@@ -42,19 +42,21 @@ def _adopt(
 ) -> set[int]:
     made: dict[NetnsId, Listening] = {}
 
-    def listen(netns: NetnsId) -> bool:
+    def listen(netns: NetnsId) -> int:
         # A pod's attachments share its socket.
         if netns not in made:
             made[netns] = parts.listeners.listen(netns)
-        return True
+        return namespace.own_cookie()
 
     try:
         found = namespace.visit([(one.netns, one.netns_id) for one in attachments], listen)
-        there = [one for one, visited in zip(attachments, found, strict=True) if visited]
+        cookies = {one.id: cookie for one, cookie in zip(attachments, found, strict=True) if cookie is not None}
+        there = [one for one in attachments if one.id in cookies]
         links = _links(parts, there)
         _filters(parts, there, links)
         alive = [one for one in there if one.id in links]
         for attachment in alive:
+            parts.datapath.enter_namespace(cookies[attachment.id], attachment.id)
             _entries(parts, attachment, links[attachment.id], own, endpoints)
         parts.limits.adopt(alive)
         parts.listeners.open(*[(one, made.pop(one.netns_id, Listening())) for one in alive])

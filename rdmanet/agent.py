@@ -33,15 +33,17 @@ from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
-from rdmanet.errors import StateError
+from rdmanet.errors import StateError, UnavailableError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
 from rdmanet.model import GATEWAY_MAC, Device, address_key
+from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.numbers import RdmaNumbers
 from rdmanet.pods import Pods
+from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.removal import Removals
 from rdmanet.store import Store, owned
 
@@ -109,7 +111,9 @@ class Agent:
 
         # Pods and leases.
         self._pods = Pods(self._devices, self._executor)
-        self._limits = PodLimits(store, self._datapath, config.rdma, *await self._blocking(find_hierarchy))
+        hierarchy, hierarchy_missing = await self._blocking(find_hierarchy)
+        self._limits = PodLimits(store, self._datapath, config.rdma, hierarchy, hierarchy_missing)
+        self._services_missing = await self._blocking(self._attach_sockets, hierarchy)
         self._broker = BrokerServer(
             directory=self._pods,
             guard=self._datapath,
@@ -201,6 +205,24 @@ class Agent:
                 datapath.delete_uplink(ifindex)
         return node.network(config, host, peer, uplinks), datapath
 
+    def _attach_sockets(self, hierarchy: Cgroups | None) -> str | None:
+        """Lets the host's own sockets and those of pods reach services; returns why they cannot, which stops nothing
+        else."""
+        self._datapath.enter_namespace(namespace.own_cookie(), 0)
+        if hierarchy is None:
+            missing = (
+                "This host has no cgroup2 hierarchy mounted: services work for no socket; mount one with"
+                " `mount -t cgroup2 none /sys/fs/cgroup` and start the agent again."
+            )
+        else:
+            try:
+                self._datapath.attach_sockets(hierarchy.root)
+                return None
+            except UnavailableError as error:
+                missing = str(error)
+        log.warning("%s", missing)
+        return missing
+
     async def _listen(self, stack: contextlib.AsyncExitStack, api: Api) -> None:
         path = self._config.agent.socket
         runner = web.AppRunner(api.application(), access_log=None)
@@ -254,6 +276,7 @@ class Agent:
             "rdma_mode": self._devices.mode if self._devices else None,
             "rdma_backend": self._devices.name if self._devices else None,
             "rdma_missing": self._devices_missing,
+            "services_missing": self._services_missing,
             "mtu_bytes": self._network.mtu_bytes,
             "programs": self._datapath.running(),
         }

@@ -374,6 +374,7 @@ class Attachments:
         for ifindex, entry in datapath.attachments().items():
             if self._parts.host_ends.get(entry.attachment_id) != ifindex:
                 datapath.delete_attachment(ifindex)
+        datapath.forget_namespaces()
 
 
 def _chosen(overriding: int | None, configured: int) -> int:

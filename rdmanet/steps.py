@@ -113,6 +113,7 @@ class Making:
     cgroup_path: str | None = None
     host_ifindex: int = 0
     pod_ifindex: int = 0
+    netns_cookie: int = 0
     listening: Listening = dataclasses.field(default_factory=Listening)
 
 
@@ -194,12 +195,13 @@ class AddressStep:
     def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
         batch = _inside(parts.network, attachment, making.pod_ifindex)
 
-        def visit() -> Listening:
+        def visit() -> tuple[Listening, int]:
             with BatchSocket() as pod:
                 pod.send(batch)
-            return parts.listeners.listen(attachment.netns_id)
+            cookie = namespace.own_cookie()
+            return parts.listeners.listen(attachment.netns_id), cookie
 
-        making.listening = namespace.run_inside(making.descriptor, visit)
+        making.listening, making.netns_cookie = namespace.run_inside(making.descriptor, visit)
         return attachment
 
 
@@ -299,6 +301,7 @@ class EndpointStep:
     name = "endpoint"
 
     def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        parts.datapath.enter_namespace(making.netns_cookie, attachment.id)
         set_entries(parts.datapath, attachment, making.host_ifindex)
         return attachment
 
@@ -309,6 +312,7 @@ class EndpointStep:
         ifindex = parts.host_ends.get(attachment.id)
         if ifindex is not None:
             datapath.delete_attachment(ifindex)
+        datapath.leave_namespace(attachment.id)
 
 
 def set_entries(datapath: Datapath, attachment: Attachment, ifindex: int) -> None:

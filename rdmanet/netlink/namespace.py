@@ -194,3 +194,9 @@ def listen(name: str) -> Listening:
 def cookie(sock: socket.socket) -> int:
     """The kernel's number for the socket's network namespace; never reused while the host is up."""
     return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
+
+
+def own_cookie() -> int:
+    """The number of the calling thread's network namespace, as ``cookie``."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        return cookie(sock)

@@ -1,0 +1,160 @@
+"""Servers that say their name, and clients that ask for it, inside a container: what `testbed.peer.Peer` talks to where
+services are shown. Standard library only, run without site packages.
+
+Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count} →
+{names: {name: times}, refused: {error: times}}, each over a socket of its own; ``open`` {id, kind, address, port,
+family, connected} → {peername, refused}; ``say`` {id} → {name, seen, source, peername, refused}: over the open socket,
+the server's name, the address that the server saw, where the answer came from; ``close`` {id}.
+Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address. ``refused``
+is the error's name, null where there was none.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import sys
+import threading
+from collections import Counter
+from typing import Any
+
+TIMEOUT_S = 30.0
+#: One datagram may be lost to a table that is just being changed; a client asks again, as resolvers do.
+DATAGRAM_TIMEOUT_S = 5.0
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+def said(name: str, peer: tuple[Any, ...]) -> bytes:
+    """What a server answers."""
+    return json.dumps({"name": name, "seen": [peer[0], peer[1]]}).encode() + b"\n"
+
+
+def serve(name: str, port: int) -> None:
+    """Answers every line and every datagram, in threads of their own."""
+    for version, family in FAMILIES.items():
+        anywhere = "::" if version == 6 else "0.0.0.0"
+        listener = socket.create_server((anywhere, port), family=family, backlog=1024)
+        datagrams = socket.socket(family, socket.SOCK_DGRAM)
+        if version == 6:
+            datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        datagrams.bind((anywhere, port))
+        threading.Thread(target=accept, args=(name, listener), daemon=True).start()
+        threading.Thread(target=answer_datagrams, args=(name, datagrams), daemon=True).start()
+
+
+def accept(name: str, listener: socket.socket) -> None:
+    while True:
+        connection, peer = listener.accept()
+        threading.Thread(target=answer_lines, args=(name, connection, peer), daemon=True).start()
+
+
+def answer_lines(name: str, connection: socket.socket, peer: tuple[Any, ...]) -> None:
+    with connection, connection.makefile("rb") as lines:
+        try:
+            for _ in lines:
+                connection.sendall(said(name, peer))
+        except OSError:
+            return  # the client has gone
+
+
+def answer_datagrams(name: str, sock: socket.socket) -> None:
+    while True:
+        _, peer = sock.recvfrom(65535)
+        sock.sendto(said(name, peer), peer)
+
+
+class Call:
+    """An open socket to a service."""
+
+    def __init__(self, kind: str, address: str, port: int, family: int | None = None, connected: bool = True):
+        version = 6 if ":" in address else 4
+        self.end = (f"::ffff:{address}" if family == 6 and version == 4 else address, port)
+        self.kind = kind
+        self.connected = connected or kind == "tcp"
+        type_ = socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM
+        self.sock = socket.socket(FAMILIES[family or version], type_)
+        self.sock.settimeout(TIMEOUT_S if kind == "tcp" else DATAGRAM_TIMEOUT_S)
+        self.refused: str | None = None
+        try:
+            if self.connected:
+                self.sock.connect(self.end)
+        except OSError as error:
+            self.refused = name_of(error)
+
+    def peername(self) -> list[Any] | None:
+        """What getpeername says."""
+        try:
+            return list(self.sock.getpeername()[:2])
+        except OSError:
+            return None
+
+    def say(self) -> dict[str, Any]:
+        """Ask once."""
+        answer: dict[str, Any] = {"refused": self.refused}
+        if self.refused:
+            return answer
+        try:
+            if self.connected:
+                self.sock.sendall(b"who\n")
+            else:
+                self.sock.sendto(b"who\n", self.end)
+            data, source = self.sock.recvfrom(65535)
+        except OSError as error:
+            return {"refused": name_of(error)}
+        if not data:
+            return {"refused": "closed"}
+        return {**answer, **json.loads(data), "source": list(source[:2]) if source else None}
+
+
+def name_of(error: OSError) -> str:
+    """ECONNREFUSED and the like."""
+    if isinstance(error, TimeoutError):
+        return "ETIMEDOUT"
+    return errno.errorcode.get(error.errno or 0, str(error))
+
+
+def many(kind: str, address: str, port: int, count: int) -> dict[str, Any]:
+    """Who answers, call by call."""
+    names: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for _ in range(count):
+        call = Call(kind, address, port)
+        answer = call.say()
+        call.sock.close()
+        if answer["refused"]:
+            refused[answer["refused"]] += 1
+        else:
+            names[answer["name"]] += 1
+    return {"names": dict(names), "refused": dict(refused)}
+
+
+def main() -> None:
+    calls: dict[str, Call] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        do = request.pop("do")
+        answer: dict[str, Any] = {}
+        try:
+            if do == "serve":
+                serve(**request)
+            elif do == "many":
+                answer = many(**request)
+            elif do == "open":
+                call = calls[request.pop("id")] = Call(**request)
+                answer = {"peername": call.peername(), "refused": call.refused}
+            elif do == "say":
+                call = calls[request["id"]]
+                answer = {**call.say(), "peername": call.peername()}
+            elif do == "close":
+                calls.pop(request["id"]).sock.close()
+            else:
+                raise ValueError(f"nothing to do for {do!r}")
+            answer["ok"] = True
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            answer = {"ok": False, "sentence": f"{do}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
