@@ -65,10 +65,13 @@ static __always_inline int guard_judge_datagram(struct __sk_buff *skb, const str
 	return 0;
 }
 
+#define GUARD_UNLEASED -1
+
 /*
- * Judges a RoCE packet; 0 or a drop reason. Flags are those of the source's attachment and the
- * destination's endpoint; the host itself counts as having a device. Connection management (QPN 1)
- * and multicast (0xffffff) have no entry and go the way of all unleased queue pairs.
+ * Judges a RoCE packet: 0 where a lease lets it pass, GUARD_UNLEASED where the policy decides, or a
+ * drop reason. Flags are those of the source's attachment and the destination's endpoint; the host
+ * itself counts as having a device. Connection management (QPN 1) and multicast (0xffffff) have no
+ * entry and go the way of all unleased queue pairs.
  */
 static __always_inline int guard_judge(struct __sk_buff *skb, const struct packet *packet,
 				       __u32 source_flags, __u32 destination_flags)
@@ -80,7 +83,8 @@ static __always_inline int guard_judge(struct __sk_buff *skb, const struct packe
 		return DROP_ROCE_NO_DEVICE;
 	entry = guard.lookup(&key);
 	if (!entry)
-		return (source_flags | destination_flags) & ENFORCE ? DROP_ROCE_UNLEASED : 0;
+		return (source_flags | destination_flags) & ENFORCE ? DROP_ROCE_UNLEASED
+								    : GUARD_UNLEASED;
 	if (entry->state == GUARD_DATAGRAM)
 		return guard_judge_datagram(skb, packet);
 	if (entry->state != GUARD_GRANTED)

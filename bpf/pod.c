@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
 /* tc ingress of the host's end of a pod's veth pair: everything that a pod sends. */
-#include <uapi/linux/in.h>
 #include "counters.h"
 #include "drop.h"
 #include "endpoint.h"
@@ -14,8 +13,11 @@
 #include "packet.h"
 #include "policy.h"
 #include "service.h"
+#include "track.h"
+#include "track.h"
 #include "traffic_class.h"
 #include "usual.h"
+#include <uapi/linux/in.h>
 
 static __always_inline bool pod_owns_source(const struct packet *packet,
 					    const struct attachment_entry *attachment)
@@ -32,19 +34,29 @@ static __always_inline bool pod_owns_source(const struct packet *packet,
 static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet *packet,
 				      const struct node_entry *config,
 				      const struct attachment_entry *attachment,
-				      const struct endpoint_entry *endpoint)
+				      const struct endpoint_entry *endpoint, __u32 epoch)
 {
 	bool roce = packet->flags & IS_ROCE;
+	struct flow_end from, to;
+	int reason;
 
 	/* Its own stack keeps such packets inside; what comes out was made by hand. */
 	if (endpoint->ifindex == skb->ifindex)
 		return drop(skb, attachment->id, DROP_NO_ROUTE);
+	end_of_attachment(&from, attachment);
+	end_of_endpoint(&to, endpoint);
 	if (roce) {
-		int reason = guard_judge(skb, packet, attachment->flags, endpoint->flags);
-
-		if (reason)
-			return drop(skb, attachment->id, reason);
+		reason = guard_judge(skb, packet, attachment->flags, endpoint->flags);
+		if (reason == GUARD_UNLEASED)
+			reason = policy_judge_roce(packet, &from, &to);
+	} else if (icmp_is_error(packet)) {
+		reason = flow_pass_error(skb, config, packet, &from, &to);
+	} else {
+		reason = flow_pass(config, packet, &from, &to, epoch);
 	}
+	if (reason)
+		return drop(skb, drop_attachment(reason, &from, &to), reason);
+	fragment_keep(packet);
 	count(skb, attachment->slot, FROM_POD, roce);
 	count(skb, endpoint->slot, TO_POD, roce);
 	return deliver(skb, config, endpoint);
@@ -57,9 +69,12 @@ int pod(struct __sk_buff *skb)
 	struct attachment_entry *attachment;
 	struct endpoint_entry *endpoint;
 	int reason, verdict;
+	__u32 epoch;
 
+	enter(skb, HOOK_POD);
 	if (!config)
 		return drop(skb, 0, DROP_NO_NODE);
+	epoch = policy_epoch(config);
 	attachment = attachment_lookup(skb->ifindex);
 	if (!attachment)
 		return drop(skb, 0, DROP_NO_ATTACHMENT);
@@ -99,6 +114,8 @@ int pod(struct __sk_buff *skb)
 			return drop(skb, attachment->id, DROP_NO_ROUTE);
 	}
 	reason = parse_transport(skb, &packet);
+	if (!reason)
+		reason = fragment_join(&packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
 	if (packet.flags & IS_ROCE) {
@@ -111,7 +128,7 @@ int pod(struct __sk_buff *skb)
 	if (!endpoint)
 		endpoint = endpoints.lookup(&packet.destination);
 	if (endpoint)
-		return pod_to_pod(skb, &packet, config, attachment, endpoint);
+		return pod_to_pod(skb, &packet, config, attachment, endpoint, epoch);
 	programs.call(skb, HOOK_OUTSIDE);
 	return drop(skb, attachment->id, DROP_NO_PROGRAM);
 }

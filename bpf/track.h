@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* Flows between two ends that keep their addresses: looked up, judged where
- * they begin, entered. */
+/* Flows between two ends that keep their addresses: looked up, judged where they begin, entered. */
 #include "drop.h"
 #include "flow.h"
 #include "icmp.h"
@@ -9,149 +8,145 @@
 #include "policy.h"
 
 /*
- * Enters a flow that begins with this packet; 0 or a drop reason. It takes of
- * the origin's share, or, where that is no pod, of the target's.
+ * Enters a flow that begins with this packet; 0 or a drop reason. It takes of the origin's share,
+ * or, where that is no pod, of the target's.
  */
-static __always_inline int
-flow_begin(const struct node_entry *config, const struct packet *packet,
-           struct flow_key *key, bool from_high, const struct flow_end *origin,
-           const struct flow_end *target, __u32 epoch, __u64 now_ns) {
-  struct flow_entry entry = {.created_ns = now_ns,
-                             .last_seen_ns = now_ns,
-                             .origin = origin->attachment,
-                             .target = target->attachment,
-                             .epoch = epoch};
-  int reason;
+static __always_inline int flow_begin(const struct node_entry *config, const struct packet *packet,
+				      struct flow_key *key, bool from_high,
+				      const struct flow_end *origin, const struct flow_end *target,
+				      __u32 epoch, __u64 now_ns)
+{
+	struct flow_entry entry = {.created_ns = now_ns,
+				   .last_seen_ns = now_ns,
+				   .origin = origin->attachment,
+				   .target = target->attachment,
+				   .epoch = epoch};
+	int reason;
 
-  entry.slot = origin->slot == FLOW_NO_SLOT ? target->slot : origin->slot;
-  entry.flags = from_high ? FLOW_ORIGIN_IS_HIGH : 0;
-  flow_touch(&entry, packet, true, now_ns);
-  reason = flow_charge(config, entry.slot);
-  if (reason)
-    return reason;
-  reason = flow_enter(key, &entry);
-  if (!reason)
-    return 0;
-  flow_give_back(entry.slot);
-  return reason == FLOW_EXISTS ? 0 : reason;
+	entry.slot = origin->slot == FLOW_NO_SLOT ? target->slot : origin->slot;
+	entry.flags = from_high ? FLOW_ORIGIN_IS_HIGH : 0;
+	flow_touch(&entry, packet, true, now_ns);
+	reason = flow_charge(config, entry.slot);
+	if (reason)
+		return reason;
+	reason = flow_enter(key, &entry);
+	if (!reason)
+		return 0;
+	flow_give_back(entry.slot);
+	return reason == FLOW_EXISTS ? 0 : reason;
 }
 
-/* Whether the entry is of a flow between these: an address may have gone to
- * another pod. */
-static __always_inline bool flow_is_between(const struct flow_entry *flow,
-                                            bool from_origin,
-                                            const struct flow_end *from,
-                                            const struct flow_end *to) {
-  if (flow->flags & (FLOW_TRANSLATED | FLOW_ALIAS))
-    return false;
-  if (from_origin)
-    return flow->origin == from->attachment && flow->target == to->attachment;
-  return flow->origin == to->attachment && flow->target == from->attachment;
-}
-
-/* Judges a tracked flow in the direction in which it began, by a packet from
- * one end to the other.
- */
-static __always_inline int flow_judge(const struct packet *packet,
-                                      bool from_origin,
-                                      const struct flow_end *from,
-                                      const struct flow_end *to) {
-  if (from_origin)
-    return policy_judge(from, &packet->source, to, &packet->destination,
-                        packet->protocol, packet->destination_port);
-  return policy_judge(to, &packet->destination, from, &packet->source,
-                      packet->protocol, packet->source_port);
+/* Whether the entry is of a flow between these: an address may have gone to another pod. */
+static __always_inline bool flow_is_between(const struct flow_entry *flow, bool from_origin,
+					    const struct flow_end *from, const struct flow_end *to)
+{
+	if (flow->flags & (FLOW_TRANSLATED | FLOW_ALIAS))
+		return false;
+	if (from_origin)
+		return flow->origin == from->attachment && flow->target == to->attachment;
+	return flow->origin == to->attachment && flow->target == from->attachment;
 }
 
 /*
- * The policy's epoch. Read it before the ends are: what changes after that has
- * another, and is judged again.
+ * Judges a tracked flow in the direction in which it began, by a packet from one end to the other.
  */
-static __always_inline __u32 policy_epoch(const struct node_entry *config) {
-  __u32 epoch = *(const volatile __u32 *)&config->epoch;
-
-  asm volatile("" ::: "memory");
-  return epoch;
+static __always_inline int flow_judge(const struct packet *packet, bool from_origin,
+				      const struct flow_end *from, const struct flow_end *to)
+{
+	if (from_origin)
+		return policy_judge(from, &packet->source, to, &packet->destination,
+				    packet->protocol, packet->destination_port);
+	return policy_judge(to, &packet->destination, from, &packet->source, packet->protocol,
+			    packet->source_port);
 }
 
 /*
- * Tracks and judges a packet: 0, or why it is dropped. A flow that policy
- * forbids by now stays in the table until it is stale: else its next packet
- * from the other end would begin it the other way round.
+ * The policy's epoch. Read it before the ends are: what changes after that has another, and is
+ * judged again.
  */
-static __always_inline int flow_pass(const struct node_entry *config,
-                                     const struct packet *packet,
-                                     const struct flow_end *from,
-                                     const struct flow_end *to) {
-  /* Before the sets are read: what changes from now on has another. */
-  __u32 epoch = *(volatile const __u32 *)&config->epoch;
-  __u64 now_ns = flow_clock();
-  struct flow_entry *flow;
-  struct flow_key key;
-  bool from_high, from_origin = true, begins;
-  int reason;
+static __always_inline __u32 policy_epoch(const struct node_entry *config)
+{
+	__u32 epoch = *(const volatile __u32 *)&config->epoch;
 
-  from_high = flow_key_of(&key, packet);
-  flow = flow_lookup(&key);
-  begins = !flow;
-  if (flow) {
-    from_origin = flow_from_origin(flow, from_high);
-    /* The same ends connect anew, or the other way round. */
-    begins = !flow_is_between(flow, from_origin, from, to) ||
-             flow_is_stale(flow, packet->protocol, now_ns) ||
-             (flow_opens(packet) && (flow->closing || !from_origin));
-  }
-  if (begins || flow->epoch != epoch) {
-    reason = flow_judge(packet, begins || from_origin, from, to);
-    if (reason)
-      return reason;
-  }
-  if (begins) {
-    if (flow)
-      flow_remove(&key, flow->slot);
-    return flow_begin(config, packet, &key, from_high, from, to, epoch, now_ns);
-  }
-  if (flow->epoch != epoch)
-    flow->epoch = epoch;
-  flow_touch(flow, packet, from_origin, now_ns);
-  return 0;
+	asm volatile("" ::: "memory");
+	return epoch;
 }
 
 /*
- * An ICMP error about a tracked flow between the same two ends passes against
- * the direction of the packet that it quotes: 0, or why it is dropped.
+ * Tracks and judges a packet: 0, or why it is dropped. A flow that policy forbids by now stays in
+ * the table until it is stale: else its next packet from the other end would begin it the other way
+ * round.
  */
-static __always_inline int flow_pass_error(struct __sk_buff *skb,
-                                           const struct node_entry *config,
-                                           const struct packet *packet,
-                                           const struct flow_end *from,
-                                           const struct flow_end *to) {
-  struct packet quoted = {};
-  struct flow_entry *flow;
-  struct flow_key key;
-  bool from_origin;
-  int reason;
+static __always_inline int flow_pass(const struct node_entry *config, const struct packet *packet,
+				     const struct flow_end *from, const struct flow_end *to,
+				     __u32 epoch)
+{
+	__u64 now_ns = flow_clock();
+	struct flow_entry *flow;
+	struct flow_key key;
+	bool from_high, from_origin = true, begins;
+	int reason;
 
-  reason = icmp_quoted(skb, packet, &quoted);
-  if (reason)
-    return reason;
-  from_origin = flow_key_of(&key, &quoted);
-  flow = flow_lookup(&key);
-  if (!flow)
-    return DROP_ICMP_UNRELATED;
-  from_origin = flow_from_origin(flow, from_origin);
-  if (!flow_is_between(flow, from_origin, to, from))
-    return DROP_ICMP_UNRELATED;
-  if (flow->epoch == config->epoch)
-    return 0;
-  return flow_judge(&quoted, from_origin, to, from);
+	from_high = flow_key_of(&key, packet);
+	flow = flow_lookup(&key);
+	begins = !flow;
+	if (flow) {
+		from_origin = flow_from_origin(flow, from_high);
+		/* The same ends connect anew, or the other way round. */
+		begins = !flow_is_between(flow, from_origin, from, to) ||
+			 flow_is_stale(flow, packet->protocol, now_ns) ||
+			 (flow_opens(packet) && (flow->closing || !from_origin));
+	}
+	if (begins || flow->epoch != epoch) {
+		reason = flow_judge(packet, begins || from_origin, from, to);
+		if (reason)
+			return reason;
+	}
+	if (begins) {
+		if (flow)
+			flow_remove(&key, flow->slot);
+		return flow_begin(config, packet, &key, from_high, from, to, epoch, now_ns);
+	}
+	if (flow->epoch != epoch)
+		flow->epoch = epoch;
+	flow_touch(flow, packet, from_origin, now_ns);
+	return 0;
+}
+
+/*
+ * An ICMP error about a tracked flow between the same two ends passes against the direction of the
+ * packet that it quotes: 0, or why it is dropped.
+ */
+static __always_inline int flow_pass_error(struct __sk_buff *skb, const struct node_entry *config,
+					   const struct packet *packet, const struct flow_end *from,
+					   const struct flow_end *to)
+{
+	struct packet quoted = {};
+	struct flow_entry *flow;
+	struct flow_key key;
+	bool from_origin;
+	int reason;
+
+	reason = icmp_quoted(skb, packet, &quoted);
+	if (reason)
+		return reason;
+	from_origin = flow_key_of(&key, &quoted);
+	flow = flow_lookup(&key);
+	if (!flow)
+		return DROP_ICMP_UNRELATED;
+	from_origin = flow_from_origin(flow, from_origin);
+	if (!flow_is_between(flow, from_origin, to, from))
+		return DROP_ICMP_UNRELATED;
+	if (flow->epoch == config->epoch)
+		return 0;
+	return flow_judge(&quoted, from_origin, to, from);
 }
 
 /* Whom a drop is counted for: the receiver's own policies are its own. */
-static __always_inline __u32 drop_attachment(int reason,
-                                             const struct flow_end *from,
-                                             const struct flow_end *to) {
-  if (reason == DROP_POLICY_INGRESS && to->attachment)
-    return to->attachment;
-  return from->attachment ? from->attachment : to->attachment;
+static __always_inline __u32 drop_attachment(int reason, const struct flow_end *from,
+					     const struct flow_end *to)
+{
+	if (reason == DROP_POLICY_INGRESS && to->attachment)
+		return to->attachment;
+	return from->attachment ? from->attachment : to->attachment;
 }

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The usual packet: TCP or UDP (not RoCE) from one pod to another of this host, whole, without IP
- * options or extension headers. It is judged here in as few instructions as can be and exactly as
- * pod.c would: what is in any way else, spoofed or malformed, is left to it.
+ * The usual packet: TCP or UDP (not RoCE) from one pod to another of this host, of a flow that is
+ * known and judged under today's policy, whole, without IP options or extension headers. It is
+ * judged here in as few instructions as can be and exactly as pod.c would: what is in any way else,
+ * spoofed or malformed, is left to it.
  *
  * Loads wider than a field take what is beside it along: both architectures that the datapath runs
  * on (x86_64, aarch64) are little-endian and load from any address.
  */
 #include "counters.h"
 #include "endpoint.h"
+#include "flow.h"
 #include "node.h"
 #include "packet.h"
 
@@ -31,28 +33,88 @@ static __always_inline __u16 load_16(const void *base, __u32 offset)
 /* A MAC is the low 48 bits of a 64-bit word. */
 #define HIGH_16(number) ((__u64)(number) << 48)
 
-/* Whether ports are there, from the offset on, and are not RoCE's. */
-static __always_inline bool usual_transport(__u8 protocol, const void *frame, __u32 offset,
-					    __u32 end)
+/* Whether ports are there, from the offset on, and neither are RoCE's nor open or end anything. */
+static __always_inline bool usual_transport(struct __sk_buff *skb, __u8 protocol, void *frame,
+					    __u32 offset, __u32 end)
 {
 	if (protocol == IPPROTO_TCP)
-		return end >= offset + sizeof(struct tcphdr);
+		return end >= offset + sizeof(struct tcphdr) &&
+		       frame + offset + 14 <= (void *)(long)skb->data_end &&
+		       !(*(const __u8 *)(frame + offset + 13) & (TCP_FIN | TCP_SYN | TCP_RST));
 	return protocol == IPPROTO_UDP && end >= offset + sizeof(struct udphdr) &&
 	       load_16(frame, offset + offsetof(struct udphdr, dest)) != bpf_htons(ROCE_PORT);
 }
 
+/* struct flow_key in words: two for each address, one for ports and protocol. */
+struct usual_key {
+	__u64 word[5];
+};
+
+static __always_inline void usual_key(struct usual_key *key, bool from_high, __u64 source_0,
+				      __u64 source_1, __u64 destination_0, __u64 destination_1,
+				      __u32 ports, __u8 protocol)
+{
+	key->word[0] = from_high ? destination_0 : source_0;
+	key->word[1] = from_high ? destination_1 : source_1;
+	key->word[2] = from_high ? source_0 : destination_0;
+	key->word[3] = from_high ? source_1 : destination_1;
+	if (from_high)
+		ports = ports << 16 | ports >> 16;
+	key->word[4] = ports | (__u64)protocol << 32;
+}
+
+/* Where flags and closing are in the 64-bit word that begins with struct flow_entry.epoch. */
+#define STATE_FLAGS(flags) ((__u64)(flags) << 48)
+#define STATE_CLOSING	   ((__u64)0xff << 56)
+
 /*
- * False, and nothing is done, for nobody's place (the unspecified address finds one) and the pod's
- * own address.
+ * Whether flow_pass() would do no more than look and touch. A word of the entry is the two
+ * attachments, another one its epoch and state.
+ */
+static __always_inline bool usual_flow(const struct node_entry *config, __u32 from, __u32 to,
+				       const struct usual_key *key)
+{
+	struct flow_entry *flow = flows.lookup((struct flow_key *)key);
+	__u64 now_ns, idle_ns, ends, state;
+
+	if (!flow)
+		return false;
+	ends = load_64(flow, offsetof(struct flow_entry, origin));
+	state = load_64(flow, offsetof(struct flow_entry, epoch)) ^ config->epoch;
+	/* Neither changes by a packet that is neither SYN, FIN nor RST. */
+	state &= ~(STATE_CLOSING | STATE_FLAGS(FLOW_ORIGIN_IS_HIGH));
+	if (ends == (from | (__u64)to << 32))
+		state &= ~STATE_FLAGS(FLOW_REPLIED);
+	else if (ends == (to | (__u64)from << 32))
+		state ^= STATE_FLAGS(FLOW_REPLIED);
+	else
+		return false;
+	if (state)
+		return false;
+	now_ns = flow_clock();
+	idle_ns = now_ns - flow->last_seen_ns;
+	if (!idle_ns)
+		return true;
+	/* Perhaps stale; or another CPU was later. */
+	if (idle_ns > FLOW_LEAST_S * NS_PER_S)
+		return false;
+	flow->last_seen_ns = now_ns;
+	return true;
+}
+
+/*
+ * False, and nothing is done, for nobody's place (the unspecified address finds one), the pod's own
+ * address, and a flow about which there is more to say.
  */
 static __always_inline bool usual_deliver(struct __sk_buff *skb, const struct node_entry *config,
 					  const struct attachment_entry *attachment,
 					  const struct near_endpoint *near, void *frame,
-					  int *verdict)
+					  const struct usual_key *key, int *verdict)
 {
 	__u32 ifindex = near->entry.ifindex;
 
-	if (!ifindex || near->entry.slot == attachment->slot)
+	if (!ifindex || near->entry.slot == attachment->slot ||
+	    !usual_flow(config, attachment->id, near->entry.attachment, key))
 		return false;
 	*(__u64 *)frame = load_64(near->entry.mac, 0) | HIGH_16(load_16(config->gateway_mac, 0));
 	*(__u32 *)(frame + 8) = load_32(config->gateway_mac, 2);
@@ -69,11 +131,12 @@ static __always_inline bool usual_ipv4(struct __sk_buff *skb, const struct node_
 	const struct iphdr *ip = frame + NETWORK_OFFSET;
 	__u32 end = NETWORK_OFFSET + bpf_ntohs(ip->tot_len);
 	const struct near_endpoint *near;
+	struct usual_key key;
 	__u32 place;
 
 	/* Version 4, no options; no fragment; all there. */
 	if (*(const __u8 *)ip != 0x45 || (ip->frag_off & bpf_htons(0x3fff)) || end > skb->len ||
-	    !usual_transport(ip->protocol, frame, AFTER_IPV4, end))
+	    !usual_transport(skb, ip->protocol, frame, AFTER_IPV4, end))
 		return false;
 	/* Zero: the attachment has no address of the family. */
 	if (!ip->saddr || ip->saddr != attachment->ipv4.word[3])
@@ -82,7 +145,11 @@ static __always_inline bool usual_ipv4(struct __sk_buff *skb, const struct node_
 	near = near_endpoint.lookup(&place);
 	if (!near || near->address.word[3] != ip->daddr)
 		return false;
-	return usual_deliver(skb, config, attachment, near, frame, verdict);
+	usual_key(&key, bpf_ntohl(ip->saddr) > bpf_ntohl(ip->daddr), 0,
+		  bpf_htonl(0xffff) | (__u64)ip->saddr << 32, 0,
+		  bpf_htonl(0xffff) | (__u64)ip->daddr << 32, load_32(frame, AFTER_IPV4),
+		  ip->protocol);
+	return usual_deliver(skb, config, attachment, near, frame, &key, verdict);
 }
 
 static __always_inline bool usual_ipv6(struct __sk_buff *skb, const struct node_entry *config,
@@ -92,26 +159,37 @@ static __always_inline bool usual_ipv6(struct __sk_buff *skb, const struct node_
 	const __u32 source = NETWORK_OFFSET + offsetof(struct ipv6hdr, saddr);
 	const __u32 destination = NETWORK_OFFSET + offsetof(struct ipv6hdr, daddr);
 	const struct ipv6hdr *ip = frame + NETWORK_OFFSET;
+	__u64 source_0, source_1, destination_0, destination_1;
 	const struct near_endpoint *near;
+	struct usual_key key;
 	__u32 end, place;
 
 	if (frame + AFTER_IPV6 + sizeof(struct udphdr) > (void *)(long)skb->data_end)
 		return false;
 	end = AFTER_IPV6 + bpf_ntohs(ip->payload_len);
 	if ((*(const __u8 *)ip & 0xf0) != 0x60 || end > skb->len ||
-	    !usual_transport(ip->nexthdr, frame, AFTER_IPV6, end))
+	    !usual_transport(skb, ip->nexthdr, frame, AFTER_IPV6, end))
 		return false;
+	source_0 = load_64(frame, source);
+	source_1 = load_64(frame, source + 8);
 	/* An attachment without IPv6 has zeros, as the second half of no address in use is. */
-	if (!load_64(frame, source + 8) ||
-	    load_64(frame, source + 8) != load_64(&attachment->ipv6, 8) ||
-	    load_64(frame, source) != load_64(&attachment->ipv6, 0))
+	if (!source_1 || source_1 != load_64(&attachment->ipv6, 8) ||
+	    source_0 != load_64(&attachment->ipv6, 0))
 		return false;
-	place = NEAR_PLACES + bpf_ntohl(load_32(frame, destination + 12)) % NEAR_PLACES;
+	destination_0 = load_64(frame, destination);
+	destination_1 = load_64(frame, destination + 8);
+	place = NEAR_PLACES + bpf_ntohl(destination_1 >> 32) % NEAR_PLACES;
 	near = near_endpoint.lookup(&place);
-	if (!near || load_64(frame, destination + 8) != load_64(&near->address, 8) ||
-	    load_64(frame, destination) != load_64(&near->address, 0))
+	if (!near || destination_1 != load_64(&near->address, 8) ||
+	    destination_0 != load_64(&near->address, 0))
 		return false;
-	return usual_deliver(skb, config, attachment, near, frame, verdict);
+	usual_key(&key,
+		  source_0 == destination_0
+			  ? __builtin_bswap64(source_1) > __builtin_bswap64(destination_1)
+			  : __builtin_bswap64(source_0) > __builtin_bswap64(destination_0),
+		  source_0, source_1, destination_0, destination_1, load_32(frame, AFTER_IPV6),
+		  ip->nexthdr);
+	return usual_deliver(skb, config, attachment, near, frame, &key, verdict);
 }
 
 /* True, and the verdict, when it was such a packet. */
