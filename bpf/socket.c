@@ -17,6 +17,10 @@ static __u64 (*get_netns_cookie)(void *ctx) = (void *)BPF_FUNC_get_netns_cookie;
 /* From Linux 5.18 on (kernel commit b44123b4a3dc). */
 static int (*set_retval)(int value) = (void *)BPF_FUNC_set_retval;
 
+#ifndef AF_INET6
+#define AF_INET6 10
+#endif
+
 #define REFUSED 0
 #define GOES_ON 1
 
@@ -117,6 +121,18 @@ static __always_inline void socket_remember(const struct service_entry *service,
 		sockets.update(&key, &called);
 }
 
+/*
+ * The kernel sends what an IPv6 socket that is connected to a mapped address sends as if its
+ * process had named that address again (net/ipv6/udp.c, udpv6_sendmsg).
+ */
+static __always_inline bool is_connected_to(struct bpf_sock_addr *ctx, const struct socket_end *end)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	return ctx->family == AF_INET6 && address_is_mapped(&end->address) && sk &&
+	       sk->dst_ip4 == end->address.word[3] && sk->dst_port == end->port;
+}
+
 /* The socket calls it by its own name now: a backend may also be talked to without its service. */
 static __always_inline void socket_forget(__u64 cookie, const struct socket_end *end)
 {
@@ -184,7 +200,8 @@ static __always_inline enum translation translate(struct bpf_sock_addr *ctx, __u
 	bool sticks = !connects && end->protocol == IPPROTO_UDP, known;
 
 	if (!service) {
-		socket_forget(cookie, end);
+		if (connects || !is_connected_to(ctx, end))
+			socket_forget(cookie, end);
 		return UNTOUCHED;
 	}
 	known = sticks && socket_flow(service, cookie, end, &backend);

@@ -141,7 +141,8 @@ def main() -> None:
             elif do == "many":
                 answer = many(**request)
             elif do == "open":
-                call = calls[request.pop("id")] = Call(**request)
+                number = request.pop("id")
+                call = calls[number] = Call(**request)
                 answer = {"peername": call.peername(), "refused": call.refused}
             elif do == "say":
                 call = calls[request["id"]]
