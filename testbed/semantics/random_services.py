@@ -8,7 +8,7 @@ from random import Random
 
 from rdmanet.model import IPAddress
 from rdmanet.objects.values import Endpoint, EndpointPort, EndpointSlice, Protocol, Service, ServicePort
-from testbed.semantics.service import ServiceWorld
+from testbed.semantics.service import Asker, ServiceWorld
 
 PORT_NAMES = ("", "http", "dns")
 PROTOCOLS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
@@ -98,3 +98,15 @@ def endpoint(random: Random, address: IPAddress) -> Endpoint:
 
 def _numbered(base: str, number: int) -> IPAddress:
     return ipaddress.ip_address(base) + number
+
+
+def questions(world: ServiceWorld) -> Iterator[tuple[Asker, IPAddress, Protocol, int]]:
+    """Every address with every port and protocol that its service has, and some that it has not."""
+    for service in world.services:
+        addresses = (*service.cluster_ips, *service.external_ips, *sorted(world.node_addresses, key=str))
+        ports = {port.port for port in service.ports} | {port.node_port for port in service.ports if port.node_port}
+        for asker in Asker:
+            for address in addresses:
+                for protocol in Protocol:
+                    for port in sorted(ports):
+                        yield asker, address, protocol, port
