@@ -58,7 +58,7 @@ int host(struct __sk_buff *skb)
 		if (!node_addresses.lookup(&packet.source))
 			reason = flow_pass_error(skb, config, &packet, &from, &to);
 	} else {
-		reason = flow_pass(config, &packet, &from, &to, epoch);
+		reason = flow_pass(skb, config, &packet, &from, &to, epoch);
 	}
 	if (reason)
 		return drop(skb, endpoint->attachment, reason);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* tc ingress of the host's end of a pod's veth pair: everything that a pod sends. */
+#include <uapi/linux/in.h>
 #include "counters.h"
 #include "drop.h"
 #include "endpoint.h"
@@ -14,10 +15,8 @@
 #include "policy.h"
 #include "service.h"
 #include "track.h"
-#include "track.h"
 #include "traffic_class.h"
 #include "usual.h"
-#include <uapi/linux/in.h>
 
 static __always_inline bool pod_owns_source(const struct packet *packet,
 					    const struct attachment_entry *attachment)
@@ -52,7 +51,7 @@ static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet
 	} else if (icmp_is_error(packet)) {
 		reason = flow_pass_error(skb, config, packet, &from, &to);
 	} else {
-		reason = flow_pass(config, packet, &from, &to, epoch);
+		reason = flow_pass(skb, config, packet, &from, &to, epoch);
 	}
 	if (reason)
 		return drop(skb, drop_attachment(reason, &from, &to), reason);

@@ -3,6 +3,7 @@
 #include "drop.h"
 #include "flow.h"
 #include "icmp.h"
+#include "monitor.h"
 #include "node.h"
 #include "packet.h"
 #include "policy.h"
@@ -11,10 +12,10 @@
  * Enters a flow that begins with this packet; 0 or a drop reason. It takes of the origin's share,
  * or, where that is no pod, of the target's.
  */
-static __always_inline int flow_begin(const struct node_entry *config, const struct packet *packet,
-				      struct flow_key *key, bool from_high,
-				      const struct flow_end *origin, const struct flow_end *target,
-				      __u32 epoch, __u64 now_ns)
+static __always_inline int flow_begin(struct __sk_buff *skb, const struct node_entry *config,
+				      const struct packet *packet, struct flow_key *key,
+				      bool from_high, const struct flow_end *origin,
+				      const struct flow_end *target, __u32 epoch, __u64 now_ns)
 {
 	struct flow_entry entry = {.created_ns = now_ns,
 				   .last_seen_ns = now_ns,
@@ -30,8 +31,10 @@ static __always_inline int flow_begin(const struct node_entry *config, const str
 	if (reason)
 		return reason;
 	reason = flow_enter(key, &entry);
-	if (!reason)
+	if (!reason) {
+		monitor_flow(skb, config, packet, origin->attachment, target->attachment, NULL, 0);
 		return 0;
+	}
 	flow_give_back(entry.slot);
 	return reason == FLOW_EXISTS ? 0 : reason;
 }
@@ -77,9 +80,9 @@ static __always_inline __u32 policy_epoch(const struct node_entry *config)
  * the table until it is stale: else its next packet from the other end would begin it the other way
  * round.
  */
-static __always_inline int flow_pass(const struct node_entry *config, const struct packet *packet,
-				     const struct flow_end *from, const struct flow_end *to,
-				     __u32 epoch)
+static __always_inline int flow_pass(struct __sk_buff *skb, const struct node_entry *config,
+				     const struct packet *packet, const struct flow_end *from,
+				     const struct flow_end *to, __u32 epoch)
 {
 	__u64 now_ns = flow_clock();
 	struct flow_entry *flow;
@@ -105,7 +108,7 @@ static __always_inline int flow_pass(const struct node_entry *config, const stru
 	if (begins) {
 		if (flow)
 			flow_remove(&key, flow->slot);
-		return flow_begin(config, packet, &key, from_high, from, to, epoch, now_ns);
+		return flow_begin(skb, config, packet, &key, from_high, from, to, epoch, now_ns);
 	}
 	if (flow->epoch != epoch)
 		flow->epoch = epoch;
