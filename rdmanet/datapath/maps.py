@@ -9,7 +9,8 @@ import contextlib
 import errno
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +25,7 @@ from rdmanet.datapath.layout import (
     NodeEntry,
     UplinkEntry,
 )
+from rdmanet.datapath.policy import PolicyMaps
 from rdmanet.datapath.slots import Slots
 from rdmanet.errors import BpfError, ExhaustedError, StateError
 from rdmanet.model import DatagramEntry, GuardEntry
@@ -95,11 +97,26 @@ class Datapath:
         """Hook → kernel name of the program that runs there: the hook and 8 digits of its artifact's hash."""
         return loader.running(self._pinned)
 
+    @property
+    def policy(self) -> PolicyMaps:
+        """The maps that say who may talk to whom."""
+        return PolicyMaps(self._pinned.maps)
+
     # What the agent writes
 
     def configure(self, node: NodeEntry) -> None:
-        """Sets the node's options; before the first time everything is dropped as ``no_node``."""
-        self._update("node", layout.U32.pack(0), node.encode())
+        """Sets the node's options; before the first time everything is dropped as ``no_node``. The epoch stays as it
+        is."""
+        with self._lock:
+            before = self.node()
+            self._update("node", layout.U32.pack(0), replace(node, epoch=before.epoch if before else 0).encode())
+
+    def change_node(self, change: Callable[[NodeEntry], NodeEntry]) -> None:
+        """Changes some of the node's options, once they have been set."""
+        with self._lock:
+            before = self.node()
+            if before is not None:
+                self._update("node", layout.U32.pack(0), change(before).encode())
 
     def node(self) -> NodeEntry | None:
         """The node's options, or None before they were set."""
@@ -148,6 +165,25 @@ class Datapath:
     def endpoints(self) -> dict[bytes, EndpointEntry]:
         """By address key."""
         return {key: EndpointEntry.decode(value) for key, value in self._items("endpoints")}
+
+    def set_policy(self, attachment_id: int, addresses: Iterable[bytes], policy: tuple[int, int, int]) -> None:
+        """Identity, ingress set and egress set of an attachment, in those entries of it that are there."""
+        identity, ingress_set, egress_set = policy
+        with self._lock:
+            slot = self._slot(attachment_id)
+            for ifindex in [ifindex for ifindex, number in self._attached.items() if number == attachment_id]:
+                own = self.attachment(ifindex)
+                if own is not None and (own.identity, own.ingress_set, own.egress_set) != policy:
+                    own = replace(own, identity=identity, ingress_set=ingress_set, egress_set=egress_set)
+                    key = layout.U32.pack(ifindex)
+                    self._set("attachments", key, own.encode(slot), ifindex % layout.NEAR_PLACES)
+            for key in addresses:
+                there = self.endpoint(key)
+                if there is None or there.attachment_id != attachment_id:
+                    continue
+                if (there.identity, there.ingress_set, there.egress_set) != policy:
+                    there = replace(there, identity=identity, ingress_set=ingress_set, egress_set=egress_set)
+                    self._set("endpoints", key, there.encode(slot), layout.near_endpoint_place(key))
 
     def endpoint(self, address: bytes) -> EndpointEntry | None:
         """Where packets to this address key go, or None."""
