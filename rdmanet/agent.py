@@ -33,6 +33,7 @@ from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
+from rdmanet.documents import Documents
 from rdmanet.errors import StateError, UnavailableError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
@@ -42,9 +43,11 @@ from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.numbers import RdmaNumbers
+from rdmanet.objects.keeping import Objects
 from rdmanet.pods import Pods
 from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.removal import Removals
+from rdmanet.routes import ObjectRoutes
 from rdmanet.store import Store, owned
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,9 @@ class Agent:
         store = await self._blocking(Store, config.agent.state_dir / "state.db")
         stack.callback(store.close)
         self._store = store
+        documents = await self._blocking(Documents.beside, config.agent.state_dir)
+        stack.callback(documents.close)
+        self._objects = Objects(documents)
         await self._blocking(store.begin, node.boot_id())
         self._devices, self._devices_missing = await self._blocking(find_devices, config, store)
 
@@ -141,6 +147,7 @@ class Agent:
         self._attachments = Attachments(parts, self._removals, config.rdma, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
+        await self._blocking(self._objects.load)
         await self._blocking(self._attachments.recover)
         await self._broker.adopt()
         if self._devices is not None:
@@ -163,7 +170,9 @@ class Agent:
             pending_dir=pending_dir,
             settled=self._removals.settled,
         )
-        await self._listen(stack, api)
+        application = api.application()
+        ObjectRoutes(self._objects, self._executor).add_to(application)
+        await self._listen(stack, application, api.metrics_application())
 
         async def call(variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool]) -> int:
             return (await api.call(variables, body, still_wanted))[0]
@@ -223,14 +232,16 @@ class Agent:
         log.warning("%s", missing)
         return missing
 
-    async def _listen(self, stack: contextlib.AsyncExitStack, api: Api) -> None:
+    async def _listen(
+        self, stack: contextlib.AsyncExitStack, application: web.Application, metrics_application: web.Application
+    ) -> None:
         path = self._config.agent.socket
-        runner = web.AppRunner(api.application(), access_log=None)
+        runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.SockSite(runner, _private_socket(path)).start()
         if self._config.agent.metrics_port:
-            metrics = web.AppRunner(api.metrics_application(), access_log=None)
+            metrics = web.AppRunner(metrics_application, access_log=None)
             await metrics.setup()
             stack.push_async_callback(metrics.cleanup)
             await web.TCPSite(metrics, "127.0.0.1", self._config.agent.metrics_port).start()
@@ -260,6 +271,7 @@ class Agent:
         """What ``GET /v1/status`` answers."""
         document: dict[str, object] = await self._blocking(self._status_of_kernel)
         document["leases"] = await self._broker.status()
+        document["objects"] = self._objects.counts()
         return document
 
     async def rdma(self) -> dict[str, object]:

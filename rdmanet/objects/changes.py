@@ -15,7 +15,8 @@ class Changes:
 
     ``changed`` has objects that are new or other than before, with their new values; ``removed`` those that are gone,
     with their last values; ``objects`` is the snapshot that this leads to: everything there is then (not a copy: read
-    it while the call lasts). The first changes after a start hold every kept object in ``changed``.
+    it while the call lasts). The first changes after a start hold every kept object in ``changed``, and come also where
+    there are none.
     """
 
     changed: Mapping[ObjectKey, Object] = field(default_factory=dict)

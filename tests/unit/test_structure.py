@@ -44,7 +44,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "devices": NOUNS | {"config", "node", "netlink", "rdma", "store"},
     "metrics": NOUNS | {"broker", "datapath", "limits", "numbers", "store"},
     "policy": NOUNS | {"datapath", "objects"},
-    "objects": NOUNS | {"names"},
+    "objects": NOUNS | {"documents", "names"},
+    "services": NOUNS | {"datapath", "netlink", "objects"},
     "numbers": NOUNS | {"limits", "netlink", "rdma"},
     "health": NOUNS | {"netlink", "numbers", "rdma"},
     "limits": NOUNS | {"config", "datapath", "netlink", "rdma", "store"},
@@ -54,6 +55,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "adoption": NOUNS | {"datapath", "netlink", "steps"},
     "attach": NOUNS | {"adoption", "cni", "config", "ipam", "netlink", "removal", "steps"},
     "api": NOUNS | {"attach", "cni", "pending"},
+    "routes": {"api", "errors", "objects"},
     "doctor": NOUNS | {"config", "datapath", "memlock", "netlink", "node", "rdma"},
     "uninstall": NOUNS | {"config", "datapath", "devices", "limits", "netlink", "node", "rdma", "removal", "store"},
     "cli": NOUNS | {"agent", "client", "config", "datapath", "doctor", "show", "uninstall"},
@@ -69,7 +71,7 @@ SOLE_IMPORTERS = {
     "pyroute2": ("netlink/",),
     "sqlite3": ("database.py", "store.py"),
     "prometheus_client": ("metrics.py",),
-    "aiohttp": ("agent.py", "api.py", "broker/server.py", "verbs/"),
+    "aiohttp": ("agent.py", "api.py", "broker/server.py", "routes.py", "verbs/"),
 }
 
 
