@@ -26,6 +26,7 @@ from rdmanet.datapath.layout import (
     UplinkEntry,
 )
 from rdmanet.datapath.policy import PolicyMaps
+from rdmanet.datapath.services import ServiceMaps
 from rdmanet.datapath.slots import Slots
 from rdmanet.errors import BpfError, ExhaustedError, StateError
 from rdmanet.model import DatagramEntry, GuardEntry
@@ -170,20 +171,22 @@ class Datapath:
         """Identity, ingress set and egress set of an attachment, in those entries of it that are there."""
         identity, ingress_set, egress_set = policy
         with self._lock:
-            slot = self._slot(attachment_id)
+            self._known_slots()
             for ifindex in [ifindex for ifindex, number in self._attached.items() if number == attachment_id]:
                 own = self.attachment(ifindex)
                 if own is not None and (own.identity, own.ingress_set, own.egress_set) != policy:
                     own = replace(own, identity=identity, ingress_set=ingress_set, egress_set=egress_set)
                     key = layout.U32.pack(ifindex)
-                    self._set("attachments", key, own.encode(slot), ifindex % layout.NEAR_PLACES)
+                    self._set("attachments", key, own.encode(self._slot(attachment_id)), ifindex % layout.NEAR_PLACES)
             for key in addresses:
                 there = self.endpoint(key)
                 if there is None or there.attachment_id != attachment_id:
                     continue
                 if (there.identity, there.ingress_set, there.egress_set) != policy:
                     there = replace(there, identity=identity, ingress_set=ingress_set, egress_set=egress_set)
-                    self._set("endpoints", key, there.encode(slot), layout.near_endpoint_place(key))
+                    self._set(
+                        "endpoints", key, there.encode(self._slot(attachment_id)), layout.near_endpoint_place(key)
+                    )
 
     def endpoint(self, address: bytes) -> EndpointEntry | None:
         """Where packets to this address key go, or None."""
@@ -303,6 +306,10 @@ class Datapath:
         """By the receiver's and the sender's end."""
         items = self._items("datagrams")
         return {layout.decode_datagram_key(key): layout.decode_datagram(value) for key, value in items}
+
+    def services(self) -> ServiceMaps:
+        """The maps of services."""
+        return ServiceMaps(self._pinned)
 
     # What the programs counted
 

@@ -1,0 +1,1 @@
+"""Services: from Kubernetes' objects to what the programs look up."""
