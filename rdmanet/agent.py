@@ -34,7 +34,7 @@ from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.documents import Documents
-from rdmanet.errors import StateError, UnavailableError
+from rdmanet.errors import BpfError, StateError, UnavailableError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
@@ -227,7 +227,7 @@ class Agent:
             try:
                 self._datapath.attach_sockets(hierarchy.root)
                 return None
-            except UnavailableError as error:
+            except (UnavailableError, BpfError) as error:
                 missing = str(error)
         log.warning("%s", missing)
         return missing

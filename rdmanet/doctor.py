@@ -14,12 +14,14 @@ from pathlib import Path
 
 from rdmanet import memlock
 from rdmanet.config import Config
+from rdmanet.datapath import sockets
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.errors import RdmanetError
 from rdmanet.model import Backend, RdmaMode
 from rdmanet.netlink import nldev
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.node import find_uplinks, kernel_release
+from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.rdma.rxe import wanted_release
 
 ROCE_MTU_BYTES = 4200  # 4096 of path MTU and the headers around it
@@ -73,6 +75,13 @@ def _bpf(config: Config) -> Lines:
         yield Verdict.MISSING, f"Linux {platform.release()} is too old: 5.14 or newer is needed; Debian 12 has 6.1"
         return
     yield Verdict.OK, f"Linux {platform.release()} runs the datapath (redirect_peer, fib_lookup, netns cookies)"
+
+
+def _services(config: Config) -> Lines:
+    if kernel_release() < (5, 18):
+        yield Verdict.WARNING, f"Linux {platform.release()} is too old for services: 5.18 or newer is needed"
+        return
+    yield Verdict.OK, f"{sockets.root_cgroup(Cgroups.here().root)} takes the programs that turn services into backends"
 
 
 def _artifact(config: Config) -> Lines:
@@ -235,6 +244,7 @@ def _memlock(config: Config) -> Lines:
 _CHECKS: tuple[tuple[str, Callable[[Config], Lines]], ...] = (
     ("privileges", _root),
     ("kernel", _bpf),
+    ("services", _services),
     ("artifact", _artifact),
     ("network", _network),
     ("ports", _ports),

@@ -26,6 +26,8 @@ def status(document: Mapping[str, Any]) -> str:
         f"agent {agent['version']} ready for {agent['ready_s']:.0f} s, Linux {agent['kernel']},"
         f" RDMA {agent['rdma_mode'] or 'none: ' + str(agent['rdma_missing'])}"
     ]
+    if agent.get("services_missing"):
+        parts.append(f"no services: {agent['services_missing']}")
     attachments = document["attachments"]
     if attachments:
         parts.append(

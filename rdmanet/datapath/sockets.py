@@ -39,9 +39,30 @@ def attached(directory: Path) -> dict[str, str]:
     return found
 
 
+def root_cgroup(cgroup: Path) -> Path:
+    """The same, if it is the root of the host's hierarchy. Raises UnavailableError otherwise."""
+    try:
+        number = cgroup.stat().st_ino
+    except OSError as error:
+        raise UnavailableError(
+            f"The cgroup {cgroup} cannot be looked at: services work for no socket.",
+            operation="stat",
+            subject=str(cgroup),
+            errno=error.errno,
+        ) from error
+    if number != ROOT_INODE:
+        raise UnavailableError(
+            f"{cgroup} is not the root of the host's cgroups: services work for no socket; run the agent in the host's"
+            " cgroup namespace (podman and docker: --cgroupns host).",
+            operation="stat",
+            subject=str(cgroup),
+        )
+    return cgroup
+
+
 def missing(directory: Path, cgroup: Path) -> list[str]:
     """Programs that are not attached to this cgroup."""
-    wanted = _root(cgroup)
+    wanted = root_cgroup(cgroup).stat().st_ino
     found = []
     for program in SOCKET_PROGRAMS:
         with _link(directory, program) as link:
@@ -56,8 +77,7 @@ def attach(directory: Path, cgroup: Path, programs: Mapping[str, int]) -> None:
 
     Raises UnavailableError where ``cgroup`` is not the hierarchy's root, or another program keeps all others away.
     """
-    _root(cgroup)
-    parent = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    parent = os.open(root_cgroup(cgroup), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for program, descriptor in programs.items():
             path = _path(directory, program)
@@ -101,27 +121,6 @@ def _link(directory: Path, program: str) -> Iterator[int | None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _root(cgroup: Path) -> int:
-    """The root cgroup's number."""
-    try:
-        number = cgroup.stat().st_ino
-    except OSError as error:
-        raise UnavailableError(
-            f"The cgroup {cgroup} cannot be looked at: services work for no socket.",
-            operation="stat",
-            subject=str(cgroup),
-            errno=error.errno,
-        ) from error
-    if number != ROOT_INODE:
-        raise UnavailableError(
-            f"{cgroup} is not the root of the host's cgroups: services work for no socket; run the agent in the host's"
-            " cgroup namespace (podman and docker: --cgroupns host).",
-            operation="stat",
-            subject=str(cgroup),
-        )
-    return number
 
 
 def _create(cgroup: int, program: int, name: str) -> int:

@@ -17,6 +17,7 @@ from rdmanet.doctor import Finding, Verdict, examine
 from rdmanet.model import RdmaMode
 from rdmanet.netlink import nldev
 from rdmanet.node import Uplink
+from rdmanet.rdma.cgroup import Cgroups
 
 V4, V6 = ipaddress.ip_address("198.51.100.2"), ipaddress.ip_address("2001:db8::2")
 
@@ -30,6 +31,7 @@ def test_every_check_answers_on_this_host() -> None:
     assert {finding.check for finding in findings} == {
         "privileges",
         "kernel",
+        "services",
         "artifact",
         "network",
         "ports",
@@ -51,6 +53,18 @@ def test_a_missing_artifact_is_a_finding(tmp_path: Path) -> None:
 def test_privileges(monkeypatch: pytest.MonkeyPatch, uid: int, verdict: Verdict) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     assert [found for found, _ in lines(Config(), "privileges")] == [verdict]
+
+
+def test_services_need_the_root_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Cgroups, "here", lambda: Cgroups(tmp_path))
+    ((verdict, sentence),) = lines(Config(), "services")
+    assert verdict is Verdict.MISSING
+    assert "is not the root of the host's cgroups" in sentence
+    assert "--cgroupns host" in sentence
+    monkeypatch.setattr(doctor, "kernel_release", lambda: (5, 17))
+    ((verdict, sentence),) = lines(Config(), "services")
+    assert verdict is Verdict.WARNING
+    assert "5.18 or newer" in sentence
 
 
 @pytest.mark.parametrize(("release", "verdict"), [((5, 13), Verdict.MISSING), ((5, 14), Verdict.OK)])
