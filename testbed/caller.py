@@ -1,12 +1,13 @@
 """Servers that say their name, and clients that ask for it, inside a container: what `testbed.peer.Peer` talks to where
 services are shown. Standard library only, run without site packages.
 
-Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count} →
-{names: {name: times}, refused: {error: times}}, each over a socket of its own; ``open`` {id, kind, address, port,
-family, connected} → {peername, refused}; ``say`` {id} → {name, seen, source, peername, refused}: over the open socket,
-the server's name, the address that the server saw, where the answer came from; ``close`` {id}.
-Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address. ``refused``
-is the error's name, null where there was none.
+Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count,
+source} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each over a socket of its
+own; ``open`` {id, kind, address, port, family, connected, source} → {peername, refused}; ``say`` {id} → {name, seen,
+source, peername, refused}: over the open socket, the server's name, the address that the server saw, where the answer
+came from; ``close`` {id}.
+Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
+is the client's own address. ``refused`` is the error's name, null where there was none.
 """
 
 from __future__ import annotations
@@ -67,7 +68,15 @@ def answer_datagrams(name: str, sock: socket.socket) -> None:
 class Call:
     """An open socket to a service."""
 
-    def __init__(self, kind: str, address: str, port: int, family: int | None = None, connected: bool = True):
+    def __init__(
+        self,
+        kind: str,
+        address: str,
+        port: int,
+        family: int | None = None,
+        connected: bool = True,
+        source: str | None = None,
+    ):
         version = 6 if ":" in address else 4
         self.end = (f"::ffff:{address}" if family == 6 and version == 4 else address, port)
         self.kind = kind
@@ -77,6 +86,8 @@ class Call:
         self.sock.settimeout(TIMEOUT_S if kind == "tcp" else DATAGRAM_TIMEOUT_S)
         self.refused: str | None = None
         try:
+            if source is not None:
+                self.sock.bind((source, 0))
             if self.connected:
                 self.sock.connect(self.end)
         except OSError as error:
@@ -114,19 +125,21 @@ def name_of(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, str(error))
 
 
-def many(kind: str, address: str, port: int, count: int) -> dict[str, Any]:
+def many(kind: str, address: str, port: int, count: int, source: str | None = None) -> dict[str, Any]:
     """Who answers, call by call."""
     names: Counter[str] = Counter()
     refused: Counter[str] = Counter()
+    seen: set[str] = set()
     for _ in range(count):
-        call = Call(kind, address, port)
+        call = Call(kind, address, port, source=source)
         answer = call.say()
         call.sock.close()
         if answer["refused"]:
             refused[answer["refused"]] += 1
         else:
             names[answer["name"]] += 1
-    return {"names": dict(names), "refused": dict(refused)}
+            seen.add(answer["seen"][0])
+    return {"names": dict(names), "refused": dict(refused), "seen": sorted(seen)}
 
 
 def main() -> None:
