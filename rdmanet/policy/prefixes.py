@@ -95,13 +95,16 @@ class Block:
 class Prefixes:
     """The classes that are named, by whom they are named, and their numbers. Not for several threads at a time."""
 
-    def __init__(self, changed: Callable[[Block], None], preferred: Mapping[Prefix, int] | None = None):
-        """``changed`` is told of each block whose classes are others now; ``preferred`` are numbers from before."""
+    def __init__(
+        self, changed: Callable[[Block], None], preferred: Mapping[Prefix, int] | None = None, highest: int = 0
+    ):
+        """``changed`` is told of each block whose classes are others now; ``preferred`` are numbers from before, and
+        ``highest`` the highest that anything speaks of."""
         self.numbers: dict[Prefix, int] = {}
         self.touched: set[Prefix] = set()  # came or went; whoever has dealt with them clears it
         self._changed = changed
         self._preferred = dict(preferred or {})
-        self._next = max(self._preferred.values(), default=0) + 1
+        self._next = max(highest, *self._preferred.values(), 0) + 1
         self._uses: Counter[Prefix] = Counter()
         self._sorted: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
         self._by_cidr: dict[Prefix, set[Block]] = {}

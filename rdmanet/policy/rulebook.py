@@ -37,7 +37,7 @@ class Rulebook:
         self._next_identity = max(self._numbers.highest_identity + 1, FIRST_IDENTITY)
         self._next_set = self._numbers.highest_set + 1
         self._taken: dict[str, set[int]] = {"identity": set(), "ingress": set(), "egress": set()}
-        self.prefixes = Prefixes(self._block_changed, self._numbers.classes)
+        self.prefixes = Prefixes(self._block_changed, self._numbers.classes, self._numbers.highest_class)
         #: How many rules allow each thing; and what came or went, until somebody has dealt with it.
         self.wanted: dict[Entry, int] = {}
         self.touched: set[Entry] = set()
@@ -305,17 +305,23 @@ class Rulebook:
             own = identity.sets[direction]
             if (own.key if own is not None else None) != key:
                 moves.setdefault(key, []).append(identity)
+        # Sets that are there and wanted stay, whoever leaves them; only then others are changed or made.
+        there = {key: self._by_key[key] for key in moves if key is not None and key in self._by_key}
+        wanted = set(there.values())
+        left: dict[PolicySet, None] = {}
         for key, moving in moves.items():
-            target = None if key is None else self._by_key.get(key) or self._set_for(key, moving)
+            target = None if key is None else there.get(key) or self._set_for(key, moving, wanted)
             for identity in moving:
                 before, identity.sets[direction] = identity.sets[direction], target
                 if before is not None and before is not target:
                     before.users.discard(identity)
-                    if not before.users:
-                        self._drop_set(before)
+                    left[before] = None
                 if target is not None:
                     target.users.add(identity)
                 self.moved |= identity.members
+        for one in left:
+            if not one.users:
+                self._drop_set(one)
 
     def _key_of(self, identity: Identity, direction: Direction) -> SetKey | None:
         policies = frozenset(policy for policy in identity.selected if policy.rules[direction] is not None)
@@ -324,12 +330,12 @@ class Rulebook:
         named = direction is Direction.INGRESS and any(policy.named for policy in policies)
         return direction, policies, identity.ports if named else None
 
-    def _set_for(self, key: SetKey, moving: list[Identity]) -> PolicySet:
+    def _set_for(self, key: SetKey, moving: list[Identity], wanted: set[PolicySet]) -> PolicySet:
         """A new set; or the one that all its users leave together for this: then only what differs is written."""
         direction, policies, ports = key
         for identity in moving:
             before = identity.sets[direction]
-            if before is None or not before.users.issubset(moving):
+            if before is None or before in wanted or not before.users.issubset(moving):
                 continue
             gone = before.policies - policies
             for rule in [rule for rule in before.given if rule.policy in gone]:
@@ -434,9 +440,9 @@ class Rulebook:
 
     # What others ask
 
-    def identity(self, number: int) -> Identity | None:
-        """Of a member."""
-        return self._identity_of.get(number)
+    def differs(self) -> bool:
+        """Whether anything has changed that somebody must deal with."""
+        return bool(self.touched or self.moved or self.prefixes.touched)
 
     def pod_policy(self, number: int) -> PodPolicy:
         """Of a member."""
@@ -444,5 +450,6 @@ class Rulebook:
 
     def selecting(self, number: int, direction: Direction) -> list[str]:
         """The policies that select a member in a direction, as namespace/name."""
-        one = self._identity_of[number].sets[direction]
+        identity = self._identity_of.get(number)
+        one = identity.sets[direction] if identity else None
         return sorted(f"{policy.key.namespace}/{policy.key.name}" for policy in one.policies) if one else []

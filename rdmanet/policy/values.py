@@ -57,3 +57,4 @@ class Numbers:
     classes: Mapping[Prefix, int] = field(default_factory=dict)
     highest_identity: int = FIRST_IDENTITY - 1
     highest_set: int = 0
+    highest_class: int = 0
