@@ -1,9 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* Masquerading: source NAT of what pods send through an uplink, and the way back. */
+/* Flows of which outside sees another end than the pod's: both halves, and the rewriting. */
 #include "address.h"
 #include "drop.h"
+#include "flow.h"
+#include "icmp.h"
+#include "monitor.h"
 #include "node.h"
 #include "packet.h"
+#include "policy.h"
+#include "rewrite.h"
+#include "track.h"
 
 /* Addresses to masquerade behind, by the uplink's index; zero: that family has none. */
 struct uplink_entry {
@@ -13,108 +19,166 @@ struct uplink_entry {
 
 BPF_F_TABLE("hash", __u32, struct uplink_entry, uplinks, 64, 0);
 
-/* nat_forward: as the pod sends it. nat_reverse: local is the outside address and port. */
-struct nat_tuple {
-	struct address_key local;
-	struct address_key remote;
-	__be16 local_port; /* ICMP echo: its identifier */
-	__be16 remote_port;
-	__u8 protocol;
-	__u8 pad[3];
+/* More than the stack of a program has room for; what a CPU works with while it begins a flow. */
+struct nat_work {
+	struct flow_key inside;
+	struct flow_key outside;
+	struct flow_key other; /* of the flow that has a port already */
+	struct flow_entry entry;
+	struct flow_entry alias;
+	struct packet quoted;
+	struct nat_end pod;
+	struct nat_end remote;
+	struct nat_end own; /* what outside sees */
 };
 
-/*
- * nat_forward: to which outside address and port. nat_reverse: to which pod, and how the flow
- * stands.
- */
-struct nat_entry {
-	struct address_key address;
-	__u64 last_seen_ns;
-	__u32 attachment;
-	__be16 port;
-	__u8 closing; /* CLOSING_* */
-	__u8 pad;
-};
+BPF_F_TABLE("percpu_array", __u32, struct nat_work, nat_work, 1, 0);
 
-#define CLOSING_BY_POD	  1
-#define CLOSING_BY_REMOTE 2
-#define CLOSING_BOTH	  3
-
-/*
- * Least recently used entries make room. A lost forward entry finds its reverse entry again, as the
- * search for a port starts at a hash of the same tuple; a lost reverse entry is made again from the
- * forward one.
- */
-BPF_F_TABLE("lru_hash", struct nat_tuple, struct nat_entry, nat_forward, 65536, 0);
-BPF_F_TABLE("lru_hash", struct nat_tuple, struct nat_entry, nat_reverse, 65536, 0);
-
-#define SECOND_NS 1000000000ULL
-
-/*
- * When the port of another flow may be taken over: RFC 5382 REQ-5, RFC 4787 REQ-5, RFC 5508 REQ-1,
- * Linux' TIME_WAIT.
- */
-#define TCP_IDLE_NS    (7440 * SECOND_NS)
-#define TCP_CLOSING_NS (60 * SECOND_NS)
-#define UDP_IDLE_NS    (300 * SECOND_NS)
-#define ICMP_IDLE_NS   (60 * SECOND_NS)
-
-#define PORT_TRIES 16
-
-static __always_inline bool nat_is_stale(const struct nat_entry *entry, __u8 protocol, __u64 now_ns)
+static __always_inline struct nat_work *nat_work_lookup(void)
 {
-	__u64 idle_ns = now_ns - entry->last_seen_ns;
+	__u32 zero = 0;
 
-	/* Written by another CPU meanwhile. */
-	if (now_ns < entry->last_seen_ns)
-		return false;
-	if (protocol == IPPROTO_TCP)
-		return idle_ns > (entry->closing == CLOSING_BOTH ? TCP_CLOSING_NS : TCP_IDLE_NS);
-	return idle_ns > (protocol == IPPROTO_UDP ? UDP_IDLE_NS : ICMP_IDLE_NS);
+	return nat_work.lookup(&zero);
 }
 
-static __always_inline void nat_touch(struct nat_entry *entry, const struct packet *packet,
-				      __u8 closer, __u64 now_ns)
+#define PORT_TRIES	16
+#define TAKE_OVER_TRIES 4 /* of these, when all others were in vain */
+
+static __always_inline bool nat_is_end(const struct flow_entry *flow,
+				       const struct address_key *address, __be16 port)
 {
-	entry->last_seen_ns = now_ns;
-	if (packet->protocol != IPPROTO_TCP)
-		return;
-	if (packet->tcp_flags & TCP_RST)
-		entry->closing = CLOSING_BOTH;
-	else if (packet->tcp_flags & TCP_FIN)
-		entry->closing |= closer;
-	else if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
-		entry->closing = 0;
+	return (flow->flags & FLOW_TRANSLATED) && flow->translated_port == port &&
+	       address_equal(&flow->translated, address);
 }
 
-static __always_inline bool nat_is_echo(const struct packet *packet)
+/* Whether it is outside's half of the flow of a pod's end. */
+static __always_inline bool nat_is_alias(const struct flow_entry *flow,
+					 const struct address_key *address, __be16 port)
 {
-	return packet->protocol == (packet->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6);
+	return (flow->flags & FLOW_ALIAS) && nat_is_end(flow, address, port);
 }
 
-/* A socket of the host's own would answer to this outside port. */
+/*
+ * Removes the half that outside sees if it is this inside entry's, and then the entry, whose key is
+ * work->inside: in the other order a port search could already have given the alias to another
+ * flow. `remote` is the end that is no pod's.
+ */
+static __always_inline void nat_remove(struct nat_work *work, const struct flow_entry *flow,
+				       const struct nat_end *pod, const struct nat_end *remote)
+{
+	struct flow_key *inside = &work->inside;
+	struct flow_entry *alias;
+	__be16 port = remote->port;
+	__u32 slot = flow->slot;
+
+	if (flow->flags & FLOW_TRANSLATED) {
+		/* Echo: the identifier is on both sides. */
+		if (inside->protocol == IPPROTO_ICMP || inside->protocol == IPPROTO_ICMPV6)
+			port = flow->translated_port;
+		flow_key_of_ends(&work->outside, &flow->translated, flow->translated_port,
+				 &remote->address, port, inside->protocol);
+		alias = flow_lookup(&work->outside);
+		if (alias && nat_is_alias(alias, &pod->address, pod->port))
+			flows.delete(&work->outside);
+	}
+	flow_remove(inside, slot);
+}
+
+/*
+ * Makes work->alias of the whole inside entry in work->entry. `pod` is the pod's end, `origin` what
+ * the alias has there; outside_is_high: the end that began is the alias's higher one.
+ */
+static __always_inline void nat_make_alias(struct nat_work *work, bool outside_is_high,
+					   const struct nat_end *pod, __u32 origin)
+{
+	struct flow_entry *entry = &work->entry, *alias = &work->alias;
+
+	__builtin_memset(alias, 0, sizeof(*alias));
+	alias->created_ns = entry->created_ns;
+	alias->last_seen_ns = entry->created_ns;
+	alias->translated = pod->address;
+	alias->translated_port = pod->port;
+	alias->origin = origin;
+	alias->target = entry->target;
+	alias->slot = FLOW_NO_SLOT;
+	alias->epoch = entry->epoch;
+	alias->flags = FLOW_TRANSLATED | FLOW_ALIAS | (entry->flags & FLOW_SERVICE) |
+		       (outside_is_high ? FLOW_ORIGIN_IS_HIGH : 0);
+}
+
+/*
+ * Enters the inside half of a flow whose share was taken and whose alias is there; else gives the
+ * share back and removes the alias. 0, a drop reason, or FLOW_EXISTS: another flow has the key.
+ */
+static __always_inline int nat_enter_inside(struct nat_work *work)
+{
+	struct flow_entry *entry = &work->entry, *found;
+	int reason = flow_enter(&work->inside, entry);
+
+	if (!reason)
+		return 0;
+	flow_give_back(entry->slot);
+	/* The same flow, entered by another CPU. */
+	if (reason == FLOW_EXISTS) {
+		found = flow_lookup(&work->inside);
+		if (found && nat_is_end(found, &entry->translated, entry->translated_port))
+			return 0;
+	}
+	flows.delete(&work->outside);
+	return reason;
+}
+
+/*
+ * Enters a translated flow, the alias first: both keys and the whole inside entry are in `work`;
+ * for the rest see nat_make_alias(). 0, a drop reason, or FLOW_EXISTS where another flow has one of
+ * the keys.
+ */
+static __always_inline int nat_enter(const struct node_entry *config, struct nat_work *work,
+				     bool outside_is_high, const struct nat_end *pod, __u32 origin)
+{
+	struct flow_entry *found;
+	int reason = flow_charge(config, work->entry.slot);
+
+	if (reason)
+		return reason;
+	nat_make_alias(work, outside_is_high, pod, origin);
+	reason = flow_enter(&work->outside, &work->alias);
+	if (reason == FLOW_EXISTS) {
+		found = flow_lookup(&work->outside);
+		/* The same flow's, from another CPU or without its other half. */
+		if (found && nat_is_alias(found, &pod->address, pod->port))
+			reason = 0;
+	}
+	if (reason) {
+		flow_give_back(work->entry.slot);
+		return reason;
+	}
+	return nat_enter_inside(work);
+}
+
+/* A socket of the host's own would answer to this outside port; those in TIME_WAIT too. */
 static __always_inline bool nat_port_in_use(struct __sk_buff *skb, const struct packet *packet,
-					    const struct nat_tuple *outside)
+					    const struct nat_end *own)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *socket;
 	__u32 bytes;
 
 	if (packet->family == 4) {
-		tuple.ipv4.saddr = outside->remote.word[3];
-		tuple.ipv4.daddr = outside->local.word[3];
-		tuple.ipv4.sport = outside->remote_port;
-		tuple.ipv4.dport = outside->local_port;
+		tuple.ipv4.saddr = packet->destination.word[3];
+		tuple.ipv4.daddr = own->address.word[3];
+		tuple.ipv4.sport = packet->destination_port;
+		tuple.ipv4.dport = own->port;
 		bytes = sizeof(tuple.ipv4);
 	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &outside->remote, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, &outside->local, 16);
-		tuple.ipv6.sport = outside->remote_port;
-		tuple.ipv6.dport = outside->local_port;
+		__builtin_memcpy(tuple.ipv6.saddr, &packet->destination, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, &own->address, 16);
+		tuple.ipv6.sport = packet->destination_port;
+		tuple.ipv6.dport = own->port;
 		bytes = sizeof(tuple.ipv6);
 	}
 	if (packet->protocol == IPPROTO_TCP)
-		socket = bpf_sk_lookup_tcp(skb, &tuple, bytes, -1, 0);
+		socket = (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, bytes, -1, 0);
 	else if (packet->protocol == IPPROTO_UDP)
 		socket = bpf_sk_lookup_udp(skb, &tuple, bytes, -1, 0);
 	else
@@ -126,14 +190,14 @@ static __always_inline bool nat_port_in_use(struct __sk_buff *skb, const struct 
 }
 
 /* Spreads flows over the port range; the same flow always starts at the same place. */
-static __always_inline __u32 nat_hash(const struct nat_tuple *tuple)
+static __always_inline __u32 nat_hash(const struct flow_key *key)
 {
-	const __u32 *word = (const __u32 *)tuple;
+	const __u32 *word = (const __u32 *)key;
 	__u32 hash = 0x9e3779b9;
 	int i;
 
 #pragma unroll
-	for (i = 0; i < sizeof(*tuple) / 4; i++) {
+	for (i = 0; i < sizeof(*key) / 4; i++) {
 		hash = (hash ^ word[i]) * 0x85ebca6b;
 		hash ^= hash >> 15;
 	}
@@ -141,188 +205,317 @@ static __always_inline __u32 nat_hash(const struct nat_tuple *tuple)
 }
 
 /*
- * Finds an outside port for the flow and enters it into nat_reverse, where BPF_NOEXIST decides
- * between CPUs. Fills outside->local_port.
+ * Whether work->outside can be had, which is this alias's key: its flow is stale, or gone, and what
+ * is left of it has been removed.
  */
-static __always_inline int nat_find_port(struct __sk_buff *skb, const struct packet *packet,
-					 const struct node_entry *config,
-					 const struct nat_tuple *inside, struct nat_tuple *outside,
-					 struct nat_entry *pod, __u64 now_ns)
+static __always_inline bool nat_take_over(const struct packet *packet, struct nat_work *work,
+					  const struct flow_entry *alias, const struct nat_end *own,
+					  __u64 now_ns)
 {
-	__u32 first = config->first_port, last = config->last_port;
-	__u32 ports = last - first + 1;
-	__u32 hash = nat_hash(inside);
-	int i;
+	__be16 port = is_icmp(packet) ? alias->translated_port : packet->destination_port;
+	struct flow_entry *flow;
 
-	if (last < first || !first)
-		return DROP_NAT_NO_PORT;
-	for (i = 0; i < PORT_TRIES; i++) {
-		struct nat_entry *other;
-
-		/* Not neighbouring ports: a full stretch would stop all tries. */
-		outside->local_port = bpf_htons(first + (hash + i * (hash >> 16 | 1)) % ports);
-		other = nat_reverse.lookup(outside);
-		if (other) {
-			if (other->attachment == pod->attachment && other->port == pod->port &&
-			    address_equal(&other->address, &pod->address)) {
-				nat_touch(other, packet, CLOSING_BY_POD, now_ns);
-				return 0;
-			}
-			if (!nat_is_stale(other, packet->protocol, now_ns))
-				continue;
-			nat_reverse.delete(outside);
-		}
-		if (nat_port_in_use(skb, packet, outside))
-			continue;
-		if (!nat_reverse.insert(outside, pod))
-			return 0;
+	if (!(alias->flags & FLOW_ALIAS))
+		return false;
+	flow_key_of_ends(&work->other, &alias->translated, alias->translated_port,
+			 &packet->destination, port, packet->protocol);
+	flow = flow_lookup(&work->other);
+	if (flow && nat_is_end(flow, &own->address, own->port)) {
+		if (!flow_is_stale(flow, packet->protocol, now_ns))
+			return false;
+		flow_remove(&work->other, flow->slot);
 	}
-	return DROP_NAT_NO_PORT;
+	flows.delete(&work->outside);
+	return true;
 }
 
 /*
- * Changes one end of the packet and its checksums; partial checksums and UDP's 0 are the helpers'
- * care.
+ * Makes one try for an outside port: 0, the alias is entered; FLOW_EXISTS: it cannot be
+ * had; or a drop reason. `take_over`: also from a stale flow.
  */
-static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packet *packet,
-				       bool source, const struct address_key *address, __be16 port)
+static __always_inline int nat_try_port(struct __sk_buff *skb, const struct packet *packet,
+					struct nat_work *work, bool own_is_high, __be16 port,
+					bool take_over, __u64 now_ns)
 {
-	const struct address_key *old = source ? &packet->source : &packet->destination;
-	__be16 old_port =
-		source || nat_is_echo(packet) ? packet->source_port : packet->destination_port;
-	__u32 checksum, place = packet->transport;
-	__u64 flags = 0;
-	int error = 0;
+	struct flow_entry *other;
 
-	if (packet->protocol == IPPROTO_TCP) {
-		checksum = packet->transport + offsetof(struct tcphdr, check);
-		place += source ? 0 : 2;
-	} else if (packet->protocol == IPPROTO_UDP) {
-		checksum = packet->transport + offsetof(struct udphdr, check);
-		place += source ? 0 : 2;
-		flags = BPF_F_MARK_MANGLED_0;
-	} else {
-		checksum = packet->transport + offsetof(struct icmphdr, checksum);
-		place += 4;
+	work->own.port = port;
+	if (own_is_high || is_icmp(packet))
+		work->outside.high_port = port;
+	if (!own_is_high || is_icmp(packet))
+		work->outside.low_port = port;
+	/* Its answers would come in as RoCE. */
+	if (port == bpf_htons(ROCE_PORT))
+		return FLOW_EXISTS;
+	other = flow_lookup(&work->outside);
+	if (other) {
+		/* This very flow's, without its other half. */
+		if (nat_is_alias(other, &packet->source, packet->source_port))
+			return 0;
+		if (!take_over || !nat_take_over(packet, work, other, &work->own, now_ns))
+			return FLOW_EXISTS;
 	}
-
-	error |= bpf_l4_csum_replace(skb, checksum, old_port, port, flags | 2);
-	if (packet->family == 4) {
-		__be32 before = old->word[3], after = address->word[3];
-
-		/* ICMP's checksum has no pseudo header. */
-		if (!nat_is_echo(packet))
-			error |= bpf_l4_csum_replace(skb, checksum, before, after,
-						     flags | BPF_F_PSEUDO_HDR | 4);
-		error |= bpf_l3_csum_replace(skb, NETWORK_OFFSET + offsetof(struct iphdr, check),
-					     before, after, 4);
-		error |= bpf_skb_store_bytes(skb,
-					     NETWORK_OFFSET +
-						     (source ? offsetof(struct iphdr, saddr)
-							     : offsetof(struct iphdr, daddr)),
-					     &after, 4, 0);
-	} else {
-		struct address_key before = *old, after = *address;
-		__u32 difference = bpf_csum_diff(&before, 16, &after, 16, 0);
-
-		flags |= BPF_F_PSEUDO_HDR;
-		/*
-		 * The helper takes the address's change out of a device's sum over the whole packet
-		 * (CHECKSUM_COMPLETE), as if a header checksum had made up for it like IPv4's.
-		 * Storing with BPF_F_RECOMPUTE_CSUM puts it back; kernel commit ead7f9b8de65 adds a
-		 * flag to the same end from 6.16 on.
-		 */
-		error |= bpf_l4_csum_replace(skb, checksum, 0, difference, flags);
-		error |= bpf_skb_store_bytes(skb,
-					     NETWORK_OFFSET +
-						     (source ? offsetof(struct ipv6hdr, saddr)
-							     : offsetof(struct ipv6hdr, daddr)),
-					     &after, 16, BPF_F_RECOMPUTE_CSUM);
-	}
-	error |= bpf_skb_store_bytes(skb, place, &port, 2, 0);
-	return error ? DROP_MALFORMED : 0;
+	if (nat_port_in_use(skb, packet, &work->own))
+		return FLOW_EXISTS;
+	return flow_enter(&work->outside, &work->alias);
 }
 
-/* Source NAT behind the uplink's address; 0 or a drop reason. */
-static __always_inline int nat_outbound(struct __sk_buff *skb, const struct packet *packet,
-					const struct node_entry *config,
-					const struct uplink_entry *uplink, __u32 attachment)
+/*
+ * Enters a flow that a pod begins through an uplink, work->entry: finds an outside port, which goes
+ * into translated_port. The address is there already. 0 or a drop reason.
+ */
+static __always_inline int nat_begin(struct __sk_buff *skb, const struct packet *packet,
+				     const struct node_entry *config, struct nat_work *work,
+				     __u64 now_ns)
 {
-	struct nat_tuple inside = {.local = packet->source, .remote = packet->destination};
-	struct nat_tuple outside = {.remote = packet->destination};
-	struct nat_entry entry = {}, pod = {.address = packet->source, .attachment = attachment};
-	struct nat_entry *forward, *reverse;
-	__u64 now_ns = bpf_ktime_get_ns();
-	int reason;
+	__u32 first = config->first_port, last = config->last_port;
+	__u32 ports = last - first + 1;
+	__u32 hash = nat_hash(&work->inside);
+	struct flow_entry *entry = &work->entry;
+	bool own_is_high;
+	int reason, i;
 
-	outside.local = packet->family == 4 ? uplink->ipv4 : uplink->ipv6;
-	if (address_is_zero(&outside.local))
-		return DROP_NO_MASQUERADE_ADDRESS;
-	if (packet->flags & IS_FRAGMENT)
-		return DROP_FRAGMENT;
-	if (nat_is_echo(packet)) {
-		if (packet->icmp_type != (packet->family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST))
-			return DROP_NAT_PROTOCOL;
-	} else if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP) {
-		inside.remote_port = packet->destination_port;
-		outside.remote_port = packet->destination_port;
-	} else {
-		return DROP_NAT_PROTOCOL;
-	}
-	inside.local_port = packet->source_port;
-	inside.protocol = packet->protocol;
-	outside.protocol = packet->protocol;
-	pod.port = packet->source_port;
-	nat_touch(&pod, packet, CLOSING_BY_POD, now_ns);
-
-	forward = nat_forward.lookup(&inside);
-	if (forward && forward->attachment == attachment &&
-	    address_equal(&forward->address, &outside.local)) {
-		outside.local_port = forward->port;
-		reverse = nat_reverse.lookup(&outside);
-		if (reverse) {
-			if (reverse->attachment == attachment && reverse->port == pod.port &&
-			    address_equal(&reverse->address, &pod.address)) {
-				nat_touch(reverse, packet, CLOSING_BY_POD, now_ns);
-				goto rewrite;
-			}
-		} else if (!nat_reverse.insert(&outside, &pod)) {
-			goto rewrite;
-		}
-	}
-	reason = nat_find_port(skb, packet, config, &inside, &outside, &pod, now_ns);
+	if (last < first || !first)
+		return DROP_NAT_NO_PORT;
+	reason = flow_charge(config, entry->slot);
 	if (reason)
 		return reason;
-	entry.address = outside.local;
-	entry.last_seen_ns = now_ns;
-	entry.attachment = attachment;
-	entry.port = outside.local_port;
-	nat_forward.update(&inside, &entry);
-rewrite:
-	return nat_rewrite(skb, packet, true, &outside.local, outside.local_port);
+	work->pod.address = packet->source;
+	work->pod.port = packet->source_port;
+	work->own.address = entry->translated;
+	own_is_high = flow_key_of_ends(&work->outside, &entry->translated, 0, &packet->destination,
+				       packet->destination_port, packet->protocol);
+	nat_make_alias(work, own_is_high, &work->pod, entry->origin);
+	/* Not neighbouring ports: a full stretch would stop all tries. */
+	for (i = 0; i < PORT_TRIES; i++) {
+		reason = nat_try_port(skb, packet, work, own_is_high,
+				      bpf_htons(first + (hash + i * (hash >> 16 | 1)) % ports),
+				      i >= PORT_TRIES - TAKE_OVER_TRIES, now_ns);
+		if (reason != FLOW_EXISTS)
+			break;
+	}
+	if (reason) {
+		flow_give_back(entry->slot);
+		return reason == FLOW_EXISTS ? DROP_NAT_NO_PORT : reason;
+	}
+	entry->translated_port = work->own.port;
+	reason = nat_enter_inside(work);
+	return reason == FLOW_EXISTS ? DROP_NAT_NO_PORT : reason;
 }
 
-/* The flow that an answer from outside belongs to, or NULL: then it is the host's own. */
-static __always_inline struct nat_entry *nat_inbound(const struct packet *packet)
+/* The same of one that keeps its addresses. */
+static __always_inline int nat_begin_untranslated(const struct node_entry *config,
+						  struct nat_work *work)
 {
-	struct nat_tuple outside = {.local = packet->destination, .remote = packet->source};
-	struct nat_entry *entry;
+	int reason = flow_charge(config, work->entry.slot);
 
-	if (packet->flags & IS_FRAGMENT)
-		return NULL;
-	if (nat_is_echo(packet)) {
-		if (packet->icmp_type != (packet->family == 4 ? ICMP_ECHOREPLY : ICMPV6_ECHO_REPLY))
-			return NULL;
-		outside.local_port = packet->source_port;
-	} else if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP) {
-		outside.local_port = packet->destination_port;
-		outside.remote_port = packet->source_port;
-	} else {
-		return NULL;
+	if (reason)
+		return reason;
+	reason = flow_enter(&work->inside, &work->entry);
+	if (!reason)
+		return 0;
+	flow_give_back(work->entry.slot);
+	return reason == FLOW_EXISTS ? 0 : reason;
+}
+
+/* Whether outside's half of a pod's flow is there. */
+static __always_inline bool nat_has_alias(const struct packet *packet, struct nat_work *work,
+					  const struct flow_entry *flow)
+{
+	__be16 port = is_icmp(packet) ? flow->translated_port : packet->destination_port;
+	struct flow_entry *alias;
+
+	flow_key_of_ends(&work->outside, &flow->translated, flow->translated_port,
+			 &packet->destination, port, packet->protocol);
+	alias = flow_lookup(&work->outside);
+	return alias && nat_is_alias(alias, &packet->source, packet->source_port);
+}
+
+/* TCP, UDP, and what begins an ICMP echo. */
+static __always_inline bool nat_can_translate(const struct packet *packet)
+{
+	if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP)
+		return true;
+	if (!is_icmp(packet))
+		return false;
+	return (packet->flags & IS_LATER_FRAGMENT) ||
+	       packet->icmp_type == (packet->family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST);
+}
+
+/*
+ * Tracks and judges what a pod sends to the host or through an uplink: 0 or a drop reason. On 0
+ * `seen` is what the other end sees in the pod's place, or stays zero: the pod itself.
+ * `masquerade`: flows that begin are translated, behind `own`; zero: this family has none.
+ */
+static __always_inline int nat_outbound(struct __sk_buff *skb, const struct packet *packet,
+					const struct node_entry *config,
+					const struct flow_end *from, bool masquerade,
+					const struct address_key *own, __u32 epoch,
+					struct nat_end *seen)
+{
+	struct nat_work *work = nat_work_lookup();
+	struct flow_entry *flow, *entry;
+	__u64 now_ns = flow_clock();
+	struct flow_end to;
+	bool from_high, from_origin = true, begins;
+	int reason;
+
+	if (!work)
+		return DROP_NO_NODE;
+	end_outside(&to);
+	from_high = flow_key_of(&work->inside, packet);
+	flow = flow_lookup(&work->inside);
+	begins = !flow;
+	if (flow) {
+		bool translated = flow->flags & FLOW_TRANSLATED;
+
+		from_origin = flow_from_origin(flow, from_high);
+		begins = (from_origin ? flow->origin : flow->target) != from->attachment ||
+			 (from_origin ? flow->target : flow->origin) ||
+			 (flow->flags & FLOW_ALIAS) ||
+			 flow_is_stale(flow, packet->protocol, now_ns) ||
+			 (flow_opens(packet) && (flow->closing || !from_origin)) ||
+			 (translated && !nat_has_alias(packet, work, flow));
+		/* The node's configuration, or its address, is another one by now. */
+		if (from_origin && (translated != masquerade ||
+				    (translated && !address_equal(&flow->translated, own))))
+			begins = true;
 	}
-	outside.protocol = packet->protocol;
-	entry = nat_reverse.lookup(&outside);
-	if (entry)
-		nat_touch(entry, packet, CLOSING_BY_REMOTE, bpf_ktime_get_ns());
-	return entry;
+	if (begins || flow->epoch != epoch) {
+		reason = flow_judge(packet, begins || from_origin, from, &to);
+		if (reason)
+			return reason;
+	}
+	if (!begins) {
+		if (flow->epoch != epoch)
+			flow->epoch = epoch;
+		flow_touch(flow, packet, from_origin, now_ns);
+		if (flow->flags & FLOW_TRANSLATED) {
+			seen->address = flow->translated;
+			seen->port = flow->translated_port;
+		}
+		return 0;
+	}
+	if (masquerade) {
+		if (address_is_zero(own))
+			return DROP_NO_MASQUERADE_ADDRESS;
+		if (!nat_can_translate(packet))
+			return DROP_NAT_PROTOCOL;
+	}
+	if (flow) {
+		work->pod.address = packet->source;
+		work->pod.port = packet->source_port;
+		work->remote.address = packet->destination;
+		work->remote.port = packet->destination_port;
+		nat_remove(work, flow, &work->pod, &work->remote);
+	}
+	entry = &work->entry;
+	__builtin_memset(entry, 0, sizeof(*entry));
+	entry->created_ns = now_ns;
+	entry->origin = from->attachment;
+	entry->slot = from->slot;
+	entry->epoch = epoch;
+	entry->flags = from_high ? FLOW_ORIGIN_IS_HIGH : 0;
+	flow_touch(entry, packet, true, now_ns);
+	if (masquerade) {
+		entry->flags |= FLOW_TRANSLATED;
+		entry->translated = *own;
+		reason = nat_begin(skb, packet, config, work, now_ns);
+		seen->address = *own;
+		seen->port = entry->translated_port;
+	} else {
+		reason = nat_begin_untranslated(config, work);
+	}
+	if (!reason)
+		monitor_flow(skb, config, packet, from->attachment, 0,
+			     masquerade ? &seen->address : NULL, seen->port);
+	return reason;
+}
+
+/*
+ * The flow to which a packet from outside belongs, by the alias: its inside entry, whose key goes
+ * into work->inside, and the pod's end. NULL: none. `service` is whose the flow is, where
+ * FLOW_SERVICE says that there is one.
+ */
+static __always_inline struct flow_entry *nat_inbound(const struct packet *packet,
+						      struct nat_work *work, bool *from_high,
+						      struct nat_end *pod, __u32 *service)
+{
+	struct flow_entry *alias, *flow;
+
+	flow_key_of(&work->outside, packet);
+	alias = flow_lookup(&work->outside);
+	if (!alias || !(alias->flags & FLOW_ALIAS))
+		return NULL;
+	pod->address = alias->translated;
+	pod->port = alias->translated_port;
+	*service = alias->origin;
+	*from_high = flow_key_of_ends(&work->inside, &packet->source,
+				      is_icmp(packet) ? pod->port : packet->source_port,
+				      &pod->address, pod->port, packet->protocol);
+	flow = flow_lookup(&work->inside);
+	if (flow && nat_is_end(flow, &packet->destination, packet->destination_port))
+		return flow;
+	flows.delete(&work->outside);
+	return NULL;
+}
+
+/* Judges a flow that was found so, in the direction in which it began; 0 or a drop reason. */
+static __always_inline int nat_judge(const struct packet *packet, bool from_origin,
+				     const struct endpoint_entry *endpoint,
+				     const struct nat_end *pod)
+{
+	struct flow_end inside, outside;
+
+	end_of_endpoint(&inside, endpoint);
+	end_outside(&outside);
+	if (from_origin)
+		return policy_judge(&outside, &packet->source, &inside, &pod->address,
+				    packet->protocol, pod->port);
+	return policy_judge(&inside, &pod->address, &outside, &packet->source, packet->protocol,
+			    packet->source_port);
+}
+
+/*
+ * An ICMP error that a pod sends about a flow with the host or somebody outside, as that one knows
+ * the flow; 0 or a drop reason.
+ */
+static __always_inline int nat_outbound_error(struct __sk_buff *skb, const struct packet *packet,
+					      const struct flow_end *from, __u32 epoch)
+{
+	struct nat_work *work = nat_work_lookup();
+	struct packet *quoted;
+	struct flow_entry *flow;
+	struct nat_end seen;
+	struct flow_end to;
+	bool from_origin;
+	int reason;
+
+	if (!work)
+		return DROP_NO_NODE;
+	quoted = &work->quoted;
+	__builtin_memset(quoted, 0, sizeof(*quoted));
+	reason = icmp_quoted(skb, packet, quoted);
+	if (reason)
+		return reason;
+	from_origin = flow_key_of(&work->inside, quoted);
+	flow = flow_lookup(&work->inside);
+	/* A pod is no router: what it tells of was sent to itself. */
+	if (!flow || (flow->flags & FLOW_ALIAS) ||
+	    !address_equal(&quoted->destination, &packet->source))
+		return DROP_ICMP_UNRELATED;
+	from_origin = flow_from_origin(flow, from_origin);
+	if ((from_origin ? flow->target : flow->origin) != from->attachment)
+		return DROP_ICMP_UNRELATED;
+	if (flow->epoch != epoch) {
+		end_outside(&to);
+		reason = flow_judge(quoted, from_origin, &to, from);
+		if (reason)
+			return reason;
+	}
+	if (!(flow->flags & FLOW_TRANSLATED))
+		return 0;
+	seen.address = flow->translated;
+	seen.port = flow->translated_port;
+	return rewrite_error(skb, packet, quoted, false, quoted->destination_port, &seen);
 }

@@ -6,9 +6,15 @@
 #include "counters.h"
 #include "drop.h"
 #include "endpoint.h"
+#include "flow.h"
+#include "fragment.h"
+#include "icmp.h"
 #include "nat.h"
 #include "node.h"
 #include "packet.h"
+#include "policy.h"
+#include "rewrite.h"
+#include "track.h"
 
 #ifndef AF_INET
 #define AF_INET	 2
@@ -19,15 +25,12 @@
 static long (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *next_hop, int bytes,
 			      __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
+/* To the host's stack: its own addresses, or what it answers with an error. */
 static __always_inline int pod_to_host(struct __sk_buff *skb, const struct packet *packet,
 				       const struct node_entry *config,
 				       const struct attachment_entry *attachment)
 {
-	bool roce = packet->flags & IS_ROCE;
-
-	if (roce && (attachment->flags & ENFORCE))
-		return drop(skb, attachment->id, DROP_ROCE_UNLEASED);
-	count(skb, attachment->slot, FROM_POD, roce);
+	count(skb, attachment->slot, FROM_POD, packet->flags & IS_ROCE);
 	return deliver_to_host(skb, config, attachment->id, attachment->mac);
 }
 
@@ -48,48 +51,66 @@ static __always_inline int decrement_hop_limit(struct __sk_buff *skb, const stru
 				   0);
 }
 
-/* Through an uplink that the FIB named, to the next hop that it named. */
-static __always_inline int pod_to_outside(struct __sk_buff *skb, const struct packet *packet,
-					  const struct node_entry *config,
-					  const struct attachment_entry *attachment,
-					  const struct bpf_fib_lookup *fib)
+/* Untracked; acknowledgements must be allowed as well. */
+static __always_inline int pod_roce(const struct packet *packet, const struct node_entry *config,
+				    const struct attachment_entry *attachment,
+				    const struct uplink_entry *uplink)
 {
-	struct bpf_redir_neigh next_hop = {.nh_family = fib->family};
-	__u32 ifindex = fib->ifindex;
-	struct uplink_entry *uplink = uplinks.lookup(&ifindex);
-	bool roce = packet->flags & IS_ROCE;
+	struct flow_end from, to;
 
-	if (!uplink)
-		return drop(skb, attachment->id, DROP_NOT_UPLINK);
-	/* The stack answers with time exceeded. */
-	if (packet->hop_limit <= 1)
-		return pod_to_host(skb, packet, config, attachment);
-	if (config->masquerade) {
-		int reason;
+	if (uplink && config->masquerade)
+		return DROP_ROCE_NAT;
+	if (attachment->flags & ENFORCE)
+		return DROP_ROCE_UNLEASED;
+	end_of_attachment(&from, attachment);
+	end_outside(&to);
+	return policy_judge_roce(packet, &from, &to);
+}
 
+/*
+ * Judged, tracked, and with the source that the other end sees: 0 or a drop reason. `uplink` is
+ * NULL for what goes to the host.
+ */
+static __always_inline int pod_pass(struct __sk_buff *skb, const struct packet *packet,
+				    const struct node_entry *config,
+				    const struct attachment_entry *attachment,
+				    const struct uplink_entry *uplink, __u32 epoch)
+{
+	bool masquerade = uplink && config->masquerade;
+	struct address_key own = {};
+	struct flow_end from;
+	struct nat_end seen = {};
+	int reason;
+
+	if (packet->flags & IS_ROCE)
+		return pod_roce(packet, config, attachment, uplink);
+	end_of_attachment(&from, attachment);
+	if (icmp_is_error(packet))
+		return nat_outbound_error(skb, packet, &from, epoch);
+	if (uplink && masquerade) {
 		/* Its answers would come in as RoCE: port 4791 is only ever a destination. */
-		if (roce || (packet->protocol == IPPROTO_UDP &&
-			     packet->source_port == bpf_htons(ROCE_PORT)))
-			return drop(skb, attachment->id, DROP_ROCE_NAT);
-		reason = nat_outbound(skb, packet, config, uplink, attachment->id);
-		if (reason)
-			return drop(skb, attachment->id, reason);
-	} else if (roce && (attachment->flags & ENFORCE)) {
-		return drop(skb, attachment->id, DROP_ROCE_UNLEASED);
+		if (packet->protocol == IPPROTO_UDP && packet->source_port == bpf_htons(ROCE_PORT))
+			return DROP_ROCE_NAT;
+		own = packet->family == 4 ? uplink->ipv4 : uplink->ipv6;
 	}
-	if (decrement_hop_limit(skb, packet))
-		return drop(skb, attachment->id, DROP_MALFORMED);
-	count(skb, attachment->slot, FROM_POD, roce);
-	__builtin_memcpy(next_hop.ipv6_nh, fib->ipv6_dst, sizeof(next_hop.ipv6_nh));
-	return redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
+	reason = nat_outbound(skb, packet, config, &from, masquerade, &own, epoch, &seen);
+	if (reason)
+		return reason;
+	fragment_keep(packet);
+	if (address_is_zero(&seen.address))
+		return 0;
+	return rewrite(skb, packet, true, &seen);
 }
 
 static __always_inline int pod_route(struct __sk_buff *skb, const struct packet *packet,
 				     const struct node_entry *config,
-				     const struct attachment_entry *attachment)
+				     const struct attachment_entry *attachment, __u32 epoch)
 {
+	struct bpf_redir_neigh next_hop = {};
 	struct bpf_fib_lookup fib = {};
-	int verdict;
+	struct uplink_entry *uplink = NULL;
+	__u32 ifindex;
+	int reason;
 
 	if (packet->family == 4) {
 		fib.family = AF_INET;
@@ -106,16 +127,24 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 	if (!skb->gso_size)
 		fib.tot_len = packet->end - NETWORK_OFFSET;
 
-	verdict = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	switch (verdict) {
+	switch (bpf_fib_lookup(skb, &fib, sizeof(fib), 0)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
-		if (fib.ifindex == config->host_ifindex)
+		ifindex = fib.ifindex;
+		if (ifindex == config->host_ifindex)
 			return drop(skb, attachment->id, DROP_NO_ENDPOINT);
-		return pod_to_outside(skb, packet, config, attachment, &fib);
+		uplink = uplinks.lookup(&ifindex);
+		if (!uplink)
+			return drop(skb, attachment->id, DROP_NOT_UPLINK);
+		/* The stack answers with time exceeded. */
+		if (packet->hop_limit <= 1)
+			return pod_to_host(skb, packet, config, attachment);
+		next_hop.nh_family = fib.family;
+		__builtin_memcpy(next_hop.ipv6_nh, fib.ipv6_dst, sizeof(next_hop.ipv6_nh));
+		break;
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		/* The host's own address; or no route at all, and the stack tells the pod so. */
-		return pod_to_host(skb, packet, config, attachment);
+		break;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
 		/*
 		 * The stack tells the pod the path's MTU; without DF it would send fragments with
@@ -127,6 +156,16 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 	default:
 		return drop(skb, attachment->id, DROP_NO_ROUTE);
 	}
+
+	reason = pod_pass(skb, packet, config, attachment, uplink, epoch);
+	if (reason)
+		return drop(skb, attachment->id, reason);
+	if (!uplink)
+		return pod_to_host(skb, packet, config, attachment);
+	if (decrement_hop_limit(skb, packet))
+		return drop(skb, attachment->id, DROP_MALFORMED);
+	count(skb, attachment->slot, FROM_POD, packet->flags & IS_ROCE);
+	return redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
 }
 
 int outside(struct __sk_buff *skb)
@@ -134,11 +173,13 @@ int outside(struct __sk_buff *skb)
 	struct packet packet = {};
 	struct node_entry *config = node_lookup();
 	struct attachment_entry *attachment;
+	__u32 epoch;
 	int reason;
 
 	enter(skb, HOOK_OUTSIDE);
 	if (!config)
 		return drop(skb, 0, DROP_NO_NODE);
+	epoch = policy_epoch(config);
 	attachment = attachment_lookup(skb->ifindex);
 	if (!attachment)
 		return drop(skb, 0, DROP_NO_ATTACHMENT);
@@ -147,7 +188,9 @@ int outside(struct __sk_buff *skb)
 		reason = parse_network(skb, &packet);
 	if (!reason)
 		reason = parse_transport(skb, &packet);
+	if (!reason)
+		reason = fragment_join(&packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
-	return pod_route(skb, &packet, config, attachment);
+	return pod_route(skb, &packet, config, attachment, epoch);
 }

@@ -1,26 +1,137 @@
 // SPDX-License-Identifier: GPL-2.0
-/* tc ingress of an uplink: answers to what was masqueraded; everything else goes on untouched. */
+/*
+ * tc ingress of an uplink: what belongs to pods' translated flows, ICMP errors about them, and what
+ * goes to NodePorts and external IPs (nodeport.c). Everything else goes on untouched.
+ */
 #include "counters.h"
+#include "drop.h"
 #include "endpoint.h"
+#include "flow.h"
+#include "fragment.h"
+#include "hook.h"
+#include "icmp.h"
 #include "nat.h"
 #include "node.h"
 #include "packet.h"
+#include "rewrite.h"
+
+/*
+ * The flow of a packet from outside, if it goes on: its pod is still there, and it is not stale.
+ * NULL: as if there were none; what is worth nothing has been removed.
+ */
+static __always_inline struct flow_entry *uplink_flow(const struct packet *packet,
+						      bool *from_origin, struct nat_end *pod,
+						      struct endpoint_entry **endpoint,
+						      __u64 now_ns)
+{
+	struct nat_end remote = {.address = packet->source, .port = packet->source_port};
+	struct nat_work *work = nat_work_lookup();
+	struct flow_entry *flow;
+	__u32 service;
+	bool from_high;
+
+	if (!work)
+		return NULL;
+	flow = nat_inbound(packet, work, &from_high, pod, &service);
+	if (!flow)
+		return NULL;
+	*from_origin = flow_from_origin(flow, from_high);
+	*endpoint = endpoints.lookup(&pod->address);
+	/* The address may belong to another pod by now. */
+	if (*endpoint && (*endpoint)->attachment == (*from_origin ? flow->target : flow->origin) &&
+	    !flow_is_stale(flow, packet->protocol, now_ns) &&
+	    /* A client connects anew from the same port: its backend is chosen anew. */
+	    !(*from_origin && flow->closing && flow_opens(packet)))
+		return flow;
+	nat_remove(work, flow, pod, &remote);
+	return NULL;
+}
+
+/* RFC 5508 4.2: to the pod, with the flow's inside addresses; 0 where it is none of ours. */
+static __always_inline int uplink_error(struct __sk_buff *skb, const struct packet *packet,
+					const struct node_entry *config)
+{
+	__u32 epoch = policy_epoch(config);
+	struct packet about = {}; /* the quoted packet, then one the other way */
+	struct endpoint_entry *endpoint;
+	struct address_key address;
+	struct flow_entry *flow;
+	struct nat_end pod;
+	bool from_origin;
+	__be16 port;
+	int reason;
+
+	if (icmp_quoted(skb, packet, &about))
+		return TC_ACT_UNSPEC;
+	address = about.source;
+	about.source = about.destination;
+	about.destination = address;
+	port = about.source_port;
+	about.source_port = about.destination_port;
+	about.destination_port = port;
+	about.tcp_flags = 0;
+	flow = uplink_flow(&about, &from_origin, &pod, &endpoint, flow_clock());
+	if (!flow)
+		return TC_ACT_UNSPEC;
+	if (flow->epoch != epoch) {
+		reason = nat_judge(&about, from_origin, endpoint, &pod);
+		if (reason)
+			return drop(skb, endpoint->attachment, reason);
+	}
+	reason = rewrite_error(skb, packet, &about, true, port, &pod);
+	if (reason)
+		return drop(skb, endpoint->attachment, reason);
+	count(skb, endpoint->slot, TO_POD, false);
+	return deliver(skb, config, endpoint);
+}
+
+static __always_inline int uplink_packet(struct __sk_buff *skb, const struct packet *packet,
+					 const struct node_entry *config)
+{
+	__u32 epoch = policy_epoch(config);
+	__u64 now_ns = flow_clock();
+	struct endpoint_entry *endpoint;
+	struct flow_entry *flow;
+	struct nat_end pod;
+	bool from_origin;
+	int reason;
+
+	/* Pods are not asked from outside, only answered. */
+	if (is_icmp(packet) && !(packet->flags & IS_LATER_FRAGMENT) &&
+	    packet->icmp_type != (packet->family == 4 ? ICMP_ECHOREPLY : ICMPV6_ECHO_REPLY))
+		return TC_ACT_UNSPEC;
+	flow = uplink_flow(packet, &from_origin, &pod, &endpoint, now_ns);
+	if (!flow) {
+		if (config->maglev_size)
+			programs.call(skb, HOOK_NODEPORT);
+		return TC_ACT_UNSPEC;
+	}
+	/* No answer, unless both ends open at once (RFC 5382 REQ-2). */
+	if (!from_origin && flow_opens(packet) && (flow->closing || (flow->flags & FLOW_REPLIED)))
+		return TC_ACT_UNSPEC;
+	if (flow->epoch != epoch) {
+		reason = nat_judge(packet, from_origin, endpoint, &pod);
+		if (reason)
+			return drop(skb, endpoint->attachment, reason);
+		flow->epoch = epoch;
+	}
+	flow_touch(flow, packet, from_origin, now_ns);
+	reason = rewrite(skb, packet, false, &pod);
+	if (reason)
+		return drop(skb, endpoint->attachment, reason);
+	fragment_keep(packet);
+	count(skb, endpoint->slot, TO_POD, false);
+	return deliver(skb, config, endpoint);
+}
 
 int uplink(struct __sk_buff *skb)
 {
-	struct packet packet = {};
 	struct node_entry *config = node_lookup();
-	struct endpoint_entry *endpoint;
-	struct uplink_entry *own;
-	struct nat_entry *found, flow;
+	struct packet packet = {};
 	__u32 ifindex = skb->ifindex;
-	int reason;
 
 	enter(skb, HOOK_UPLINK);
-	if (!config || !config->masquerade)
-		return TC_ACT_UNSPEC;
-	own = uplinks.lookup(&ifindex);
-	if (!own)
+	if (!config || !uplinks.lookup(&ifindex))
 		return TC_ACT_UNSPEC;
 	if (parse_ethernet(skb, &packet))
 		return TC_ACT_UNSPEC;
@@ -28,23 +139,10 @@ int uplink(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (skb->pkt_type != PACKET_HOST || parse_network(skb, &packet))
 		return TC_ACT_UNSPEC;
-	if (!address_equal(&packet.destination, packet.family == 4 ? &own->ipv4 : &own->ipv6))
+	/* A later part whose first one was not a pod's is the host's as well. */
+	if (parse_transport(skb, &packet) || fragment_join(&packet))
 		return TC_ACT_UNSPEC;
-	if (parse_transport(skb, &packet))
-		return TC_ACT_UNSPEC;
-	found = nat_inbound(&packet);
-	if (!found)
-		return TC_ACT_UNSPEC;
-	/* At once: another CPU may evict the entry and use its memory for another flow. */
-	flow = *found;
-	endpoint = endpoints.lookup(&flow.address);
-	/* The address may belong to another pod by now. */
-	if (!endpoint || endpoint->attachment != flow.attachment)
-		return TC_ACT_UNSPEC;
-
-	reason = nat_rewrite(skb, &packet, false, &flow.address, flow.port);
-	if (reason)
-		return drop(skb, endpoint->attachment, reason);
-	count(skb, endpoint->slot, TO_POD, false);
-	return deliver(skb, config, endpoint);
+	if (icmp_is_error(&packet))
+		return uplink_error(skb, &packet, config);
+	return uplink_packet(skb, &packet, config);
 }

@@ -29,6 +29,10 @@ KINDS = ("ip", "roce")
 COUNTED = tuple((direction, kind) for direction in DIRECTIONS for kind in KINDS)
 NEAR_PLACES = 4096  # bpf/endpoint.h
 COUNTER_SLOTS = 4096  # bpf/counters.h
+#: Leases have 63 bits, and the last one of their entries says whether this is the end that connected. The programs do
+#: not look at it.
+CONNECTS_SHIFT = 63
+LEASE_MASK = (1 << CONNECTS_SHIFT) - 1
 #: enum guard_state in bpf/guard.h.
 _GUARD_STATES = {GuardState.GRANTED: 1, GuardState.REVOKED: 2, GuardState.DATAGRAM: 3}
 _GUARD_STATE_NAMES = {number: state for state, number in _GUARD_STATES.items()}
@@ -129,24 +133,6 @@ DATAGRAM_KEY = StructTable(
     ("source_qpn", "I"),
 )
 DATAGRAM = StructTable("datagram_entry", ("lease", "Q"), ("packets", "Q"), ("bytes", "Q"))
-NAT_TUPLE = StructTable(
-    "nat_tuple",
-    ("local", "16s"),
-    ("remote", "16s"),
-    ("local_port", "2s"),  # network byte order
-    ("remote_port", "2s"),  # network byte order
-    ("protocol", "B"),
-    ("pad", "3x"),
-)
-NAT_ENTRY = StructTable(
-    "nat_entry",
-    ("address", "16s"),
-    ("last_seen_ns", "Q"),
-    ("attachment", "I"),
-    ("port", "2s"),  # network byte order
-    ("closing", "B"),
-    ("pad", "x"),
-)
 COUNTER = StructTable("counter_entry", ("packets", "4Q"), ("bytes", "4Q"))  # of COUNTED, in this order
 DROP_KEY = StructTable("drop_key", ("attachment", "I"), ("reason", "H"), ("direction", "H"))
 DEVICE_NUMBER = StructTable("device_number", ("major", "I"), ("minor", "I"))
@@ -159,8 +145,6 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "near_attachment": (U32, NEAR_ATTACHMENT),
     "near_endpoint": (U32, NEAR_ENDPOINT),
     "uplinks": (U32, UPLINK),
-    "nat_forward": (NAT_TUPLE, NAT_ENTRY),
-    "nat_reverse": (NAT_TUPLE, NAT_ENTRY),
     "guard": (GUARD_KEY, GUARD),
     "datagrams": (DATAGRAM_KEY, DATAGRAM),
     "counters": (U32, COUNTER),
@@ -340,7 +324,7 @@ class Count:
 def encode_guard(entry: GuardEntry) -> bytes:
     """A guard entry as the map holds it."""
     return GUARD.pack(
-        entry.lease,
+        entry.lease | entry.connects << CONNECTS_SHIFT,
         entry.packets,
         entry.bytes,
         address(entry.peer_address),
@@ -356,12 +340,13 @@ def decode_guard(raw: bytes) -> GuardEntry:
     if name is None:
         raise StateError(f"The guard map holds state {int(state)!r}, which this version does not know.")
     return GuardEntry(
-        lease=int(lease),
+        lease=int(lease) & LEASE_MASK,
         peer_address=_raw(peer),
         peer_qpn=int(qpn),
         state=name,
         packets=int(packets),
         bytes=int(size),
+        connects=bool(int(lease) >> CONNECTS_SHIFT),
     )
 
 
@@ -376,11 +361,12 @@ def encode_guards(entries: Sequence[tuple[tuple[bytes, int], GuardEntry]]) -> tu
     """Many keys and their entries, one behind another. Raises InputError as ``encode_guard_key`` does."""
     keys, values = bytearray(), bytearray()
     granted, number = GuardState.GRANTED, _GUARD_STATES[GuardState.GRANTED]
-    for (own, qpn), (lease, peer, peer_qpn, state, packets, size) in entries:
+    for (own, qpn), (lease, peer, peer_qpn, state, packets, size, connects) in entries:
         if not 0 <= qpn <= 0xFFFFFF or len(own) != ADDRESS_BYTES or len(peer) != ADDRESS_BYTES:
             raise InputError(f"{qpn} and {own.hex()} are no key of the guard map, or {peer.hex()} is none.")
         keys += GUARD_KEY.pack(own, qpn)
-        values += GUARD.pack(lease, packets, size, peer, peer_qpn, number if state is granted else _GUARD_STATES[state])
+        kind = number if state is granted else _GUARD_STATES[state]
+        values += GUARD.pack(lease | connects << CONNECTS_SHIFT, packets, size, peer, peer_qpn, kind)
     return bytes(keys), bytes(values)
 
 
@@ -400,12 +386,13 @@ def decode_datagram_key(raw: bytes) -> tuple[End, End]:
 
 def encode_datagram(entry: DatagramEntry) -> bytes:
     """An entry of the datagrams map."""
-    return DATAGRAM.pack(*entry)
+    return DATAGRAM.pack(entry.lease | entry.connects << CONNECTS_SHIFT, entry.packets, entry.bytes)
 
 
 def decode_datagram(raw: bytes) -> DatagramEntry:
     """From struct datagram_entry."""
-    return DatagramEntry(*map(int, DATAGRAM.unpack(raw)))
+    lease, packets, size = map(int, DATAGRAM.unpack(raw))
+    return DatagramEntry(lease & LEASE_MASK, packets, size, bool(lease >> CONNECTS_SHIFT))
 
 
 def address(key: bytes) -> bytes:

@@ -42,6 +42,19 @@ FLOW_TIMEOUTS_S: Mapping[str, int] = {
     "udp_opening": 120,
     "icmp": 60,
 }
+NAT_WORK = StructTable(
+    "nat_work",
+    ("inside", f"{FLOW_KEY.size}s"),
+    ("outside", f"{FLOW_KEY.size}s"),
+    ("other", f"{FLOW_KEY.size}s"),
+    ("entry", f"{FLOW.size}s"),
+    ("alias", f"{FLOW.size}s"),
+    ("quoted", "72s"),  # struct packet
+    ("pod", "20s"),
+    ("remote", "20s"),
+    ("own", "20s"),
+    ("pad", "4x"),
+)
 FRAGMENT_KEY = StructTable(
     "fragment_key",
     ("source", "16s"),
@@ -115,6 +128,7 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     **layout.MAPS,
     "flows": (FLOW_KEY, FLOW),
     "flow_counts": (U32, U64),
+    "nat_work": (U32, NAT_WORK),
     "fragments": (FRAGMENT_KEY, FRAGMENT),
     "prefixes": (PREFIX_KEY, U32),
     "policy": (POLICY_KEY, U32),

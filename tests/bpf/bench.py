@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +73,12 @@ class Bench:
 
     def reset(self) -> None:
         """Empty tables, the usual entries."""
-        for name in ("guard", "datagrams", "nat_forward", "nat_reverse", "counters", "drops", "uplinks"):
+        for name in ("guard", "datagrams", "counters", "drops", "uplinks"):
             self.clear(name)
+        for name in ("flows", "fragments", "policy", "prefixes"):
+            self.clear(name)
+        for pod in self.lab.pods:
+            self.set_flow_count(pod, 0)
         self.datapath.configure(NodeEntry(GATEWAY_MAC, self.lab.host_ifindex, True, labs.FIRST_PORT, labs.LAST_PORT))
         self.datapath.set_uplink(
             self.lab.uplink_ifindex, UplinkEntry(address_key(labs.UPLINK[4]), address_key(labs.UPLINK[6]))
@@ -88,6 +93,19 @@ class Bench:
             return
         for key in self.keys(name):
             bpf.delete(self.map(name), key)
+
+    def slot_of(self, pod: Pod) -> int:
+        """The place of the pod's counters."""
+        raw = bpf.lookup(self.map("attachments"), layout.U32.pack(pod.ifindex), layout.ATTACHMENT.size)
+        return 0 if raw is None else layout.attachment_slot(raw)[1]
+
+    def flow_count(self, pod: Pod) -> int:
+        """How many flows the pod's share of the table has."""
+        raw = bpf.lookup(self.map("flow_counts"), layout.U32.pack(self.slot_of(pod)), 8)
+        return 0 if raw is None else int.from_bytes(raw, sys.byteorder)
+
+    def set_flow_count(self, pod: Pod, count: int) -> None:
+        bpf.update(self.map("flow_counts"), layout.U32.pack(self.slot_of(pod)), layout.U64.pack(count))
 
     def keys(self, name: str) -> list[bytes]:
         definition = self.lab.artifact.maps[name]

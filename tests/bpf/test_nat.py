@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
-from rdmanet.datapath import bpf, layout
+from rdmanet.datapath import bpf, tables
 from rdmanet.datapath.maps import EndpointEntry, NodeEntry
 from rdmanet.model import address_key
 from tests.bpf import packets
@@ -65,13 +65,42 @@ def only_port(bench: Bench, first: int, last: int | None = None) -> None:
     bench.datapath.configure(NodeEntry(GATEWAY_MAC, bench.lab.host_ifindex, True, first, last))
 
 
-def flows(bench: Bench, name: str) -> dict[tuple[int | bytes, ...], tuple[int | bytes, ...]]:
-    found = {}
-    for key in bench.keys(name):
-        value = bpf.lookup(bench.map(name), key, layout.NAT_ENTRY.size)
-        if value is not None:
-            found[layout.NAT_TUPLE.unpack(key)] = layout.NAT_ENTRY.unpack(value)
-    return found
+@dataclass(frozen=True)
+class Entry:
+    """One half of a flow, as the map has it."""
+
+    key: bytes
+    fields: dict[str, int | bytes]
+
+    @property
+    def alias(self) -> bool:
+        """Whether it is outside's half."""
+        return bool(int(self.fields["flags"]) & ALIAS)
+
+    def write(self, bench: Bench, **changed: int | bytes) -> None:
+        fields = {**self.fields, **changed}
+        bpf.update(bench.map("flows"), self.key, tables.FLOW.pack(*fields.values()))
+
+
+ALIAS = 0x10  # FLOW_ALIAS
+
+
+def entries(bench: Bench) -> list[Entry]:
+    """Inside halves first."""
+    names = [name for name, code in tables.FLOW.fields if not code.endswith("x")]
+    found = []
+    for key in bench.keys("flows"):
+        value = bpf.lookup(bench.map("flows"), key, tables.FLOW.size)
+        assert value is not None
+        found.append(Entry(key, dict(zip(names, tables.FLOW.unpack(value), strict=True))))
+    return sorted(found, key=lambda entry: entry.alias)
+
+
+def lose(bench: Bench, *, alias: bool) -> None:
+    """Removes one half of every flow."""
+    for entry in entries(bench):
+        if entry.alias is alias:
+            bpf.delete(bench.map("flows"), entry.key)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -160,11 +189,26 @@ def test_an_answer_for_a_pod_that_is_gone_goes_to_the_host(bench: Bench, version
     key = address_key(web.addresses[version])
     bench.datapath.delete_endpoint(key)
     assert back(bench, "udp", version, port).verdict == UNSPEC
+    assert entries(bench) == []
     # Another pod has the address by now.
+    bench.lab.write_entries(web)
+    assert outside_port(out(bench, web, "udp", version)) == port
+    assert back(bench, "udp", version, port).verdict == REDIRECT
     bench.datapath.set_endpoint(key, EndpointEntry(bench.train_0.ifindex, bench.train_0.mac, 99))
     assert back(bench, "udp", version, port).verdict == UNSPEC
-    bench.lab.write_entries(web)
-    assert back(bench, "udp", version, port).verdict == REDIRECT
+    assert entries(bench) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kind", FLOWS)
+def test_a_pod_does_not_inherit_the_flows_of_its_address(bench: Bench, kind: str, version: int) -> None:
+    web = bench.web
+    outside_port(out(bench, web, kind, version))
+    (entry, _) = entries(bench)
+    entry.write(bench, origin=99)
+    outside_port(out(bench, web, kind, version))
+    (entry, alias) = entries(bench)
+    assert entry.fields["origin"] == alias.fields["origin"] == web.id
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -200,32 +244,23 @@ def test_ports_of_the_hosts_own_sockets_are_left_alone(bench: Bench, kind: str, 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("kind", FLOWS)
-def test_evicted_entries_come_back_with_the_same_port(bench: Bench, kind: str, version: int) -> None:
+def test_both_halves_live_and_die_together(bench: Bench, kind: str, version: int) -> None:
+    """A half that lost the other is removed by who meets it; the flow then begins anew, at the same port."""
     port = outside_port(out(bench, bench.web, kind, version))
-    bench.clear("nat_reverse")
+    assert [entry.alias for entry in entries(bench)] == [False, True]
+    lose(bench, alias=True)
     assert back(bench, kind, version, port).verdict == UNSPEC
     assert outside_port(out(bench, bench.web, kind, version)) == port
+    assert [entry.alias for entry in entries(bench)] == [False, True]
     assert back(bench, kind, version, port).verdict == REDIRECT
-    bench.clear("nat_forward")
+    lose(bench, alias=False)
+    assert back(bench, kind, version, port).verdict == UNSPEC
+    assert entries(bench) == []
     assert outside_port(out(bench, bench.web, kind, version)) == port
+    lose(bench, alias=False)
+    assert outside_port(out(bench, bench.web, kind, version)) == port
+    assert [entry.alias for entry in entries(bench)] == [False, True]
     assert back(bench, kind, version, port).verdict == REDIRECT
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_flow_that_had_to_step_aside_keeps_its_port(bench: Bench, version: int) -> None:
-    """Its search for a port would end elsewhere by now: the forward entry remembers."""
-    only_port(bench, FIRST_PORT, FIRST_PORT + 1)
-    wanted: dict[int, list[int]] = {}
-    for port in range(PORT, PORT + 3):  # two of three flows start at the same of two ports
-        wanted.setdefault(outside_port(out(bench, bench.web, "udp", version, port=port)), []).append(port)
-        bench.clear("nat_forward")
-        bench.clear("nat_reverse")
-    first, second = next(ports[:2] for ports in wanted.values() if len(ports) > 1)
-    taken = outside_port(out(bench, bench.web, "udp", version, port=first))
-    aside = outside_port(out(bench, bench.web, "udp", version, port=second))
-    assert aside != taken
-    bench.clear("nat_reverse")
-    assert outside_port(out(bench, bench.web, "udp", version, port=second)) == aside
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -233,10 +268,12 @@ def test_a_flow_that_had_to_step_aside_keeps_its_port(bench: Bench, version: int
 def test_a_port_that_went_to_another_is_not_used_any_more(bench: Bench, version: int, taker: tuple[str, int]) -> None:
     only_port(bench, FIRST_PORT)
     assert outside_port(out(bench, bench.web, "udp", version)) == FIRST_PORT
-    bench.clear("nat_reverse")
+    lose(bench, alias=True)
     assert outside_port(out(bench, getattr(bench, taker[0]), "udp", version, port=taker[1])) == FIRST_PORT
     outcome = out(bench, bench.web, "udp", version)
     assert outcome.drops == {(bench.web.id, "nat_no_port"): 1}
+    # What was left of it is gone.
+    assert [entry.alias for entry in entries(bench)] == [False, True]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -286,40 +323,51 @@ def test_closing_of_tcp_flows_is_seen(bench: Bench, sent: list[tuple[str, int]],
             port = outside_port(out(bench, bench.web, "tcp", 4, flags=flags))
         else:
             assert back(bench, "tcp", 4, port, flags=flags).verdict == REDIRECT
-    (entry,) = flows(bench, "nat_reverse").values()
-    assert entry[4] == closing
+    inside, alias = entries(bench)
+    assert inside.fields["closing"] == closing
+    assert alias.fields["closing"] == OPEN  # state is in the inside half alone
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
-    ("kind", "closing", "idle_s", "reused"),
+    ("kind", "closing", "replied", "timeout_s"),
     [
-        ("echo", OPEN, 61, True),
-        ("echo", OPEN, 50, False),
-        ("udp", OPEN, 301, True),
-        ("udp", OPEN, 290, False),
-        ("tcp", CLOSED, 61, True),
-        ("tcp", CLOSED, 50, False),
-        ("tcp", 1, 61, False),
-        ("tcp", OPEN, 301, False),
+        ("echo", OPEN, False, 60),
+        ("echo", OPEN, True, 60),
+        ("udp", OPEN, False, 120),
+        ("udp", OPEN, True, 300),
+        ("tcp", OPEN, False, 240),
+        ("tcp", OPEN, True, 7440),
+        ("tcp", 1, True, 7440),
+        ("tcp", CLOSED, True, 60),
     ],
 )
-def test_ports_of_dead_flows_are_reused(bench: Bench, kind: str, closing: int, idle_s: int, reused: bool) -> None:
-    if time.monotonic() < idle_s + 1:
-        pytest.skip(f"needs a machine that is up for more than {idle_s} s: the entry would be older than it")
+def test_a_flow_is_stale_by_its_state(
+    bench: Bench, kind: str, closing: int, replied: bool, timeout_s: int, version: int
+) -> None:
+    """Its port can be had by another, its answers are not its own any more, and both halves are gone."""
+    if time.monotonic() < timeout_s + 10:
+        pytest.skip(f"needs a machine that is up for more than {timeout_s + 10} s: the entry would be older than it")
     only_port(bench, FIRST_PORT)
-    outside_port(out(bench, bench.web, kind, 4))
-    (key,) = bench.keys("nat_reverse")
-    raw = bpf.lookup(bench.map("nat_reverse"), key, layout.NAT_ENTRY.size)
-    assert raw is not None
-    address, _, attachment, port, _ = layout.NAT_ENTRY.unpack(raw)
-    old = layout.NAT_ENTRY.pack(address, time.monotonic_ns() - idle_s * 10**9, attachment, port, closing)
-    bpf.update(bench.map("nat_reverse"), key, old)
-    outcome = out(bench, bench.train_0, kind, 4)
-    if reused:
-        assert outside_port(outcome) == FIRST_PORT
-        assert packets.look(back(bench, kind, 4, FIRST_PORT).frame).destination == bench.train_0.addresses[4]
-    else:
-        assert outcome.drops == {(bench.train_0.id, "nat_no_port"): 1}
+    outside_port(out(bench, bench.web, kind, version))
+    if replied:
+        assert back(bench, kind, version, FIRST_PORT).verdict == REDIRECT
+    inside, _ = entries(bench)
+    inside.write(bench, last_seen_ns=time.monotonic_ns() - (timeout_s - 10) * 10**9, closing=closing)
+    assert out(bench, bench.train_0, kind, version).drops == {(bench.train_0.id, "nat_no_port"): 1}
+    stale_ns = time.monotonic_ns() - (timeout_s + 5) * 10**9
+    inside.write(bench, last_seen_ns=stale_ns, closing=closing)
+    assert outside_port(out(bench, bench.train_0, kind, version)) == FIRST_PORT
+    inside, alias = entries(bench)
+    seen = packets.look(back(bench, kind, version, FIRST_PORT).frame)
+    assert seen.destination == bench.train_0.addresses[version]
+    assert inside.fields["origin"] == alias.fields["origin"] == bench.train_0.id
+    assert (bench.flow_count(bench.web), bench.flow_count(bench.train_0)) == (0, 1)
+    # Nor does an answer bring a stale flow back.
+    inside.write(bench, last_seen_ns=stale_ns, closing=closing)
+    assert back(bench, kind, version, FIRST_PORT).verdict == UNSPEC
+    assert entries(bench) == []
+    assert bench.flow_count(bench.train_0) == 0
 
 
 @pytest.mark.parametrize("version", VERSIONS)
