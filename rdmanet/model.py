@@ -32,6 +32,11 @@ def address_of(key: bytes) -> IPAddress:
     return address.ipv4_mapped or address
 
 
+def is_prime(number: int) -> bool:
+    """By trial division: for sizes of tables."""
+    return number >= 2 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+
+
 #: The MAC of rdmanet0, rdmanet1 and every attachment's host end: pods' frames to their gateway are addressed to us.
 GATEWAY_MAC = "02:72:00:00:00:00"
 
@@ -119,6 +124,7 @@ class GuardEntry(NamedTuple):  # there are two per lease, and a frozen dataclass
     state: GuardState
     packets: int = 0  # counted by the datapath; writing an entry starts again from these
     bytes: int = 0
+    connects: bool = False  # whether this is the end that connected: policy is asked from it to the other
 
 
 class DatagramEntry(NamedTuple):
@@ -128,6 +134,7 @@ class DatagramEntry(NamedTuple):
     lease: int
     packets: int = 0  # as in GuardEntry
     bytes: int = 0
+    connects: bool = False  # of the receiver, as in GuardEntry
 
 
 @dataclass(frozen=True, slots=True)

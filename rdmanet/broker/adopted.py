@@ -33,14 +33,17 @@ def adopted(
     numbers: set[int] = set()
     held: set[Key] = set()
 
-    def go_on(number: int, one: Key, other: Key, transport: Transport) -> bool:
+    def go_on(number: int, one: Key, other: Key, transport: Transport, connects: tuple[bool, bool]) -> bool:
         """Make a lease of these two ends, if their pods have devices and no other lease has its number."""
+        if connects == (False, True):
+            one, other = other, one
         first, second = _side(one, directory), _side(other, directory)
         if first is None or second is None or number in numbers or one == other:
             return False
         numbers.add(number)
         held.update((one, other))
-        found.leases.append(Lease(number, first, second, None, now_s, None, transport, deadline_s))
+        directed = connects[0] is not connects[1]
+        found.leases.append(Lease(number, first, second, None, now_s, None, transport, deadline_s, directed))
         return True
 
     paired: set[DatagramKey] = set()
@@ -49,7 +52,9 @@ def adopted(
         if pair in paired:
             continue  # came with its other direction
         known = all(end in guards and guards[end].state is GuardState.DATAGRAM for end in pair)
-        if known and _mirrored(datagrams, pair) and go_on(datagram.lease, own, peer, Transport.UD):
+        if (known and _mirrored(datagrams, pair)) and go_on(
+            datagram.lease, own, peer, Transport.UD, (datagram.connects, datagrams[peer, own].connects)
+        ):
             paired.add((peer, own))
         else:
             found.strange_datagrams.append(pair)
@@ -60,8 +65,10 @@ def adopted(
         if view is None:
             found.strange.append(key)
             continue
-        if _mutual(guards, key) and go_on(entry.lease, key, (entry.peer_address, entry.peer_qpn), Transport.RC):
-            continue
+        if _mutual(guards, key):
+            peer = (entry.peer_address, entry.peer_qpn)
+            if go_on(entry.lease, key, peer, Transport.RC, (entry.connects, guards[peer].connects)):
+                continue
         if entry.state is not GuardState.REVOKED:
             revoked = GuardEntry(entry.lease, entry.peer_address, entry.peer_qpn, GuardState.REVOKED)
             found.incomplete.append((key, revoked))

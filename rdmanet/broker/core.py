@@ -24,6 +24,7 @@ from rdmanet import lease as wire
 from rdmanet.broker import rules
 from rdmanet.broker.adopted import adopted
 from rdmanet.broker.claims import Claims
+from rdmanet.broker.judging import Judging, Permits
 from rdmanet.broker.revoked import RevokedEnds, queries
 from rdmanet.broker.table import Batch, Connection, Lease, LeaseTable, Phase, Service, Side
 from rdmanet.broker.values import (
@@ -63,7 +64,7 @@ class BrokerCore:
         directory: Directory,
         *,
         limits: Limits | None = None,
-        permits: Callable[[PodView, PodView], str | None] = rules.permits_all,
+        permits: Permits = rules.permits_all,
         random_id: Callable[[], int] = lambda: secrets.randbits(63),
     ):
         self.counts = Counts()
@@ -73,6 +74,7 @@ class BrokerCore:
         self._connections: dict[int, Connection] = {}
         self._listening: dict[tuple[PodName, str], Service] = {}
         self._leases = LeaseTable(random_id)
+        self._judging = Judging(directory, permits, self._leases)
         self._queries = queries()
         self._revoked = RevokedEnds(self._limits, self._queries)
         self._claims = Claims(self._connections, self._leases, self._queries, self.counts)
@@ -243,6 +245,11 @@ class BrokerCore:
         told = [number for number, state in self._connections.items() if state.cookie == cookie and state.greeted]
         return [Send(number, message) for number in told]
 
+    def policy_changed(self, now_s: float) -> list[Effect]:
+        """Asks again for every lease, also for those that wait: who may not have it any more is told which policy."""
+        refused = self._judging.refused().items()
+        return [e for s, found in refused for e in self._end(found, Cause.POLICY, Reason.POLICY, s, now_s)]
+
     def tick(self, now_s: float) -> list[Effect]:
         """Time has passed: end what is overdue, ask the kernel about revoked queue pairs."""
         effects: list[Effect] = []
@@ -363,11 +370,12 @@ class BrokerCore:
 
     def _accept(self, connection: int, view: PodView, batch: Batch, request: wire.Accept, now_s: float) -> list[Effect]:
         listener = batch.first.listener
-        problem = rules.accept_refusal(view, batch, request.ends, self._leases)
-        if problem is not None:
+        refusal = rules.acceptance_refusal(view, batch, request.ends, self._leases, self._judging)
+        if refusal is not None:
+            told, reason, problem = refusal
             return [
-                error(connection, request.id, Reason.CONFLICT, problem),
-                *self._end(batch.leases, Cause.RELEASED, Reason.REJECTED, problem, now_s, by=listener.connection),
+                error(connection, request.id, told, problem),
+                *self._end(batch.leases, Cause.RELEASED, reason, problem, now_s, by=listener.connection),
             ]
         effects = self._supersede(request.ends.keys, view, now_s)
         self._leases.answered(batch, request.ends)
@@ -380,11 +388,11 @@ class BrokerCore:
             if lease.transport is Transport.UD:
                 entries += [(connecting, DATAGRAM), (key, DATAGRAM)]
                 datagrams += [
-                    ((connecting, key), DatagramEntry(lease.id)),
+                    ((connecting, key), DatagramEntry(lease.id, connects=True)),
                     ((key, connecting), DatagramEntry(lease.id)),
                 ]
                 continue
-            entries.append((connecting, GuardEntry(lease.id, *key, GuardState.GRANTED)))
+            entries.append((connecting, GuardEntry(lease.id, *key, GuardState.GRANTED, connects=True)))
             entries.append((key, GuardEntry(lease.id, *connecting, GuardState.GRANTED)))
         self._revoked.forget([key for key, _ in entries])
         return [*effects, SetGuard(batch.first.id, tuple(entries), tuple(datagrams))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from rdmanet.broker.judging import Judging, Permits, between
 from rdmanet.broker.table import Batch, LeaseTable, Service
 from rdmanet.broker.values import Key, Limits, PodView, Reason
 from rdmanet.lease import Ends, lease_text, no_device, pod_text
@@ -11,7 +12,7 @@ from rdmanet.model import PodName, Transport, address_of
 
 
 def permits_all(connector: PodView, listener: PodView) -> str | None:
-    """The policy until there is one: None permits, a sentence refuses. Asked from connector to listener only."""
+    """Where there is no policy: None permits, a sentence refuses. Asked from connector to listener only."""
     return None
 
 
@@ -39,7 +40,7 @@ def connect_refusal(
     leases: LeaseTable,
     listening: Mapping[tuple[PodName, str], Service],
     limits: Limits,
-    permits: Callable[[PodView, PodView], str | None],
+    permits: Permits,
 ) -> tuple[Reason, str] | None:
     """Why ``connection`` of ``view`` gets no leases to ``service`` of ``target`` for its queue pairs ``keys``, which
     are all of one address; None when it gets one for each."""
@@ -54,15 +55,6 @@ def connect_refusal(
         return Reason.PEER_NO_DEVICE, no_device(target)
     if peer.unhealthy is not None:
         return Reason.PEER_NO_DEVICE, peer.unhealthy
-    denied = permits(view, peer)
-    if denied is not None:
-        return Reason.POLICY, denied
-    if (target, service) not in listening:
-        return Reason.NOT_LISTENING, f"no process of {name} listens on {service}"
-    if listening[target, service].transport is not transport:
-        use = "rdmanet.verbs.connect" if transport is Transport.UD else "rdmanet.verbs.datagram"
-        sentence = f"{name}:{service} does not take {transport} queue pairs; use {use}, or listen with the other"
-        return Reason.TRANSPORT, sentence
     address = keys[0][0]
     foreign = foreign_gid(view, address)
     if foreign is not None:
@@ -71,6 +63,15 @@ def connect_refusal(
     if all(address_of(own).version != family for own in peer.addresses):
         sentence = f"{name} has no IPv{family} address, and {caller} connects from one"
         return Reason.ADDRESS_FAMILY, sentence
+    denied = between(permits, view, address, peer, None)
+    if denied is not None:
+        return Reason.POLICY, denied
+    if (target, service) not in listening:
+        return Reason.NOT_LISTENING, f"no process of {name} listens on {service}"
+    if listening[target, service].transport is not transport:
+        use = "rdmanet.verbs.connect" if transport is Transport.UD else "rdmanet.verbs.datagram"
+        sentence = f"{name}:{service} does not take {transport} queue pairs; use {use}, or listen with the other"
+        return Reason.TRANSPORT, sentence
     held = leases.held(keys, transport, connection)
     if held is not None:
         return Reason.CONFLICT, f"queue pair {held[1]} of {caller} has a lease already; create another"
@@ -88,6 +89,17 @@ def connect_refusal(
             )
             return Reason.LIMIT, sentence
     return None
+
+
+def acceptance_refusal(
+    view: PodView, batch: Batch, ends: Ends, leases: LeaseTable, judging: Judging
+) -> tuple[Reason, Reason, str] | None:
+    """``accept_refusal``, then policy: with the reasons for the listener and for the connector."""
+    problem = accept_refusal(view, batch, ends, leases)
+    if problem is not None:
+        return Reason.CONFLICT, Reason.REJECTED, problem
+    denied = judging.acceptance(batch, view, ends.gid)
+    return None if denied is None else (Reason.POLICY, Reason.POLICY, denied)
 
 
 def accept_refusal(view: PodView, batch: Batch, ends: Ends, leases: LeaseTable) -> str | None:

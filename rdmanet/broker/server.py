@@ -29,6 +29,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from rdmanet import lease as wire
 from rdmanet.broker import rules
 from rdmanet.broker.core import BrokerCore
+from rdmanet.broker.judging import Permits
+from rdmanet.broker.shown import lease_status
 from rdmanet.broker.speakers import netns_cookie, peer_pid, processes_of
 from rdmanet.broker.turns import MAX_EFFECTS, Turns, pace_of_connections
 from rdmanet.broker.values import (
@@ -44,12 +46,11 @@ from rdmanet.broker.values import (
     Key,
     LeaseView,
     Limits,
-    PodView,
     Send,
     SetGuard,
 )
 from rdmanet.errors import ConflictError, RdmanetError
-from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName, Transport, address_of
+from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class BrokerServer:
         queue_pairs: QueuePairs,
         *,
         grace_s: float = Limits().grace_s,
-        permits: Callable[[PodView, PodView], str | None] = rules.permits_all,
+        permits: Permits = rules.permits_all,
         observe_granted: Callable[[float], None] = lambda seconds: None,
         on_first_contact: Callable[[int, int], None] = lambda cookie, pid: None,
     ):
@@ -177,6 +178,7 @@ class BrokerServer:
         loop = asyncio.get_running_loop()
         guards, datagrams = await loop.run_in_executor(self._thread, self._entries)
         self._apply(self._core.adopt(guards, datagrams, loop.time()))
+        self._apply(self._core.policy_changed(loop.time()))
         self._adopted.set()
 
     async def stop(self) -> None:
@@ -230,6 +232,10 @@ class BrokerServer:
         """It can be used again, and its view says so."""
         self._apply(self._core.device_back(cookie))
 
+    def policy_changed(self) -> None:
+        """Asks ``permits`` again for every lease, and revokes those that it refuses."""
+        self._apply(self._core.policy_changed(asyncio.get_running_loop().time()))
+
     def snapshot(self) -> list[LeaseView]:
         """All leases, oldest first."""
         return self._core.snapshot(asyncio.get_running_loop().time())
@@ -237,7 +243,7 @@ class BrokerServer:
     async def status(self) -> list[dict[str, object]]:
         """All leases, oldest first, with the packets and bytes that reached their ends (for JSON)."""
         guards, datagrams = await asyncio.get_running_loop().run_in_executor(self._thread, self._entries)
-        return [_status(view, guards, datagrams) for view in self.snapshot()]
+        return [lease_status(view, guards, datagrams) for view in self.snapshot()]
 
     def _entries(self) -> tuple[Mapping[Key, GuardEntry], Mapping[DatagramKey, DatagramEntry]]:
         return self._guard.guards(), self._guard.datagrams()
@@ -466,35 +472,3 @@ class BrokerServer:
             self._apply(self._core.holders_unknown([query for query, _ in queries], loop.time()))
         else:
             self._apply(self._core.holders_found(holders, loop.time()))
-
-
-def _status(
-    view: LeaseView, guards: Mapping[Key, GuardEntry], datagrams: Mapping[DatagramKey, DatagramEntry]
-) -> dict[str, object]:
-    ends = {}
-    packets = size = 0
-    both = (("connector", view.connector, view.listener), ("listener", view.listener, view.connector))
-    for name, end, peer in both:
-        entry: GuardEntry | DatagramEntry | None = None
-        if view.transport is Transport.RC and end.key is not None:
-            entry = guards.get(end.key)
-        elif end.key is not None and peer.key is not None:
-            entry = datagrams.get((end.key, peer.key))
-        packets += entry.packets if entry is not None else 0
-        size += entry.bytes if entry is not None else 0
-        ends[name] = {
-            "pod": end.pod,
-            "address": None if end.key is None else str(address_of(end.key[0])),
-            "qpn": None if end.key is None else end.key[1],
-            "received": {"packets": entry.packets if entry else 0, "bytes": entry.bytes if entry else 0},
-        }
-    return {
-        "lease": view.lease,
-        "transport": view.transport,
-        "state": view.state,
-        "service": view.service,
-        **ends,
-        "packets": packets,
-        "bytes": size,
-        "age_s": view.age_s,
-    }

@@ -55,11 +55,12 @@ class Lease:
     id: int
     connector: Side
     listener: Side
-    service: str | None  # None for adopted leases, whose connector and listener are not told apart either
+    service: str | None  # None for adopted leases
     since_s: float
     batch: Batch | None  # None: granted
     transport: Transport = Transport.RC
     deadline_s: float | None = None  # of a batch's first: when it times out; unclaimed: when it is revoked
+    directed: bool = True  # False: adopted from a guard that does not say which side is the connector
 
     @property
     def phase(self) -> Phase:

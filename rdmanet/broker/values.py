@@ -71,6 +71,7 @@ class Cause(enum.StrEnum):
     DEVICE_GONE = "device_gone"
     UNCLAIMED = "unclaimed"
     SUPERSEDED = "superseded"
+    POLICY = "policy"  # it was allowed, and is no more
     INCOMPLETE = "incomplete"  # an earlier agent died while it wrote the guard
 
 

@@ -278,7 +278,10 @@ async def test_datagrams_have_entries_of_their_own(broker: Broker) -> None:
     await train_1.ask(wire.Accept(4, incoming.lease, ends[1]))
     assert isinstance(await train_0.receive(), wire.Reply)
     one, two = ends[0].keys[0], ends[1].keys[0]
-    assert broker.guard.pairs == {(one, two): DatagramEntry(incoming.lease), (two, one): DatagramEntry(incoming.lease)}
+    assert broker.guard.pairs == {
+        (one, two): DatagramEntry(incoming.lease, connects=True),
+        (two, one): DatagramEntry(incoming.lease),
+    }
     assert {entry.state for entry in broker.guard.entries.values()} == {GuardState.DATAGRAM}
     broker.guard.pairs[two, one] = DatagramEntry(incoming.lease, 5, 600)
     (row,) = await broker.server.status()

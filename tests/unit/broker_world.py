@@ -6,6 +6,7 @@ import itertools
 
 from rdmanet import lease as wire
 from rdmanet.broker.core import BrokerCore
+from rdmanet.broker.judging import Permits
 from rdmanet.broker.values import (
     Close,
     DatagramKey,
@@ -61,7 +62,8 @@ class World:
         self.log: list[Effect] = []
         self.now_s = 0.0
         self.denied: str | None = None
-        self.core = BrokerCore(self, limits=limits, permits=lambda connector, listener: self.denied)
+        self.permits: Permits = lambda connector, listener: self.denied
+        self.core = BrokerCore(self, limits=limits, permits=lambda *ends: self.permits(*ends))
         self._connections = itertools.count(1)
         self._ids = itertools.count(1)
 

@@ -46,7 +46,7 @@ def test_one_message_each_way_and_one_guard_write(world: World, train_0: Process
     assert (len(train_0.messages) - before[0], len(train_1.messages) - before[1]) == (1, 2)
     assert [len(e.entries) for e in world.log if isinstance(e, SetGuard)] == [128]
     for lease, own, peer in zip(leases, CONNECTING, ACCEPTING, strict=True):
-        assert world.guard[train_0.key(own)] == GuardEntry(lease, *train_1.key(peer), GRANTED)
+        assert world.guard[train_0.key(own)] == GuardEntry(lease, *train_1.key(peer), GRANTED, connects=True)
         assert world.guard[train_1.key(peer)] == GuardEntry(lease, *train_0.key(own), GRANTED)
     assert [view.state for view in world.core.snapshot(0)] == ["granted"] * 64
     assert world.core.counts.granted == 64

@@ -58,7 +58,7 @@ def test_a_lease_is_granted_when_its_guard_is_written(world: World, train_0: Pro
     assert train_1.answer(accepted) is None
     world.write(world.waiting.pop())
     assert world.guard == {
-        train_0.key(17): GuardEntry(incoming.lease, *train_1.key(18), GRANTED),
+        train_0.key(17): GuardEntry(incoming.lease, *train_1.key(18), GRANTED, connects=True),
         train_1.key(18): GuardEntry(incoming.lease, *train_0.key(17), GRANTED),
     }
     answer = train_0.answer(asked)

@@ -40,8 +40,9 @@ def pairs(*ends: tuple[Process, int, Process, int, int]) -> dict[DatagramKey, Da
     """Both directions of each lease."""
     found: dict[DatagramKey, DatagramEntry] = {}
     for one, qpn, other, peer_qpn, number in ends:
-        entry = DatagramEntry(number)
-        found |= {(one.key(qpn), other.key(peer_qpn)): entry, (other.key(peer_qpn), one.key(qpn)): entry}
+        connecting, listening = one.key(qpn), other.key(peer_qpn)
+        found[connecting, listening] = DatagramEntry(number, connects=True)
+        found[listening, connecting] = DatagramEntry(number)
     return found
 
 
