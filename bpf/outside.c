@@ -170,27 +170,27 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 
 int outside(struct __sk_buff *skb)
 {
-	struct packet packet = {};
 	struct node_entry *config = node_lookup();
+	struct packet *packet = packet_new();
 	struct attachment_entry *attachment;
 	__u32 epoch;
 	int reason;
 
 	enter(skb, HOOK_OUTSIDE);
-	if (!config)
+	if (!config || !packet)
 		return drop(skb, 0, DROP_NO_NODE);
 	epoch = policy_epoch(config);
 	attachment = attachment_lookup(skb->ifindex);
 	if (!attachment)
 		return drop(skb, 0, DROP_NO_ATTACHMENT);
-	reason = parse_ethernet(skb, &packet);
+	reason = parse_ethernet(skb, packet);
 	if (!reason)
-		reason = parse_network(skb, &packet);
+		reason = parse_network(skb, packet);
 	if (!reason)
-		reason = parse_transport(skb, &packet);
+		reason = parse_transport(skb, packet);
 	if (!reason)
-		reason = fragment_join(&packet);
+		reason = fragment_join(packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
-	return pod_route(skb, &packet, config, attachment, epoch);
+	return pod_route(skb, packet, config, attachment, epoch);
 }

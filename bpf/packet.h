@@ -61,6 +61,24 @@ struct packet {
 	__u32 source_qpn;      /* where IS_DATAGRAM */
 };
 
+/*
+ * What a program reads of its packet. In a map and not on the stack, whose every value the verifier
+ * follows: it would look at all that comes after once for each way through the headers (pod.c
+ * 236,000 instructions instead of 70,000, outside.c 495,000 instead of 106,000).
+ */
+BPF_F_TABLE("percpu_array", __u32, struct packet, packets, 1, 0);
+
+/* Empty; the verifier alone believes that it can be NULL. */
+static __always_inline struct packet *packet_new(void)
+{
+	__u32 zero = 0;
+	struct packet *packet = packets.lookup(&zero);
+
+	if (packet)
+		__builtin_memset(packet, 0, sizeof(*packet));
+	return packet;
+}
+
 #define NETWORK_OFFSET ETH_HLEN
 
 /* The frame, of which so many bytes can be read; NULL when it is shorter. */

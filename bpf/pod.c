@@ -63,8 +63,8 @@ static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet
 
 int pod(struct __sk_buff *skb)
 {
-	struct packet packet;
 	struct node_entry *config = node_lookup();
+	struct packet *packet;
 	struct attachment_entry *attachment;
 	struct endpoint_entry *endpoint;
 	int reason, verdict;
@@ -80,54 +80,56 @@ int pod(struct __sk_buff *skb)
 	if (usual(skb, config, attachment, &verdict))
 		return verdict;
 
-	__builtin_memset(&packet, 0, sizeof(packet));
-	reason = parse_ethernet(skb, &packet);
+	packet = packet_new();
+	if (!packet)
+		return drop(skb, 0, DROP_NO_NODE);
+	reason = parse_ethernet(skb, packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
-	if (!mac_equal(packet.source_mac, attachment->mac))
+	if (!mac_equal(packet->source_mac, attachment->mac))
 		return drop(skb, attachment->id, DROP_SPOOFED_MAC);
-	if (packet.ethertype == ETHERTYPE_ARP)
+	if (packet->ethertype == ETHERTYPE_ARP)
 		return neighbour_arp(skb, config, attachment);
-	if (packet.ethertype != ETH_P_IP && packet.ethertype != ETH_P_IPV6)
+	if (packet->ethertype != ETH_P_IP && packet->ethertype != ETH_P_IPV6)
 		return drop(skb, attachment->id, DROP_NOT_IP);
-	if (packet.ethertype == ETH_P_IPV6 && is_neighbour_discovery(skb))
-		return neighbour_discovery(skb, &packet, config, attachment);
+	if (packet->ethertype == ETH_P_IPV6 && is_neighbour_discovery(skb))
+		return neighbour_discovery(skb, packet, config, attachment);
 	/*
 	 * Router solicitations and multicast listener reports come from addresses that are not the
 	 * attachment's.
 	 */
-	if (packet.flags & IS_TO_GROUP)
+	if (packet->flags & IS_TO_GROUP)
 		return drop(skb, attachment->id, DROP_MULTICAST);
 
-	reason = parse_network(skb, &packet);
+	reason = parse_network(skb, packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
-	if (!pod_owns_source(&packet, attachment))
+	if (!pod_owns_source(packet, attachment))
 		return drop(skb, attachment->id, DROP_SPOOFED_ADDRESS);
-	endpoint = near_endpoint_lookup(&packet.destination, packet.family);
+	endpoint = near_endpoint_lookup(&packet->destination, packet->family);
 	/* What a pod has is neither a group nor local. */
 	if (!endpoint) {
-		if (address_is_group(&packet.destination))
+		if (address_is_group(&packet->destination))
 			return drop(skb, attachment->id, DROP_MULTICAST);
-		if (address_is_local_scope(&packet.destination, packet.family))
+		if (address_is_local_scope(&packet->destination, packet->family))
 			return drop(skb, attachment->id, DROP_NO_ROUTE);
 	}
-	reason = parse_transport(skb, &packet);
+	reason = parse_transport(skb, packet);
 	if (!reason)
-		reason = fragment_join(&packet);
+		reason = fragment_join(packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
-	if (packet.flags & IS_ROCE) {
+	if (packet->flags & IS_ROCE) {
 		if (!(attachment->flags & HAS_DEVICE))
 			return drop(skb, attachment->id, DROP_ROCE_NO_DEVICE);
-		if (set_traffic_class(skb, &packet, attachment->traffic_class))
+		if (set_traffic_class(skb, packet, attachment->traffic_class))
 			return drop(skb, attachment->id, DROP_MALFORMED);
 	}
 
 	if (!endpoint)
-		endpoint = endpoints.lookup(&packet.destination);
+		endpoint = endpoints.lookup(&packet->destination);
 	if (endpoint)
-		return pod_to_pod(skb, &packet, config, attachment, endpoint, epoch);
+		return pod_to_pod(skb, packet, config, attachment, endpoint, epoch);
 	programs.call(skb, HOOK_OUTSIDE);
 	return drop(skb, attachment->id, DROP_NO_PROGRAM);
 }

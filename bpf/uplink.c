@@ -127,22 +127,22 @@ static __always_inline int uplink_packet(struct __sk_buff *skb, const struct pac
 int uplink(struct __sk_buff *skb)
 {
 	struct node_entry *config = node_lookup();
-	struct packet packet = {};
+	struct packet *packet = packet_new();
 	__u32 ifindex = skb->ifindex;
 
 	enter(skb, HOOK_UPLINK);
-	if (!config || !uplinks.lookup(&ifindex))
+	if (!config || !packet || !uplinks.lookup(&ifindex))
 		return TC_ACT_UNSPEC;
-	if (parse_ethernet(skb, &packet))
+	if (parse_ethernet(skb, packet))
 		return TC_ACT_UNSPEC;
-	if (packet.ethertype != ETH_P_IP && packet.ethertype != ETH_P_IPV6)
+	if (packet->ethertype != ETH_P_IP && packet->ethertype != ETH_P_IPV6)
 		return TC_ACT_UNSPEC;
-	if (skb->pkt_type != PACKET_HOST || parse_network(skb, &packet))
+	if (skb->pkt_type != PACKET_HOST || parse_network(skb, packet))
 		return TC_ACT_UNSPEC;
 	/* A later part whose first one was not a pod's is the host's as well. */
-	if (parse_transport(skb, &packet) || fragment_join(&packet))
+	if (parse_transport(skb, packet) || fragment_join(packet))
 		return TC_ACT_UNSPEC;
-	if (icmp_is_error(&packet))
-		return uplink_error(skb, &packet, config);
-	return uplink_packet(skb, &packet, config);
+	if (icmp_is_error(packet))
+		return uplink_error(skb, packet, config);
+	return uplink_packet(skb, packet, config);
 }
