@@ -23,20 +23,27 @@ U64 = st.integers(0, 2**64 - 1)
 PORTS = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(sorted)
 
 
-@given(MAC, U32, st.booleans(), PORTS)
-def test_node(mac: bytes, ifindex: int, masquerade: bool, ports: list[int]) -> None:
-    entry = NodeEntry(mac, ifindex, masquerade, *ports)
+@given(MAC, U32, st.booleans(), PORTS, U32, U32, U32, st.booleans())
+def test_node(
+    mac: bytes, ifindex: int, masquerade: bool, ports: list[int], epoch: int, maglev: int, flows: int, monitor: bool
+) -> None:
+    entry = NodeEntry(mac, ifindex, masquerade, *ports, epoch, maglev, flows, monitor)
     assert NodeEntry.decode(entry.encode()) == entry
 
 
-@given(st.builds(AttachmentEntry, U32, MAC, ADDRESS, ADDRESS, st.booleans(), st.booleans(), st.integers(0, 255)))
+POLICY = (U32, U32, U32)  # identity, sets
+
+
+@given(
+    st.builds(AttachmentEntry, U32, MAC, ADDRESS, ADDRESS, st.booleans(), st.booleans(), st.integers(0, 255), *POLICY)
+)
 def test_attachment(entry: AttachmentEntry) -> None:
     raw = entry.encode(5)
     assert AttachmentEntry.decode(raw) == entry
     assert layout.attachment_slot(raw) == (entry.attachment_id, 5)
 
 
-@given(st.builds(EndpointEntry, U32, MAC, U32, st.booleans(), st.booleans()))
+@given(st.builds(EndpointEntry, U32, MAC, U32, st.booleans(), st.booleans(), *POLICY))
 def test_endpoint(entry: EndpointEntry) -> None:
     raw = entry.encode(5)
     assert EndpointEntry.decode(raw) == entry
@@ -48,12 +55,13 @@ def test_uplink(entry: UplinkEntry) -> None:
     assert UplinkEntry.decode(entry.encode()) == entry
 
 
-@given(st.builds(GuardEntry, U64, ADDRESS, U32, st.sampled_from(GuardState), U64, U64))
+LEASE = st.integers(1, 2**63 - 1)
+GUARDS = st.builds(GuardEntry, LEASE, ADDRESS, U32, st.sampled_from(GuardState), U64, U64, st.booleans())
+
+
+@given(GUARDS)
 def test_guard(entry: GuardEntry) -> None:
     assert layout.decode_guard(layout.encode_guard(entry)) == entry
-
-
-GUARDS = st.builds(GuardEntry, U64, ADDRESS, U32, st.sampled_from(GuardState), U64, U64)
 
 
 @given(st.lists(st.tuples(st.tuples(ADDRESS, st.integers(0, 0xFFFFFF)), GUARDS), max_size=5))
@@ -96,8 +104,11 @@ def test_places_name_fields_and_leave_padding_out() -> None:
         "flags": (8, 4),
         "mac": (12, 6),
         "slot": (20, 4),
+        "identity": (24, 4),
+        "ingress_set": (28, 4),
+        "egress_set": (32, 4),
     }
-    assert layout.ENDPOINT.size == 24
+    assert layout.ENDPOINT.size == 36
 
 
 def test_bccs_descriptions_become_places() -> None:

@@ -31,15 +31,11 @@ def test_parts_are_put_in_place_once_with_their_lines(directory: Path) -> None:
         "int part;",
         '#line 3 "pod.c"',
         "int pod;",
-        '#line 1 "host.c"',
+        f'#line 1 "{source.ENTRY_FILES[1]}"',
     ]
     assert lines.count("int part;") == 1
     assert [line for line in lines if line.startswith("int ")][2:] == [
-        "int pod;",
-        "int host;",
-        "int uplink;",
-        "int dispatcher;",
-        "int device;",
+        f"int {name.removesuffix('.c')};" for name in source.ENTRY_FILES
     ]
 
 
@@ -85,4 +81,14 @@ def test_the_real_source_has_the_designs_reasons() -> None:
         "roce_nat",
         "no_attachment",
         "no_node",
+        "no_program",
+        "flow_table_full",
+        "flow_limit",
+        "fragment_unknown",
+        "icmp_unrelated",
+        "neighbour",
+        "policy_egress",
+        "policy_ingress",
+        "no_backend",
+        "service_conflict",
     )
