@@ -95,7 +95,7 @@ def test_cut_short_from_host_and_outside(bench: Bench, version: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_at_random(bench: Bench, kind: str) -> None:
     whole = frames(bench)[kind]
-    own = {ipaddress.ip_address(address).packed for address in bench.train_0.addresses.values()}
+    sources = {ipaddress.ip_address(address).packed for address in bench.train_0.addresses.values()}
 
     changes = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=6)
 
@@ -117,12 +117,14 @@ def test_changed_at_random(bench: Bench, kind: str) -> None:
         assert bytes(frame[6:12]) == bench.train_0.mac
         ethertype = int.from_bytes(frame[12:14], "big")
         if ethertype == packets.ETHERTYPE_ARP:
-            assert outcome.verdict == OK
-            assert bytes(frame[22:32]) == bench.train_0.mac + ipaddress.ip_address(bench.train_0.addresses[4]).packed
+            own = bench.train_0.mac + ipaddress.ip_address(bench.train_0.addresses[4]).packed
+            answer = GATEWAY_MAC + ipaddress.ip_address(GATEWAYS[4]).packed + own
+            assert (outcome.verdict, bytes(frame[22:32])) == (REDIRECT, own)
+            assert (outcome.frame[:12], outcome.frame[22:42]) == (bench.train_0.mac + GATEWAY_MAC, answer)
             return
         source = frame[26:30] if ethertype == packets.ETHERTYPE_IPV4 else frame[22:38]
         assert outcome.verdict == REDIRECT
-        assert bytes(source) in own
+        assert bytes(source) in sources
         assert GATEWAY_MAC in (outcome.frame[:6], outcome.frame[6:12]) or outcome.frame[:12] == bytes(frame[:12])
 
     check()
