@@ -5,15 +5,16 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
-from rdmanet.datapath import bpf, tables
+from rdmanet.datapath import bpf
 from rdmanet.datapath.maps import EndpointEntry, NodeEntry
 from rdmanet.model import address_key
 from tests.bpf import packets
 from tests.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, Outcome, pod_frame, uplink_frame
+from tests.bpf.flows import entries
 from tests.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, LAST_PORT, UPLINK, Pod
 from tests.bpf.packets import ACK, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Ip, Seen
 
@@ -63,37 +64,6 @@ def outside_port(outcome: Outcome) -> int:
 def only_port(bench: Bench, first: int, last: int | None = None) -> None:
     last = first if last is None else last
     bench.datapath.configure(NodeEntry(GATEWAY_MAC, bench.lab.host_ifindex, True, first, last))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One half of a flow, as the map has it."""
-
-    key: bytes
-    fields: dict[str, int | bytes]
-
-    @property
-    def alias(self) -> bool:
-        """Whether it is outside's half."""
-        return bool(int(self.fields["flags"]) & ALIAS)
-
-    def write(self, bench: Bench, **changed: int | bytes) -> None:
-        fields = {**self.fields, **changed}
-        bpf.update(bench.map("flows"), self.key, tables.FLOW.pack(*fields.values()))
-
-
-ALIAS = 0x10  # FLOW_ALIAS
-
-
-def entries(bench: Bench) -> list[Entry]:
-    """Inside halves first."""
-    names = [name for name, code in tables.FLOW.fields if not code.endswith("x")]
-    found = []
-    for key in bench.keys("flows"):
-        value = bpf.lookup(bench.map("flows"), key, tables.FLOW.size)
-        assert value is not None
-        found.append(Entry(key, dict(zip(names, tables.FLOW.unpack(value), strict=True))))
-    return sorted(found, key=lambda entry: entry.alias)
 
 
 def lose(bench: Bench, *, alias: bool) -> None:
