@@ -124,6 +124,16 @@ def extension(following: int, kind: int = DESTINATION, *, offset: int = 0, more:
     return struct.pack("!BB", following, 0) + b"\x01\x04\0\0\0\0"
 
 
+def fragment(
+    source: str, destination: str, payload: bytes, *, offset: int = 0, more: bool = False, protocol: int = UDP
+) -> Ip:
+    """A part of a packet of either family; all have the same identification. The first part's checksum is wrong."""
+    if ipaddress.ip_address(source).version == 4:
+        return Ip(source, destination, protocol, payload, more=more, offset=offset)
+    header = extension(protocol, FRAGMENT, offset=offset, more=more)
+    return Ip(source, destination, protocol, payload, options=header, first=FRAGMENT, offset=offset)
+
+
 def arp(operation: int, sender_mac: bytes, sender: str, target: str) -> bytes:
     """ARP for Ethernet and IPv4 (RFC 826)."""
     head = struct.pack("!HHBBH", 1, ETHERTYPE_IPV4, 6, 4, operation)
