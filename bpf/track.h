@@ -145,7 +145,11 @@ static __always_inline int flow_pass_error(struct __sk_buff *skb, const struct n
 	return flow_judge(&quoted, from_origin, to, from);
 }
 
-/* Whom a drop is counted for: the receiver's own policies are its own. */
+/*
+ * Whom a drop is counted for: the receiver's own policies are its own. By the packet and not by the
+ * flow: an answer that is dropped since its flow is forbidden at the end that answers counts for
+ * the one that asked.
+ */
 static __always_inline __u32 drop_attachment(int reason, const struct flow_end *from,
 					     const struct flow_end *to)
 {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rdmanet.datapath import bpf, layout
-from rdmanet.datapath.artifact import HOOKS, Artifact
+from rdmanet.datapath.artifact import CONTINUATIONS, HOOKS, Artifact
 from rdmanet.datapath.maps import NodeEntry, UplinkEntry
 from rdmanet.model import address_key
 from tests.bpf import lab as labs
@@ -19,6 +20,8 @@ from tests.bpf.lab import GATEWAY_MAC, Lab, Pod
 
 # include/uapi/linux/pkt_cls.h
 UNSPEC, OK, SHOT, REDIRECT = 0xFFFFFFFF, 0, 2, 7
+
+SLOTS = {**HOOKS, **CONTINUATIONS}
 
 #: Where the route leads to a device that is no uplink, and where routes end.
 NOT_UPLINK = {4: "192.0.2.9", 6: "2001:db8:300::9"}
@@ -135,8 +138,20 @@ class Bench:
 
     def slot(self, hook: str) -> int:
         """The id of the program in the hook's slot, 0 when it is empty."""
-        raw = bpf.lookup(self.map("programs"), layout.U32.pack(HOOKS[hook]), 4)
+        raw = bpf.lookup(self.map("programs"), layout.U32.pack(SLOTS[hook]), 4)
         return 0 if raw is None else int(struct.unpack("=I", raw)[0])
+
+    @contextmanager
+    def empty_slot(self, hook: str) -> Iterator[None]:
+        """The hook's program is in its slot again afterwards."""
+        program = bpf.program_by_id(self.slot(hook))
+        assert program is not None
+        try:
+            bpf.delete(self.map("programs"), layout.U32.pack(SLOTS[hook]))
+            yield
+        finally:
+            bpf.update(self.map("programs"), layout.U32.pack(SLOTS[hook]), layout.U32.pack(program))
+            os.close(program)
 
     def from_pod(self, pod: Pod, frame: bytes, *, gso: tuple[int, int] = (0, 0)) -> Outcome:
         return self.run("pod", frame, pod.ifindex, gso=gso)
