@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -11,8 +12,10 @@ from rdmanet.datapath.maps import AttachmentEntry, Datapath, EndpointEntry
 from rdmanet.model import address_key
 from tests.bpf import packets
 from tests.bpf.bench import REDIRECT, Bench, Outcome, between, pod_frame, rewritten
+from tests.bpf.flows import ALIAS, REPLIED, TRANSLATED, entries
 from tests.bpf.lab import GATEWAY_MAC, Pod
-from tests.bpf.packets import TCP, UDP
+from tests.bpf.packets import ACK, FIN, RST, SYN, TCP, UDP
+from tests.bpf.test_policy import select
 
 VERSIONS = (4, 6)
 NEAR = ("near_attachment", "near_endpoint")
@@ -57,14 +60,93 @@ def outcomes(bench: Bench, frames: list[bytes]) -> list[Outcome]:
     return [bench.from_pod(bench.train_0, frame) for frame in frames]
 
 
+def begin_all(bench: Bench) -> None:
+    """A flow for each usual frame."""
+    for frame in usual_frames(bench):
+        bench.from_pod(bench.train_0, frame)
+
+
 def test_near_and_far_say_the_same(bench: Bench) -> None:
     frames = usual_frames(bench) + changed_frames(bench)
-    near = outcomes(bench, frames)
+    begin_all(bench)
+    near, near_flows = outcomes(bench, frames), flow_states(bench)
+    bench.reset()
+    begin_all(bench)
     clear_near(bench)
-    far = outcomes(bench, frames)
+    far, far_flows = outcomes(bench, frames), flow_states(bench)
     assert near == far
+    assert near_flows == far_flows
     assert sum(outcome.verdict == REDIRECT for outcome in near) > len(frames) // 20, "nearly all were malformed"
     assert len({outcome.reason for outcome in near}) > 5
+
+
+def flow_states(bench: Bench) -> dict[bytes, dict[str, int | bytes]]:
+    """Everything but times."""
+    return {
+        entry.key: {name: value for name, value in entry.fields.items() if not name.endswith("_ns")}
+        for entry in entries(bench)
+    }
+
+
+#: What a flow's entry says when the next packet comes.
+STATES: dict[str, dict[str, int]] = {
+    "as it began": {},
+    "replied": {"flags": REPLIED},
+    "origin closing": {"closing": 1},
+    "target closing": {"closing": 2, "flags": REPLIED},
+    "closed": {"closing": 3, "flags": REPLIED},
+    "another epoch": {"epoch": 0xFFFFFFFF},
+    "another epoch, replied": {"epoch": 0xFFFFFFFF, "flags": REPLIED},
+    "translated": {"flags": TRANSLATED},
+    "an alias": {"flags": TRANSLATED | ALIAS},
+    "an earlier pod's": {"origin": 4_000_000},
+    "to an earlier pod": {"target": 4_000_000},
+    "idle for 50 s": {"last_seen_ns": 50},
+    "idle for 61 s": {"last_seen_ns": 61},
+    "stale": {"last_seen_ns": 7500},
+    "seen a moment from now": {"last_seen_ns": -5},
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("protocol", [TCP, UDP], ids=["tcp", "udp"])
+@pytest.mark.parametrize("state", STATES)
+def test_short_and_long_do_the_same_to_a_flow(bench: Bench, state: str, protocol: int, version: int) -> None:
+    """Whatever it says, in both directions, under policy that allows only the direction in which it began."""
+    changes = dict(STATES[state])
+    if "last_seen_ns" in changes:
+        changes["last_seen_ns"] = time.monotonic_ns() - changes["last_seen_ns"] * 10**9
+        if changes["last_seen_ns"] < 0:
+            pytest.skip("needs a machine that is up for longer than the flow is idle")
+    pods = (bench.train_0, bench.train_1)
+
+    def packet(source: int, flags: int) -> bytes:
+        ports = (1, 2) if source == 0 else (2, 1)
+        payload = packets.tcp(*ports, flags) if protocol == TCP else packets.udp(*ports)
+        return pod_frame(pods[source], between(pods[source], pods[1 - source], version, protocol, payload))
+
+    def results() -> list[object]:
+        found: list[object] = []
+        for number, flags in ((0, ACK), (1, ACK), (0, FIN | ACK), (1, SYN), (1, RST)):
+            for name in ("flows", "fragments"):
+                bench.clear(name)
+            for pod in pods:
+                bench.set_flow_count(pod, 0)
+            begun = bench.from_pod(pods[0], packet(0, ACK))
+            (entry,) = entries(bench)
+            flags_now = int(entry.fields["flags"]) | changes.get("flags", 0)
+            before = {**changes, "flags": flags_now}
+            entry.write(bench, **before)
+            outcome = bench.from_pod(pods[number], packet(number, flags))
+            (after,) = entries(bench)
+            seen_ns = int(after.fields["last_seen_ns"]) > changes.get("last_seen_ns", 0)
+            found.append((begun, outcome, flow_states(bench), seen_ns, [bench.flow_count(pod) for pod in pods]))
+        return found
+
+    select(bench, pods[1], 7, egress=7)
+    near = results()
+    clear_near(bench)
+    assert results() == near
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -72,6 +154,7 @@ def test_near_and_far_say_the_same(bench: Bench) -> None:
 def test_the_short_way_counts_and_delivers(bench: Bench, version: int, gso: tuple[int, int]) -> None:
     body = packets.tcp(1, 2, payload=b"x" * 1000)
     frame = pod_frame(bench.train_0, between(bench.train_0, bench.web, version, TCP, body))
+    bench.from_pod(bench.train_0, frame)
     outcome = bench.from_pod(bench.train_0, frame, gso=gso)
     assert (outcome.verdict, outcome.frame) == (REDIRECT, rewritten(frame, bench.web.mac))
     count = gso[1] or 1
