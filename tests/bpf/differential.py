@@ -38,17 +38,26 @@ CHATTER = {"multicast", "neighbour"}
 class Tally:
     """How much was compared, and what was not the same."""
 
-    cases: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)  # what answered, and how often
     judgements: Counter[Judgement] = field(default_factory=Counter)
     disagreements: list[str] = field(default_factory=list)
 
     def compare(self, what: str, wanted: object, found: object, *about: object) -> None:
         """One case."""
-        self.cases += 1
+        self.kinds[what] += 1
         if isinstance(wanted, Judgement):
             self.judgements[wanted] += 1
         if wanted != found:
             self.disagreements.append(f"{what}: {found} instead of {wanted}: {' '.join(map(str, about))}")
+
+    @property
+    def cases(self) -> int:
+        """How many."""
+        return self.kinds.total()
+
+    def text(self) -> str:
+        """For a row's detail."""
+        return ", ".join(f"{number} by {kind}" for kind, number in self.kinds.items())
 
 
 class PolicyLab:
@@ -163,12 +172,12 @@ class PolicyLab:
         self.forget_flows()
         tested = self.flows(random, world, flows)
         for flow, found in zip(tested, self.run(tested), strict=True):
-            tally.compare("program", world.judge(flow), found, flow)
+            tally.compare("programs", world.judge(flow), found, flow)
         for source, destination in itertools.permutations(world.pods, 2):
             for near, far in zip(source.addresses, destination.addresses, strict=True):
                 lease = world.judge(Flow(near, far, LEASE_PROTOCOL, LEASE_PORT))
                 sentence = self.refusal(source, near, destination, far)
-                tally.compare("lease", lease is Judgement.ALLOWED, sentence is None, source.name, destination.name)
+                tally.compare("leases", lease is Judgement.ALLOWED, sentence is None, source.name, destination.name)
         if not live:
             return
         self.set_iptables(world)
@@ -180,7 +189,7 @@ class PolicyLab:
         for number, flow in enumerate(sample):
             wanted = world.judge(flow) is Judgement.ALLOWED
             tally.compare("iptables", wanted, number in theirs, flow)
-            tally.compare("on the wire", wanted, number in ours, flow)
+            tally.compare("packets", wanted, number in ours, flow)
 
     def refusal(self, source: PolicyPod, near: IPAddress, destination: PolicyPod, far: IPAddress) -> str | None:
         """Why a lease would be refused."""

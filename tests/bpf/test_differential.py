@@ -7,22 +7,43 @@ from random import Random
 
 import pytest
 
+from rdmanet.errors import UnavailableError
+from testbed.container import cgroup2_root
 from testbed.semantics.network_policy import Judgement
 from tests.bpf import lab as labs
 from tests.bpf.differential import PolicyLab, Tally
+from tests.bpf.service_differential import ServiceLab
 
 
-@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "random"])
-def test_policies(fixed: bool) -> None:
+@pytest.fixture(params=["fixed", "random"])
+def random(request: pytest.FixtureRequest) -> Random:
+    """Its seed is printed."""
     labs.require_root()
     if shutil.which("ip6tables-restore") is None:
         pytest.skip("ip6tables-restore is missing: apt-get install iptables")
-    seed = 5 if fixed else Random().randrange(1 << 32)
+    seed = 5 if request.param == "fixed" else Random().randrange(1 << 32)
     print(f"seed {seed}")
-    random, tally = Random(seed), Tally()
+    return Random(seed)
+
+
+def test_policies(random: Random) -> None:
+    tally = Tally()
     with PolicyLab.build(labs.artifact()) as lab:
         for _ in range(12):
             lab.compare(tally, random, flows=60, live=40)
-            assert tally.disagreements == [], seed
+            assert tally.disagreements == []
     assert set(tally.judgements) == set(Judgement)
+    assert tally.cases > 2000
+
+
+def test_services(random: Random) -> None:
+    try:
+        cgroup2_root()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    tally = Tally()
+    with ServiceLab.build(labs.artifact()) as lab:
+        for _ in range(3):
+            lab.compare(tally, random, live=60, beside=30)
+            assert tally.disagreements == []
     assert tally.cases > 2000

@@ -97,18 +97,26 @@ class Wire:
 
     def deliver(self, flows: Sequence[Flow], frames: Sequence[bytes]) -> set[int]:
         """As ``arrivals``, with frames made by the caller, each sent where its flow begins."""
+
+        def send() -> None:
+            for flow, frame in zip(flows, frames, strict=True):
+                self.ends[self.stations[flow.source]][0].send(frame)
+
+        numbers = (_number(frame, flows) for _, frame in self.seen(send))
+        return {number for number in numbers if number is not None}
+
+    def seen(self, send: Callable[[], object]) -> list[tuple[Station, bytes]]:
+        """What came to any station because of what ``send`` does."""
         for _, sniffer in self.ends.values():
             _drain(sniffer)
 
         def work() -> None:
-            for flow, frame in zip(flows, frames, strict=True):
-                self.ends[self.stations[flow.source]][0].send(frame)
+            send()
             for station in self.ends:
                 self.fence.sendto(b"fence", (station.address, 0))
 
         _on_one_processor(work)
-        numbers = (_number(frame, flows) for _, sniffer in self.ends.values() for frame in _until_fence(sniffer))
-        return {number for number in numbers if number is not None}
+        return [(station, frame) for station, (_, sniffer) in self.ends.items() for frame in _until_fence(sniffer)]
 
 
 def _on_one_processor(work: Callable[[], object]) -> None:

@@ -1,0 +1,49 @@
+"""Row `differential`: random policies and services, and the plain model of Kubernetes' semantics beside everything that
+answers: programs, leases, packets, maps and sockets of ours, and iptables for a sample (tests/bpf/differential.py,
+tests/bpf/service_differential.py)."""
+
+from __future__ import annotations
+
+from random import Random
+
+from testbed.rows import Figure, need
+from testbed.semantics.network_policy import Judgement
+from tests.bpf import lab as labs
+from tests.bpf.differential import PolicyLab, Tally
+from tests.bpf.service_differential import ServiceLab
+
+POLICY_WORLDS, FLOWS, LIVE = 200, 120, 60
+SERVICE_WORLDS, SOCKETS, TRANSLATED = 40, 100, 40
+FIXED_SEED = 5
+
+
+def measure() -> Figure:
+    """Half of it from a fixed seed, half from one that is new each time."""
+    policies, services = Tally(), Tally()
+    seeds = (FIXED_SEED, Random().randrange(1 << 32))
+    artifact = labs.artifact()
+    with PolicyLab.build(artifact) as policy_lab:
+        for seed in seeds:
+            random = Random(seed)
+            for _ in range(POLICY_WORLDS // len(seeds)):
+                policy_lab.compare(policies, random, flows=FLOWS, live=LIVE)
+    with ServiceLab.build(artifact) as service_lab:
+        for seed in seeds:
+            random = Random(seed)
+            for _ in range(SERVICE_WORLDS // len(seeds)):
+                service_lab.compare(services, random, live=SOCKETS, beside=TRANSLATED)
+    judged = ", ".join(f"{policies.judgements[judgement]} {judgement}" for judgement in Judgement)
+    wrong = [*policies.disagreements, *services.disagreements]
+    need(not wrong, f"seeds {seeds}: {len(wrong)} disagreements, the first: {'; '.join(wrong[:3])}")
+    need(min(policies.judgements.values()) > 1000, f"too few of a kind: {judged}")
+    detail = (
+        f"{policies.cases} of policy ({judged}) and {services.cases} of services: {policies.text()}, {services.text()};"
+        f" 0 disagreements, seeds {seeds[0]} and {seeds[1]}"
+    )
+    more = {
+        "disagreements": 0,
+        "seeds": list(seeds),
+        "policy": dict(policies.kinds),
+        "services": dict(services.kinds),
+    }
+    return Figure(policies.cases + services.cases, "cases", detail, more)
