@@ -120,7 +120,7 @@ static __always_inline int neighbour_arp(struct __sk_buff *skb, const struct nod
 
 /*
  * Whether a packet of IPv6's EtherType is neighbour discovery. There are no extension headers to
- * look behind: fragments are forbidden (RFC 6980), and others are of no use.
+ * look behind: fragments are forbidden (RFC 6980), and others are of no use; pod.c drops both.
  */
 static __always_inline bool is_neighbour_discovery(struct __sk_buff *skb)
 {
@@ -130,6 +130,13 @@ static __always_inline bool is_neighbour_discovery(struct __sk_buff *skb)
 				   1) &&
 	       next == IPPROTO_ICMPV6 && !bpf_skb_load_bytes(skb, AFTER_IPV6, &type, 1) &&
 	       type >= ND_FIRST && type <= ND_LAST;
+}
+
+/* The same of a packet whose transport header has been looked for. */
+static __always_inline bool icmp_is_neighbour_discovery(const struct packet *packet)
+{
+	return packet->family == 6 && is_icmp(packet) && !(packet->flags & IS_LATER_FRAGMENT) &&
+	       packet->icmp_type >= ND_FIRST && packet->icmp_type <= ND_LAST;
 }
 
 /* Who asks: the pod by its own address, or by one that is its link's alone. */

@@ -119,6 +119,9 @@ int pod(struct __sk_buff *skb)
 		reason = fragment_join(packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
+	/* Behind extension headers, or in parts: no pod says to another who its neighbours are. */
+	if (icmp_is_neighbour_discovery(packet))
+		return drop(skb, attachment->id, DROP_NEIGHBOUR);
 	if (packet->flags & IS_ROCE) {
 		if (!(attachment->flags & HAS_DEVICE))
 			return drop(skb, attachment->id, DROP_ROCE_NO_DEVICE);

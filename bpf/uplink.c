@@ -124,10 +124,25 @@ static __always_inline int uplink_packet(struct __sk_buff *skb, const struct pac
 	return deliver(skb, config, endpoint);
 }
 
+/*
+ * Nobody outside has the node's own addresses, which policy trusts, or its pods'. IPv4's stack
+ * takes packets from them for martians (RFC 1812 5.3.7), IPv6's would forward them to a pod. IPv6
+ * packets with mapped addresses (RFC 4291 2.5.5.2) would meet the keys of IPv4.
+ */
+static __always_inline bool uplink_is_martian(const struct packet *packet)
+{
+	if (packet->family == 6 &&
+	    (address_is_mapped(&packet->source) || address_is_mapped(&packet->destination)))
+		return true;
+	return node_addresses.lookup((struct address_key *)&packet->source) ||
+	       endpoints.lookup((struct address_key *)&packet->source);
+}
+
 int uplink(struct __sk_buff *skb)
 {
 	struct node_entry *config = node_lookup();
 	struct packet *packet = packet_new();
+	struct endpoint_entry *endpoint;
 	__u32 ifindex = skb->ifindex;
 
 	enter(skb, HOOK_UPLINK);
@@ -139,6 +154,12 @@ int uplink(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (skb->pkt_type != PACKET_HOST || parse_network(skb, packet))
 		return TC_ACT_UNSPEC;
+	if (uplink_is_martian(packet)) {
+		endpoint = endpoints.lookup(&packet->destination);
+		if (endpoint)
+			return drop(skb, endpoint->attachment, DROP_SPOOFED_ADDRESS);
+		return TC_ACT_UNSPEC;
+	}
 	/* A later part whose first one was not a pod's is the host's as well. */
 	if (parse_transport(skb, packet) || fragment_join(packet))
 		return TC_ACT_UNSPEC;
