@@ -45,22 +45,40 @@ static __always_inline bool usual_transport(struct __sk_buff *skb, __u8 protocol
 	       load_16(frame, offset + offsetof(struct udphdr, dest)) != bpf_htons(ROCE_PORT);
 }
 
+/* What the packet is of: two words for each address, as in struct address_key. */
+struct usual_ends {
+	__u64 source[2];
+	__u64 destination[2];
+	__u32 ports;
+	__u8 protocol;
+	__u8 family;
+};
+
 /* struct flow_key in words: two for each address, one for ports and protocol. */
 struct usual_key {
 	__u64 word[5];
 };
 
-static __always_inline void usual_key(struct usual_key *key, bool from_high, __u64 source_0,
-				      __u64 source_1, __u64 destination_0, __u64 destination_1,
-				      __u32 ports, __u8 protocol)
+/* In the order of address_order(); an address that is less in its first word is less. */
+static __always_inline bool usual_from_high(const struct usual_ends *ends)
 {
-	key->word[0] = from_high ? destination_0 : source_0;
-	key->word[1] = from_high ? destination_1 : source_1;
-	key->word[2] = from_high ? source_0 : destination_0;
-	key->word[3] = from_high ? source_1 : destination_1;
+	if (ends->family == 6 && ends->source[0] != ends->destination[0])
+		return __builtin_bswap64(ends->source[0]) > __builtin_bswap64(ends->destination[0]);
+	return __builtin_bswap64(ends->source[1]) > __builtin_bswap64(ends->destination[1]);
+}
+
+static __always_inline void usual_key(struct usual_key *key, const struct usual_ends *ends)
+{
+	bool from_high = usual_from_high(ends);
+	__u32 ports = ends->ports;
+
+	key->word[0] = from_high ? ends->destination[0] : ends->source[0];
+	key->word[1] = from_high ? ends->destination[1] : ends->source[1];
+	key->word[2] = from_high ? ends->source[0] : ends->destination[0];
+	key->word[3] = from_high ? ends->source[1] : ends->destination[1];
 	if (from_high)
 		ports = ports << 16 | ports >> 16;
-	key->word[4] = ports | (__u64)protocol << 32;
+	key->word[4] = ports | (__u64)ends->protocol << 32;
 }
 
 /* Where flags and closing are in the 64-bit word that begins with struct flow_entry.epoch. */
@@ -71,16 +89,19 @@ static __always_inline void usual_key(struct usual_key *key, bool from_high, __u
  * Whether flow_pass() would do no more than look and touch. A word of the entry is the two
  * attachments, another one its epoch and state.
  */
-static __always_inline bool usual_flow(const struct node_entry *config, __u32 from, __u32 to,
-				       const struct usual_key *key)
+static __always_inline bool usual_tracked(__u32 epoch, __u32 from, __u32 to,
+					  const struct usual_ends *packet)
 {
-	struct flow_entry *flow = flows.lookup((struct flow_key *)key);
+	struct usual_key key;
+	struct flow_entry *flow;
 	__u64 now_ns, idle_ns, ends, state;
 
+	usual_key(&key, packet);
+	flow = flows.lookup((struct flow_key *)&key);
 	if (!flow)
 		return false;
 	ends = load_64(flow, offsetof(struct flow_entry, origin));
-	state = load_64(flow, offsetof(struct flow_entry, epoch)) ^ config->epoch;
+	state = load_64(flow, offsetof(struct flow_entry, epoch)) ^ epoch;
 	/* Neither changes by a packet that is neither SYN, FIN nor RST. */
 	state &= ~(STATE_CLOSING | STATE_FLAGS(FLOW_ORIGIN_IS_HIGH));
 	if (ends == (from | (__u64)to << 32))
@@ -103,18 +124,85 @@ static __always_inline bool usual_flow(const struct node_entry *config, __u32 fr
 }
 
 /*
+ * A direction of a flow of which usual_tracked() was true in this very tick of the clock: so it is
+ * still, but for one that was taken out of the table meanwhile, which is missed when the tick ends.
+ * Another epoch, other attachments are seen at once. A look here is an eighth of one into the table
+ * of flows.
+ */
+struct known_flow {
+	__u64 address[4]; /* source and destination; IPv4: both in the first word */
+	__u64 ends;	  /* their attachments, the source's in the lower half */
+	__u64 tick;	  /* of bpf_jiffies64(), which is never 0 */
+	__u64 epoch;
+	__u32 ports;
+	__u8 protocol;
+	__u8 family;
+	__u8 pad[2];
+};
+
+#define KNOWN_PLACES_BITS 8
+
+BPF_F_TABLE("percpu_array", __u32, struct known_flow, known_flows, 1 << KNOWN_PLACES_BITS, 0);
+
+/* Both directions of a flow have their own place. */
+static __always_inline __u32 known_place(const struct usual_ends *packet)
+{
+	__u32 mixed = packet->ports ^ (__u32)(packet->destination[1] >> 32);
+
+	return mixed * 0x9e3779b1 >> (32 - KNOWN_PLACES_BITS);
+}
+
+static __always_inline bool usual_flow(const struct node_entry *config, __u32 from, __u32 to,
+				       const struct usual_ends *packet)
+{
+	__u64 tick = bpf_jiffies64(), epoch = config->epoch, different;
+	__u64 ends = from | (__u64)to << 32, rest;
+	__u32 place = known_place(packet);
+	struct known_flow *known = known_flows.lookup(&place);
+	__u64 first;
+
+	if (!known)
+		return false;
+	rest = packet->ports | (__u64)packet->protocol << 32 | (__u64)packet->family << 40;
+	first = packet->family == 6 ? packet->source[0]
+				    : packet->source[1] >> 32 | packet->destination[1] >> 32 << 32;
+	different = (load_64(known, offsetof(struct known_flow, ports)) ^ rest) |
+		    (known->ends ^ ends) | (known->tick ^ tick) | (known->epoch ^ epoch) |
+		    (known->address[0] ^ first);
+	if (packet->family == 6)
+		different |= (known->address[1] ^ packet->source[1]) |
+			     (known->address[2] ^ packet->destination[0]) |
+			     (known->address[3] ^ packet->destination[1]);
+	if (!different)
+		return true;
+	if (!usual_tracked(epoch, from, to, packet))
+		return false;
+	known->address[0] = first;
+	known->address[1] = packet->source[1];
+	known->address[2] = packet->destination[0];
+	known->address[3] = packet->destination[1];
+	known->ends = ends;
+	known->tick = tick;
+	known->epoch = epoch;
+	known->ports = packet->ports;
+	known->protocol = packet->protocol;
+	known->family = packet->family;
+	return true;
+}
+
+/*
  * False, and nothing is done, for nobody's place (the unspecified address finds one), the pod's own
  * address, and a flow about which there is more to say.
  */
 static __always_inline bool usual_deliver(struct __sk_buff *skb, const struct node_entry *config,
 					  const struct attachment_entry *attachment,
 					  const struct near_endpoint *near, void *frame,
-					  const struct usual_key *key, int *verdict)
+					  const struct usual_ends *packet, int *verdict)
 {
 	__u32 ifindex = near->entry.ifindex;
 
 	if (!ifindex || near->entry.slot == attachment->slot ||
-	    !usual_flow(config, attachment->id, near->entry.attachment, key))
+	    !usual_flow(config, attachment->id, near->entry.attachment, packet))
 		return false;
 	*(__u64 *)frame = load_64(near->entry.mac, 0) | HIGH_16(load_16(config->gateway_mac, 0));
 	*(__u32 *)(frame + 8) = load_32(config->gateway_mac, 2);
@@ -131,7 +219,7 @@ static __always_inline bool usual_ipv4(struct __sk_buff *skb, const struct node_
 	const struct iphdr *ip = frame + NETWORK_OFFSET;
 	__u32 end = NETWORK_OFFSET + bpf_ntohs(ip->tot_len);
 	const struct near_endpoint *near;
-	struct usual_key key;
+	struct usual_ends packet;
 	__u32 place;
 
 	/* Version 4, no options; no fragment; all there. */
@@ -145,11 +233,13 @@ static __always_inline bool usual_ipv4(struct __sk_buff *skb, const struct node_
 	near = near_endpoint.lookup(&place);
 	if (!near || near->address.word[3] != ip->daddr)
 		return false;
-	usual_key(&key, bpf_ntohl(ip->saddr) > bpf_ntohl(ip->daddr), 0,
-		  bpf_htonl(0xffff) | (__u64)ip->saddr << 32, 0,
-		  bpf_htonl(0xffff) | (__u64)ip->daddr << 32, load_32(frame, AFTER_IPV4),
-		  ip->protocol);
-	return usual_deliver(skb, config, attachment, near, frame, &key, verdict);
+	packet.source[0] = packet.destination[0] = 0;
+	packet.source[1] = bpf_htonl(0xffff) | (__u64)ip->saddr << 32;
+	packet.destination[1] = bpf_htonl(0xffff) | (__u64)ip->daddr << 32;
+	packet.ports = load_32(frame, AFTER_IPV4);
+	packet.protocol = ip->protocol;
+	packet.family = 4;
+	return usual_deliver(skb, config, attachment, near, frame, &packet, verdict);
 }
 
 static __always_inline bool usual_ipv6(struct __sk_buff *skb, const struct node_entry *config,
@@ -161,7 +251,7 @@ static __always_inline bool usual_ipv6(struct __sk_buff *skb, const struct node_
 	const struct ipv6hdr *ip = frame + NETWORK_OFFSET;
 	__u64 source_0, source_1, destination_0, destination_1;
 	const struct near_endpoint *near;
-	struct usual_key key;
+	struct usual_ends packet;
 	__u32 end, place;
 
 	if (frame + AFTER_IPV6 + sizeof(struct udphdr) > (void *)(long)skb->data_end)
@@ -183,13 +273,14 @@ static __always_inline bool usual_ipv6(struct __sk_buff *skb, const struct node_
 	if (!near || destination_1 != load_64(&near->address, 8) ||
 	    destination_0 != load_64(&near->address, 0))
 		return false;
-	usual_key(&key,
-		  source_0 == destination_0
-			  ? __builtin_bswap64(source_1) > __builtin_bswap64(destination_1)
-			  : __builtin_bswap64(source_0) > __builtin_bswap64(destination_0),
-		  source_0, source_1, destination_0, destination_1, load_32(frame, AFTER_IPV6),
-		  ip->nexthdr);
-	return usual_deliver(skb, config, attachment, near, frame, &key, verdict);
+	packet.source[0] = source_0;
+	packet.source[1] = source_1;
+	packet.destination[0] = destination_0;
+	packet.destination[1] = destination_1;
+	packet.ports = load_32(frame, AFTER_IPV6);
+	packet.protocol = ip->nexthdr;
+	packet.family = 6;
+	return usual_deliver(skb, config, attachment, near, frame, &packet, verdict);
 }
 
 /* True, and the verdict, when it was such a packet. */

@@ -42,6 +42,18 @@ FLOW_TIMEOUTS_S: Mapping[str, int] = {
     "udp_opening": 120,
     "icmp": 60,
 }
+#: What the short way from pod to pod (bpf/usual.h) knows of the table for the rest of a clock's tick.
+KNOWN_FLOW = StructTable(
+    "known_flow",
+    ("address", "32s"),
+    ("ends", "Q"),
+    ("tick", "Q"),
+    ("epoch", "Q"),
+    ("ports", "I"),
+    ("protocol", "B"),
+    ("family", "B"),
+    ("pad", "2x"),
+)
 PACKET = StructTable(
     "packet",
     ("source", "16s"),
@@ -150,6 +162,7 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     **layout.MAPS,
     "flows": (FLOW_KEY, FLOW),
     "flow_counts": (U32, U64),
+    "known_flows": (U32, KNOWN_FLOW),
     "packets": (U32, PACKET),
     "nat_work": (U32, NAT_WORK),
     "fragments": (FRAGMENT_KEY, FRAGMENT),

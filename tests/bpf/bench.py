@@ -96,6 +96,15 @@ class Bench:
             return
         for key in self.keys(name):
             bpf.delete(self.map(name), key)
+        if name == "flows":
+            self.forget_known()
+
+    def forget_known(self) -> None:
+        """What the short way knows of the table for the rest of the tick: call when entries of flows are changed."""
+        definition = self.lab.artifact.maps["known_flows"]
+        keys = b"".join(layout.U32.pack(place) for place in range(definition.max_entries))
+        room = bpf.buffer_bytes(definition.type, definition.value_size) * definition.max_entries
+        bpf.update_batch(self.map("known_flows"), keys, bytes(room), definition.max_entries)
 
     def slot_of(self, pod: Pod) -> int:
         """The place of the pod's counters."""

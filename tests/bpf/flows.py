@@ -27,6 +27,7 @@ class Entry:
         """Puts the entry into the table again, with other values."""
         fields = {**self.fields, **changed}
         bpf.update(bench.map("flows"), self.key, tables.FLOW.pack(*fields.values()))
+        bench.forget_known()
 
 
 def entries(bench: Bench) -> list[Entry]:
