@@ -77,7 +77,7 @@ class ServiceLab:
             stack.callback(sockets.detach, lab.pins)
             lab.datapath.attach_sockets(cgroup2_root())
             caller = stack.enter_context(silent_namespace())
-            cookie = caller.run(_cookie)
+            cookie = caller.run(netns_cookie)
             lab.datapath.enter_namespace(cookie, 1)
             addresses = [tuple(ipaddress.ip_address(a) for a in pod.addresses.values()) for pod in lab.pods]
             router = stack.enter_context(Router.build(addresses, ABROAD, sorted(NODE, key=str)))
@@ -202,7 +202,8 @@ def silent_namespace() -> Iterator[Namespace]:
         nobody.close()
 
 
-def _cookie() -> int:
+def netns_cookie() -> int:
+    """Of the calling thread's network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
         return int.from_bytes(opened.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
 
