@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -225,3 +226,29 @@ def test_slots_outlive_the_agent(bench: Bench) -> None:
         assert len(taken) == len(bench.lab.pods) + 1
         other.delete_attachment(200_000)
         other.forget(700)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_flow_that_was_taken_out_of_the_table_begins_anew_with_the_next_tick(bench: Bench, version: int) -> None:
+    frame = pod_frame(bench.train_0, between(bench.train_0, bench.train_1, version))
+    for _ in range(2):
+        bench.from_pod(bench.train_0, frame)
+    (before,) = entries(bench)
+    bpf.delete(bench.map("flows"), before.key)
+    # No tick is so long.
+    until = time.monotonic() + 10
+    while not entries(bench) and time.monotonic() < until:
+        assert bench.from_pod(bench.train_0, frame).verdict == REDIRECT
+    (after,) = entries(bench)
+    assert int(after.fields["created_ns"]) > int(before.fields["created_ns"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_known_of_a_flow_is_known_under_one_epoch(bench: Bench, version: int) -> None:
+    """Whatever the tick: a change bites with the next packet."""
+    frame = pod_frame(bench.train_0, between(bench.train_0, bench.train_1, version))
+    for _ in range(2):
+        assert bench.from_pod(bench.train_0, frame).verdict == REDIRECT
+    select(bench, bench.train_1, 7, ingress=7)
+    bench.datapath.change_node(lambda node: replace(node, epoch=node.epoch + 1))
+    assert bench.from_pod(bench.train_0, frame).drops == {(bench.train_1.id, "policy_ingress"): 1}
