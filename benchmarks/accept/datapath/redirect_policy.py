@@ -23,6 +23,6 @@ def measure() -> Figure:
     detail = (
         f"{attempts} attempts from pods, from the host and from outside, by known flows, masqueraded ones and services,"
         f" as fragments, ICMP errors, spoofed, out of state and malformed, IPv4 and IPv6: {stopped} frames came in"
-        " where policy allows everything, and none of these where it allows nothing; replies and the node's own always did"
+        " where policy allows everything, none of these where it allows nothing; replies and the node's own always did"
     )
     return Figure(attempts, "attempts", detail, {"stopped": stopped, "came_around": 0})
