@@ -106,8 +106,9 @@ def _entries(
     endpoints: Mapping[bytes, EndpointEntry],
 ) -> None:
     """Writes the map entries where they differ."""
-    wanted, endpoint = steps.entries(attachment, link.index)
+    policy = parts.policy.of(attachment.id)
+    wanted, endpoint = steps.entries(attachment, link.index, policy)
     present = [endpoints.get(address_key(address)) for address in attachment.addresses]
     if own.get(link.index) != wanted or any(found != endpoint for found in present):
         log.warning("%s: datapath entries differed and are written again", attachment.host_ifname)
-        steps.set_entries(parts.datapath, attachment, link.index)
+        steps.set_entries(parts.datapath, attachment, link.index, policy)

@@ -10,24 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import os
-import platform
 import signal
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
 
-from rdmanet import __version__, node, pending, steps
+from rdmanet import node, pending, steps
 from rdmanet.api import Api
 from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
+from rdmanet.broker.values import PodView
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
@@ -38,16 +38,20 @@ from rdmanet.errors import BpfError, StateError, UnavailableError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
-from rdmanet.model import GATEWAY_MAC, Device, address_key
+from rdmanet.model import GATEWAY_MAC, AttachmentState, Device, NetnsId, address_key, address_of
 from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
 from rdmanet.numbers import RdmaNumbers
 from rdmanet.objects.keeping import Objects
 from rdmanet.pods import Pods
+from rdmanet.policy.engine import Policy
 from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.removal import Removals
 from rdmanet.routes import ObjectRoutes
+from rdmanet.services.disconnect import Sockets
+from rdmanet.services.engine import Services
+from rdmanet.status import About, Status
 from rdmanet.store import Store, owned
 
 log = logging.getLogger(__name__)
@@ -75,7 +79,6 @@ class Agent:
         self._config = config
         self._fault_point = fault_point
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="rdmanet")
-        self._ready_at = time.monotonic()
 
     async def serve(self) -> None:
         """Starts, says ``ready``, waits for a signal, stops."""
@@ -90,8 +93,7 @@ class Agent:
             # middle of somebody's ADD.
             gc.collect()
             gc.freeze()
-            self._ready_at = time.monotonic()
-            log.info("ready after %.0f ms", (self._ready_at - started) * 1000)
+            log.info("ready after %.0f ms", (time.monotonic() - started) * 1000)
             print("ready", flush=True)
             await stop.wait()
             log.info("stopping; pods keep their network")
@@ -107,24 +109,31 @@ class Agent:
         self._store = store
         documents = await self._blocking(Documents.beside, config.agent.state_dir)
         stack.callback(documents.close)
-        self._objects = Objects(documents)
         await self._blocking(store.begin, node.boot_id())
-        self._devices, self._devices_missing = await self._blocking(find_devices, config, store)
+        self._devices, devices_missing = await self._blocking(find_devices, config, store)
 
         # The node: datapath, host link, uplinks.
-        self._network, self._datapath = await self._blocking(self._prepare)
+        network, self._datapath = await self._blocking(self._prepare)
         stack.callback(self._datapath.close)
+
+        # Who may talk to whom, and what stands behind services: before any pod is looked at.
+        ready = [one for one in store.attachments() if one.state is AttachmentState.READY]
+        self._policy = Policy(self._datapath, changed=lambda: _soon(loop, lambda: self._broker.policy_changed()))
+        here = [address for attachment in ready for address in attachment.addresses]
+        services = Services(self._datapath.services(), config.services.maglev_size, here, Sockets(self._places))
+        objects = Objects(documents, (self._policy, services))
 
         # Pods and leases.
         self._pods = Pods(self._devices, self._executor)
         hierarchy, hierarchy_missing = await self._blocking(find_hierarchy)
         self._limits = PodLimits(store, self._datapath, config.rdma, hierarchy, hierarchy_missing)
-        self._services_missing = await self._blocking(self._attach_sockets, hierarchy)
+        services_missing = await self._blocking(self._attach_sockets, hierarchy)
         self._broker = BrokerServer(
             directory=self._pods,
             guard=self._datapath,
             queue_pairs=self._pods,
             grace_s=config.rdma.claim_grace_s,
+            permits=self._permits,
             observe_granted=lambda seconds: self._metrics.lease_granted(seconds),
             on_first_contact=self._contact,
         )
@@ -133,34 +142,58 @@ class Agent:
         stack.callback(host.close)
         parts = steps.Parts(
             store,
-            self._network,
+            network,
             self._datapath,
             self._devices,
             self._pods,
             self._limits,
+            self._policy,
+            services,
             host,
             host_ends=steps.HostEnds(),
         )
-        self._removals = Removals(parts, self._fault_point)
-        self._numbers = RdmaNumbers(self._devices, self._pods, self._limits, self._datapath)
-        self._metrics = Metrics(store, self._datapath, self._broker, self._removals, self._limits, self._numbers)
-        self._attachments = Attachments(parts, self._removals, config.rdma, self._fault_point)
+        removals = Removals(parts, self._fault_point)
+        numbers = RdmaNumbers(self._devices, self._pods, self._limits, self._datapath)
+        self._metrics = Metrics(store, self._datapath, self._broker, removals, self._limits, numbers)
+        attachments = Attachments(parts, removals, config.rdma, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
-        await self._blocking(self._objects.load)
-        await self._blocking(self._attachments.recover)
+        await self._blocking(objects.load)
+        await self._blocking(self._policy.recover, ready, objects.snapshot)
+        await self._blocking(objects.tell_all)
+        await self._blocking(attachments.recover)
         await self._broker.adopt()
         if self._devices is not None:
             health = Health(self._devices, self._pods, self._broker, self._executor, self._set_device)
             await health.start()
             stack.push_async_callback(health.stop)
-        self._removals.start()
-        stack.push_async_callback(self._blocking, self._removals.stop, REMOVAL_STOP_S)
+        removals.start()
+        stack.push_async_callback(self._blocking, removals.stop, REMOVAL_STOP_S)
+        self._status = Status(
+            About(
+                rdma_mode=self._devices.mode if self._devices else None,
+                rdma_backend=self._devices.name if self._devices else None,
+                rdma_missing=devices_missing,
+                services_missing=services_missing,
+                mtu_bytes=network.mtu_bytes,
+            ),
+            time.monotonic(),
+            store,
+            self._datapath,
+            self._pods,
+            self._limits,
+            removals,
+            numbers,
+            objects,
+            self._policy,
+            services,
+            self._broker,
+        )
 
         # From here on the world may ask.
         pending_dir = config.agent.state_dir / "pending"
         api = Api(
-            self._attachments,
+            attachments,
             self._executor,
             status=self.status,
             rdma=self.rdma,
@@ -168,10 +201,10 @@ class Agent:
             swap=self._swap,
             observer=self._metrics,
             pending_dir=pending_dir,
-            settled=self._removals.settled,
+            settled=removals.settled,
         )
         application = api.application()
-        ObjectRoutes(self._objects, self._executor).add_to(application)
+        ObjectRoutes(objects, self._executor).add_to(application)
         await self._listen(stack, application, api.metrics_application())
 
         async def call(variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool]) -> int:
@@ -197,6 +230,7 @@ class Agent:
                     host_ifindex=host.index,
                     first_port=config.masquerade.first_port,
                     last_port=config.masquerade.last_port,
+                    maglev_size=config.services.maglev_size,
                 )
             )
             route.add_clsact(peer.index)
@@ -265,79 +299,32 @@ class Agent:
         self._datapath.swap(Artifact.load(self._config.datapath.artifact_dir))
         return self._datapath.running()
 
-    # Status
+    def _permits(self, connector: PodView, listener: PodView) -> str | None:
+        """See ``rdmanet.broker.judging.Permits``: the policies' answer, None where some pair of addresses may."""
+        sentence = None
+        for own, other in itertools.product(connector.addresses, listener.addresses):
+            if address_of(own).version == address_of(other).version:
+                sentence = self._policy.refusal(connector.name, own, listener.name, other)
+                if sentence is None:
+                    return None
+        return sentence
+
+    def _places(self) -> list[tuple[str, NetnsId]]:
+        """Where pods' network namespaces are."""
+        return [(one.netns, one.netns_id) for one in self._store.attachments() if one.state is AttachmentState.READY]
 
     async def status(self) -> dict[str, object]:
         """What ``GET /v1/status`` answers."""
-        document: dict[str, object] = await self._blocking(self._status_of_kernel)
-        document["leases"] = await self._broker.status()
-        document["objects"] = self._objects.counts()
-        return document
+        return await self._blocking(self._status.document, await self._broker.status())
 
     async def rdma(self) -> dict[str, object]:
         """What ``GET /v1/rdma`` answers."""
-        leases = await self._broker.status()
-        return {"agent": self._about(), **await self._blocking(self._numbers.document, leases)}
+        return await self._blocking(self._status.rdma, await self._broker.status())
 
-    def _about(self) -> dict[str, object]:
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "ready_s": time.monotonic() - self._ready_at,
-            "kernel": platform.release(),
-            "rdma_mode": self._devices.mode if self._devices else None,
-            "rdma_backend": self._devices.name if self._devices else None,
-            "rdma_missing": self._devices_missing,
-            "services_missing": self._services_missing,
-            "mtu_bytes": self._network.mtu_bytes,
-            "programs": self._datapath.running(),
-        }
 
-    def _status_of_kernel(self) -> dict[str, object]:
-        attachments = self._store.attachments()
-        names = {attachment.id: str(attachment.pod) for attachment in attachments}
-        degraded, unhealthy = self._pods.degraded(), self._pods.unhealthy()
-        limited = self._limits.status()
-        counters: dict[int, dict[str, dict[str, int]]] = {}
-        for (number, direction, path), count in self._datapath.counters().items():
-            counted = {"packets": count.packets, "bytes": count.bytes}
-            counters.setdefault(number, {})[f"{direction}_{path}"] = counted
-        return {
-            "agent": self._about(),
-            "attachments": [
-                {
-                    "id": attachment.id,
-                    "container_id": attachment.container_id,
-                    "ifname": attachment.ifname,
-                    "pod": str(attachment.pod),
-                    "network": attachment.network,
-                    "netns": attachment.netns,
-                    "state": attachment.state,
-                    "mac": attachment.mac,
-                    "mtu_bytes": attachment.mtu_bytes,
-                    "ipv4": str(attachment.ipv4) if attachment.ipv4 else None,
-                    "ipv6": str(attachment.ipv6) if attachment.ipv6 else None,
-                    "host_ifname": attachment.host_ifname,
-                    "guard": attachment.guard,
-                    "max_leases": attachment.max_leases,
-                    "traffic_class": attachment.traffic_class,
-                    "service_level": attachment.service_level,
-                    "cgroup": limited.get(attachment.id, (None, ""))[0],
-                    "not_limited": limited.get(attachment.id, (None, ""))[1] or None,
-                    "device": asdict(attachment.device) if attachment.device else None,
-                    "degraded": degraded.get(attachment.netns_id),
-                    "unhealthy": unhealthy.get(attachment.id),
-                    "counters": counters.get(attachment.id, {}),
-                }
-                for attachment in attachments
-            ],
-            "releasing": self._removals.status(),
-            "drops": [
-                {"pod": names.get(number), "reason": reason, "packets": packets}
-                for (number, reason), packets in self._datapath.drops().items()
-                if packets
-            ],
-        }
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From a thread."""
+    loop.call_soon_threadsafe(call)
 
 
 def _log_failure(future: Future[None]) -> None:

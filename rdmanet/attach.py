@@ -321,7 +321,7 @@ class Attachments:
                 problem = devices.examine(attachment, attachment.device, descriptor).problem
                 if problem is not None:
                     yield problem
-            own, endpoint = steps.entries(attachment, outer.index)
+            own, endpoint = steps.entries(attachment, outer.index, self._parts.policy.of(attachment.id))
             if self._parts.datapath.attachment(outer.index) != own:
                 yield "its entry in the datapath is missing or wrong"
             for address in attachment.addresses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from rdmanet.netlink import messages, namespace
 from rdmanet.netlink.batch import BatchSocket, BatchSockets
 from rdmanet.netlink.namespace import Listening
 from rdmanet.node import NodeNetwork
+from rdmanet.policy.values import PodPolicy
 from rdmanet.rdma.backend import DeviceBackend
 from rdmanet.store import Store
 
@@ -56,6 +57,26 @@ class Limits(Protocol):
 
     def adopt(self, attachments: Sequence[Attachment]) -> None:
         """Knows attachments that are ready, and puts their limits right."""
+
+
+class Policies(Protocol):
+    """Who may talk to whom (``rdmanet.policy.engine``)."""
+
+    def join(self, attachment: Attachment, write: Callable[[PodPolicy], None]) -> PodPolicy:
+        """Makes what policy says of the attachment; ``write`` writes its entries before anything changes again."""
+
+    def of(self, attachment_id: int) -> PodPolicy:
+        """What its entries say."""
+
+    def leave(self, attachment_id: int) -> None:
+        """Its entries are gone. Idempotent."""
+
+
+class LocalBackends(Protocol):
+    """Services, some of whose backends are on this host (``rdmanet.services.engine``)."""
+
+    def local(self, addresses: Iterable[IPAddress], *, present: bool) -> None:
+        """These addresses are on this host now, or no more. Idempotent."""
 
 
 class HostEnds:
@@ -96,6 +117,8 @@ class Parts:
     devices: DeviceBackend | None
     listeners: Listeners
     limits: Limits
+    policy: Policies
+    services: LocalBackends
     host: BatchSockets
     host_ends: HostEnds
 
@@ -302,28 +325,32 @@ class EndpointStep:
 
     def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
         parts.datapath.enter_namespace(making.netns_cookie, attachment.id)
-        set_entries(parts.datapath, attachment, making.host_ifindex)
+        datapath, ifindex = parts.datapath, making.host_ifindex
+        parts.policy.join(attachment, lambda policy: set_entries(datapath, attachment, ifindex, policy))
+        parts.services.local(attachment.addresses, present=True)
         return attachment
 
     def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
         datapath = parts.datapath
+        parts.services.local(attachment.addresses, present=False)
         for address in attachment.addresses:
             datapath.delete_endpoint(address_key(address))
         ifindex = parts.host_ends.get(attachment.id)
         if ifindex is not None:
             datapath.delete_attachment(ifindex)
         datapath.leave_namespace(attachment.id)
+        parts.policy.leave(attachment.id)
 
 
-def set_entries(datapath: Datapath, attachment: Attachment, ifindex: int) -> None:
+def set_entries(datapath: Datapath, attachment: Attachment, ifindex: int, policy: PodPolicy) -> None:
     """Writes the attachment's entries; those of endpoints last, as they let packets in."""
-    own, endpoint = entries(attachment, ifindex)
+    own, endpoint = entries(attachment, ifindex, policy)
     datapath.set_attachment(ifindex, own)
     for address in attachment.addresses:
         datapath.set_endpoint(address_key(address), endpoint)
 
 
-def entries(attachment: Attachment, ifindex: int) -> tuple[AttachmentEntry, EndpointEntry]:
+def entries(attachment: Attachment, ifindex: int, policy: PodPolicy) -> tuple[AttachmentEntry, EndpointEntry]:
     """What the datapath should hold for an attachment."""
     mac = bytes.fromhex(attachment.mac.replace(":", ""))
     enforce = attachment.guard is GuardMode.ENFORCE
@@ -338,8 +365,20 @@ def entries(attachment: Attachment, ifindex: int) -> tuple[AttachmentEntry, Endp
         device=roce,
         enforce=enforce,
         traffic_class=attachment.traffic_class,
+        identity=policy.identity,
+        ingress_set=policy.ingress_set,
+        egress_set=policy.egress_set,
     )
-    endpoint = EndpointEntry(ifindex=ifindex, mac=mac, attachment_id=attachment.id, device=roce, enforce=enforce)
+    endpoint = EndpointEntry(
+        ifindex=ifindex,
+        mac=mac,
+        attachment_id=attachment.id,
+        device=roce,
+        enforce=enforce,
+        identity=policy.identity,
+        ingress_set=policy.ingress_set,
+        egress_set=policy.egress_set,
+    )
     return own, endpoint
 
 

@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 
 class Objects:
-    """All objects. ``watchers`` are told in their order; ``load`` comes before everything else."""
+    """All objects. ``watchers`` are told in their order; ``load`` and ``tell_all`` come before everything else."""
 
     def __init__(self, documents: Documents, watchers: Sequence[Watcher] = ()):
         self._documents = documents
@@ -64,7 +64,7 @@ class Objects:
         return {str(kind): counted[kind] for kind in Kind}
 
     def load(self) -> None:
-        """Reads every row and tells the watchers. Raises StateError for a row that cannot be read."""
+        """Reads every row. Raises StateError for a row that cannot be read."""
         with self._changing:
             found: dict[ObjectKey, Object] = {}
             for row in self._documents.find():
@@ -80,7 +80,11 @@ class Objects:
                 found[one.key] = one.value
                 self._digests[one.key] = _digest(row.text)
             self._objects = found
-            self._tell(Changes(found, {}, found))
+
+    def tell_all(self) -> None:
+        """Tells the watchers of everything that ``load`` has read. Raises as they do."""
+        with self._changing:
+            self._tell(Changes(self._objects, {}, self._objects))
 
     def apply(self, documents: Iterable[object]) -> list[Result]:
         """Creates and changes objects, all or none; one result for each document, in their order.
