@@ -127,9 +127,9 @@ def veth() -> Iterator[Way]:
 
 
 @contextlib.contextmanager
-def rdmanet() -> Iterator[Attacher]:
+def rdmanet(name: str = OURS) -> Iterator[Attacher]:
     """A real agent, which real ADDs go to."""
-    with Host.scratch(OURS) as host:
+    with Host.scratch(name) as host:
         host.start_agent()
         yield Attacher(host, None, NETWORK)
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.measure import find, measure
 from benchmarks.peers.paths import PEERS, REFERENCE_PLUGINS
 from benchmarks.question import OURS, Effort, Place, read
-from benchmarks.questions.datapath import FAMILIES, FEW, GROWING, WORKS
+from benchmarks.questions.datapath import FAMILIES, FEW, GROWING, UNJUDGED, WORKS
 from benchmarks.results import compare
 
 
@@ -23,6 +23,8 @@ def test_every_contender_has_a_figure_in_every_case(tmp_path: Path) -> None:
     assert record.failures == ()
     expected = {(f"{work.name}/{family}", name) for work in WORKS for family in FAMILIES for name in (OURS, *PEERS)}
     expected |= {(f"{work.name}/{family}/growth-4", n) for work in GROWING for family in FAMILIES for n in (OURS, FEW)}
+    judged = (OURS, UNJUDGED, "loopback")
+    expected |= {(f"{work.name}/{family}/rules-200", n) for work in GROWING for family in FAMILIES for n in judged}
     assert {(sample.case, sample.contender) for sample in record.samples} == expected
     assert all(math.isfinite(sample.value) and sample.value > 0 for sample in record.samples)
     found = compare(find("datapath"), record)
