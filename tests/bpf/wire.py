@@ -30,6 +30,8 @@ SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 MARK = b"flow"
 FIRST_SOURCE_PORT = 20_000
 TIMEOUT_S = 30.0
+#: That a packet waits in, at most: to the node, from its one device to the other, to the receiver.
+QUEUES = 3
 ECHO = {4: (packets.ICMP, 8), 6: (packets.ICMPV6, 128)}
 
 
@@ -109,14 +111,18 @@ class Wire:
         """What came to any station because of what ``send`` does."""
         for _, sniffer in self.ends.values():
             _drain(sniffer)
+        _on_one_processor(send)
+        # A fence comes behind what is in a queue already, and before what is queued again on its way.
+        seen = []
+        for _ in range(QUEUES):
+            _on_one_processor(self._send_fences)
+            for station, (_, sniffer) in self.ends.items():
+                seen += [(station, frame) for frame in _until_fence(sniffer)]
+        return seen
 
-        def work() -> None:
-            send()
-            for station in self.ends:
-                self.fence.sendto(b"fence", (station.address, 0))
-
-        _on_one_processor(work)
-        return [(station, frame) for station, (_, sniffer) in self.ends.items() for frame in _until_fence(sniffer)]
+    def _send_fences(self) -> None:
+        for station in self.ends:
+            self.fence.sendto(b"fence", (station.address, 0))
 
 
 def _on_one_processor(work: Callable[[], object]) -> None:
