@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rdmanet import __version__, config
 from rdmanet.client import ask
+from rdmanet.commands import objects
 from rdmanet.errors import RdmanetError
 
 #: From one `rdmanet rdma --watch` to the next.
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "uninstall", parents=[common], help="take everything back that rdmanet did to this host"
     )
     uninstall.set_defaults(run=_uninstall)
+
+    objects.add_to(commands, common)
 
     datapath = commands.add_parser("datapath", help="compile the eBPF artifact, or swap it under traffic")
     actions = datapath.add_subparsers(required=True, metavar="ACTION")

@@ -130,7 +130,7 @@ class Scene:
     def command(self, *words: str, text: str | None = None) -> str:
         """A `rdmanet` command with the agent's configuration; what it prints."""
         argv = [sys.executable, "-m", "rdmanet", *words, "--config", self.host._config_file()]
-        return self.host.exec(argv, cwd=str(REPOSITORY), input=text).stdout
+        return self.host.exec(argv, cwd=str(REPOSITORY), input=text or "").stdout
 
     def apply(self, *documents: Document) -> float:
         """`rdmanet apply`; when it has returned, in seconds of the monotonic clock."""

@@ -60,17 +60,29 @@ MAY_KNOW: dict[str, set[str]] = {
     | {"broker", "datapath", "limits", "numbers", "objects", "pods", "policy", "removal", "services", "store"},
     "doctor": NOUNS | {"config", "datapath", "memlock", "netlink", "node", "rdma"},
     "uninstall": NOUNS | {"config", "datapath", "devices", "limits", "netlink", "node", "rdma", "removal", "store"},
-    "cli": NOUNS | {"agent", "client", "config", "datapath", "doctor", "show", "uninstall"},
+    "commands": NOUNS | {"client", "config", "objects", "show"},
+    "cli": NOUNS | {"agent", "client", "commands", "config", "datapath", "doctor", "show", "uninstall"},
     "__main__": {"cli"},
 }
 #: The composition root: everything but what people type.
-MAY_KNOW["agent"] = set(MAY_KNOW) - {"cli", "client", "show", "doctor", "memlock", "uninstall", "verbs", "__main__"}
+MAY_KNOW["agent"] = set(MAY_KNOW) - {
+    "cli",
+    "client",
+    "commands",
+    "show",
+    "doctor",
+    "memlock",
+    "uninstall",
+    "verbs",
+    "__main__",
+}
 
 #: Module from outside → where alone it may be imported, relative to rdmanet.
 SOLE_IMPORTERS = {
     "bcc": ("datapath/compiler.py",),
     "pyverbs": ("verbs/",),
     "pyroute2": ("netlink/",),
+    "yaml": ("commands/",),
     "sqlite3": ("database.py", "store.py"),
     "prometheus_client": ("metrics.py",),
     "aiohttp": ("agent.py", "api.py", "broker/server.py", "routes.py", "verbs/"),

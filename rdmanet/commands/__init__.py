@@ -1,0 +1,1 @@
+"""Commands that are more than a question to the agent, by what they are about."""
