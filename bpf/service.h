@@ -28,7 +28,7 @@ struct service_entry {
 	__u32 flags;
 };
 
-BPF_F_TABLE("hash", struct service_key, struct service_entry, services, 131072, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct service_key, struct service_entry, services, 262144, BPF_F_NO_PREALLOC);
 
 struct backend_key {
 	__u32 service;
@@ -54,11 +54,11 @@ struct member_key {
 #define MEMBER_READY	   1
 #define MEMBER_TERMINATING 2 /* keeps its flows, gets no new ones */
 
-BPF_F_TABLE("hash", struct member_key, __u32, members, 131072, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct member_key, __u32, members, 524288, BPF_F_NO_PREALLOC);
 
 /* Each place is the slot of a backend; node.maglev_size places for each service of scope OUTSIDE.
  */
-BPF_F_TABLE("array", __u32, __u32, maglev, 261376, 0);
+BPF_F_TABLE("array", __u32, __u32, maglev, 522752, 0);
 
 /* Which backend a client had: sessionAffinity ClientIP. Sockets' clients are their namespaces. */
 struct affinity_key {

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rdmanet.errors import ConfigError
-from rdmanet.model import DEFAULT_MAX_LEASES, Backend, GuardMode
+from rdmanet.model import DEFAULT_MAX_LEASES, Backend, GuardMode, is_prime
 
 DEFAULT_PATH = Path("/etc/rdmanet/rdmanet.toml")
 DEFAULT_IPV4_RANGE = ipaddress.IPv4Network("10.213.0.0/20")
@@ -104,6 +104,29 @@ class RdmaConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ServicesConfig:
+    """``[services]``"""
+
+    #: Places in the Maglev table of each node port or set of external addresses: a prime.
+    maglev_size: int = 1021
+    #: Addresses and ports of services, all together.
+    max_services: int = 131072
+    #: Backends of these, all together.
+    max_backends: int = 262144
+    #: Ports of services that have a node port or external addresses, for each family.
+    max_outside_services: int = 256
+
+    def map_sizes(self) -> dict[str, int]:
+        """Entries of the maps, by name: twice what may be used, so that everything can be exchanged at once."""
+        return {
+            "services": 2 * self.max_services,
+            "backends": 2 * self.max_backends,
+            "members": 2 * self.max_backends,
+            "maglev": 2 * self.max_outside_services * self.maglev_size,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole file."""
 
@@ -112,6 +135,11 @@ class Config:
     masquerade: MasqueradeConfig = field(default_factory=MasqueradeConfig)
     datapath: DatapathConfig = field(default_factory=DatapathConfig)
     rdma: RdmaConfig = field(default_factory=RdmaConfig)
+    services: ServicesConfig = field(default_factory=ServicesConfig)
+
+    def map_sizes(self) -> dict[str, int]:
+        """Entries of the datapath's maps, by name."""
+        return self.services.map_sizes()
 
 
 def load(path: Path | None) -> Config:
@@ -239,3 +267,14 @@ def _check(config: Config, source: str) -> None:
     for key in ("max_handles", "max_objects"):
         if getattr(config.rdma, key) not in range(2**31):
             refuse(f"rdma.{key}", "must be from 0 (no limit) to 2147483647")
+    services = config.services
+    if not is_prime(services.maglev_size) or not 3 <= services.maglev_size <= 65537:
+        refuse("services.maglev_size", "must be a prime from 3 to 65537, such as 251, 1021 or 4093")
+    if not 1 <= services.max_services <= 2**22:
+        refuse("services.max_services", f"must be from 1 to {2**22}")
+    if not 4 <= services.max_backends <= 2**22:
+        refuse("services.max_backends", f"must be from 4 to {2**22}")
+    if not 1 <= services.max_outside_services <= 65536:
+        refuse("services.max_outside_services", "must be from 1 to 65536")
+    if services.map_sizes()["maglev"] > 2**27:
+        refuse("services.max_outside_services", f"times maglev_size must be at most {2**26} (512 MiB of the kernel's)")

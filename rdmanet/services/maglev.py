@@ -8,13 +8,9 @@ import struct
 from collections.abc import Sequence
 
 from rdmanet.errors import InputError
+from rdmanet.model import is_prime
 
 _HASHES = struct.Struct("<QQ")
-
-
-def is_prime(number: int) -> bool:
-    """By trial division: sizes of tables are small."""
-    return number >= 2 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
 def table(names: Sequence[bytes], size: int) -> list[int]:
