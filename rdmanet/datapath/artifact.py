@@ -13,11 +13,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rdmanet.errors import NotFoundError, StateError
+from rdmanet.errors import InputError, NotFoundError, StateError
 
 FORMAT = 1
 #: The newest artifact of a directory.
@@ -96,6 +96,27 @@ class Artifact:
     maps: Mapping[str, MapDefinition]
     layouts: Mapping[str, Layout]
     programs: Mapping[str, Program]
+
+    def sized(self, sizes: Mapping[str, int]) -> Artifact:
+        """The same with other maximum numbers of entries, by map; maps that it does not have are passed over. Its hash
+        is another one where a size is: the hash says what is pinned and runs.
+
+        Raises InputError for a size that no map can have.
+        """
+        changed = {
+            name: replace(self.maps[name], max_entries=entries)
+            for name, entries in sizes.items()
+            if name in self.maps and self.maps[name].max_entries != entries
+        }
+        for definition in changed.values():
+            if not 1 <= definition.max_entries < 2**31:
+                raise InputError(
+                    f"A map cannot hold {definition.max_entries} entries.", operation="size", subject=definition.name
+                )
+        if not changed:
+            return self
+        words = json.dumps([self.hash, {name: one.max_entries for name, one in changed.items()}], sort_keys=True)
+        return replace(self, hash=hashlib.sha256(words.encode()).hexdigest(), maps={**self.maps, **changed})
 
     @classmethod
     def load(cls, path: Path) -> Artifact:

@@ -44,7 +44,7 @@ _LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 28, 29, 34
 _NAME_BYTES = 16  # BPF_OBJ_NAME_LEN, the closing zero included
 _ATTR_BYTES = 152
 _LOG_BYTES = 1 << 20
-_PERCPU_TYPES = (5, 6, 10)
+PERCPU_TYPES = (5, 6, 10)
 #: The kernel allows 64 programs of a kind on a cgroup (include/linux/bpf-cgroup.h, BPF_CGROUP_MAX_PROGS).
 _CGROUP_MAX_PROGS = 64
 _F_ALLOW_MULTI, _F_REPLACE = 2, 4
@@ -365,6 +365,17 @@ def program_info(descriptor: int) -> ProgramInfo:
     return ProgramInfo(type_, id_, _text(name), verified)
 
 
+def maps_of_program(descriptor: int) -> set[int]:
+    """Kernel ids of the maps that a program uses."""
+    room = (ctypes.c_uint32 * 64)()  # MAX_USED_MAPS
+    info = ctypes.create_string_buffer(struct.pack("=52xIQ", len(room), ctypes.addressof(room)), 232)
+    attr = struct.pack("=IIQ", descriptor, len(info), ctypes.addressof(info))
+    result, number = _call(_OBJ_GET_INFO_BY_FD, attr)
+    if result < 0:
+        raise _failed("BPF_OBJ_GET_INFO_BY_FD", f"descriptor {descriptor}", number)
+    return set(room[: struct.unpack_from("=I", info, 52)[0]])
+
+
 def run_program(descriptor: int, packet: bytes, context: bytes = b"", repeat: int = 1) -> Run:
     """Runs a tc program on a packet (BPF_PROG_TEST_RUN); ``context`` is a struct __sk_buff or its beginning."""
     packet_in, context_in = _buffer(packet), _buffer(context)
@@ -400,7 +411,7 @@ def run_program(descriptor: int, packet: bytes, context: bytes = b"", repeat: in
 
 def buffer_bytes(map_type: int, value_size: int) -> int:
     """Bytes that a look-up returns: per-CPU values come for every possible CPU, each padded to 8 bytes."""
-    if map_type not in _PERCPU_TYPES:
+    if map_type not in PERCPU_TYPES:
         return value_size
     return (value_size + 7) // 8 * 8 * possible_cpus()
 

@@ -9,13 +9,14 @@ import contextlib
 import errno
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from rdmanet.datapath import bpf, devices, layout, loader, tables
 from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.layout import (
     COUNTED,
     AttachmentEntry,
@@ -47,18 +48,30 @@ class Datapath:
         self._pinned = pinned
         self._lock = threading.Lock()
         self._slots: Slots | None = None
+        self._sizes: Mapping[str, int] = {}
         self._cookies: dict[int, int] = {}  # attachment id → its namespace's
         self._attached: dict[int, int] = {}  # index of the host's end → attachment id, once the slots are known
 
     @classmethod
-    def open(cls, artifact: Artifact, pins: Path) -> Datapath:
+    def open(
+        cls,
+        artifact: Artifact,
+        pins: Path,
+        sizes: Mapping[str, int] = MappingProxyType({}),
+        kept: Path | None = None,
+    ) -> Datapath:
         """Loads and pins, or adopts what is pinned below ``pins``, a directory inside a bpffs.
 
-        Raises UnavailableError when there is no bpffs or eBPF is refused, StateError when a pinned map has another
-        layout than the artifact's.
+        ``sizes``: maximum numbers of entries by map, where the artifact's are not wanted. ``kept``: a directory in
+        which the running artifact and the one before it are kept (``rdmanet.datapath.kept``); without it what is pinned
+        with another layout cannot be carried over. Raises UnavailableError when there is no bpffs or eBPF is refused,
+        StateError when a pinned map cannot be carried over.
         """
+        artifact = artifact.sized(sizes)
         _check_tables(artifact)
-        return cls(loader.open_pins(artifact, pins))
+        datapath = cls(loader.open_pins(artifact, pins, None if kept is None else Kept(kept)))
+        datapath._sizes = sizes
+        return datapath
 
     def __enter__(self) -> Datapath:
         return self
@@ -86,9 +99,12 @@ class Datapath:
         return bpf.program_info(self._pinned.dispatchers[hook]).id
 
     def swap(self, artifact: Artifact) -> None:
-        """Replaces the programs behind all filters without losing a packet; errors as ``open``."""
+        """Replaces the programs behind all filters and on sockets without losing a packet; errors as ``open``, and
+        BpfError where the verifier refuses a program. The old ones go on then."""
+        artifact = artifact.sized(self._sizes)
         _check_tables(artifact)
-        loader.swap(self._pinned, artifact)
+        with self._lock:  # copies beside hashes are filled anew: nobody may write both meanwhile
+            loader.swap(self._pinned, artifact)
 
     def attach_sockets(self, cgroup: Path) -> None:
         """Lets sockets reach services, by the root of the cgroup2 hierarchy; see ``sockets.attach``. Idempotent."""

@@ -24,13 +24,22 @@ def program_name(program: str, artifact_hash: str) -> str:
     return f"{program[:4]}{program[-1]}_{artifact_hash[:8]}"
 
 
-def attached(directory: Path) -> dict[str, str]:
-    """Program → its name in the kernel, of those whose link is pinned below ``directory``."""
+def program_ids(directory: Path) -> dict[str, int]:
+    """Program → its number in the kernel, of those whose link is pinned below ``directory``."""
     found = {}
     for program in SOCKET_PROGRAMS:
         with _link(directory, program) as link:
             number = 0 if link is None else bpf.link_info(link).program_id
-        descriptor = bpf.program_by_id(number) if number else None
+        if number:
+            found[program] = number
+    return found
+
+
+def attached(directory: Path) -> dict[str, str]:
+    """Program → its name in the kernel, of those."""
+    found = {}
+    for program, number in program_ids(directory).items():
+        descriptor = bpf.program_by_id(number)
         if descriptor is not None:
             try:
                 found[program] = bpf.program_info(descriptor).name
