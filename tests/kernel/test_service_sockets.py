@@ -112,7 +112,7 @@ def test_a_pod_reaches_itself_through_its_service(stage: Stage, version: int) ->
     for kind in KINDS:
         stage.entries.put(1, CLUSTER_IP[version], PORT, kind, stage.ends(version, "one"))
         answer = stage.ask("one", "many", kind=kind, address=CLUSTER_IP[version], port=PORT, count=2)
-        assert answer == {"names": {"one": 2}, "refused": {}, "ok": True}
+        assert (answer["names"], answer["refused"], answer["ok"]) == ({"one": 2}, {}, True)
 
 
 @pytest.mark.parametrize("place", ["one", "host"])

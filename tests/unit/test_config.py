@@ -62,6 +62,10 @@ OTHER: dict[str, tuple[str, object]] = {
     "rdma.cgroup_controller": ("true", True),
     "rdma.max_handles": ("8", 8),
     "rdma.max_objects": ("500", 500),
+    "services.maglev_size": ("251", 251),
+    "services.max_services": ("1000", 1000),
+    "services.max_backends": ("2000", 2000),
+    "services.max_outside_services": ("64", 64),
 }
 
 
@@ -130,10 +134,13 @@ def test_a_wrong_type_names_the_key_and_the_value(key: str, kind: object) -> Non
     ("text", "sentence"),
     [
         ("[netwrok]\n", "c: unknown section [netwrok]; did you mean network?."),
-        ("[zzz]\n", "c: unknown section [zzz]; known are agent, datapath, masquerade, network, rdma."),
+        ("[zzz]\n", "c: unknown section [zzz]; known are agent, datapath, masquerade, network, rdma, services."),
         ("[network]\nmtu = 9000\n", "c: unknown key network.mtu; did you mean mtu_bytes?."),
         ("[rdma]\nGuard = 'observe'\n", "c: unknown key rdma.Guard; did you mean guard?."),
-        ("mtu_bytes = 9000\n", "c: unknown section [mtu_bytes]; known are agent, datapath, masquerade, network, rdma."),
+        (
+            "mtu_bytes = 9000\n",
+            "c: unknown section [mtu_bytes]; known are agent, datapath, masquerade, network, rdma, services.",
+        ),
         ("network = 5\n", "c: [network] must be a section, not a value."),
         ("[network]\nuplinks = ['a', 1]\n", "c: network.uplinks must be a list of texts, not ['a', 1]."),
         ("[agent]\nsocket = 'agent.sock'\n", "c: agent.socket must be an absolute path, not 'agent.sock'."),
@@ -172,6 +179,10 @@ def test_sentences(text: str, sentence: str) -> None:
         ("rdma.service_level", ["0", "7"], ["8", "-1"]),
         ("rdma.max_handles", ["0", "1", "2147483647"], ["-1", "2147483648"]),
         ("rdma.max_objects", ["0", "1", "2147483647"], ["-1", "2147483648"]),
+        ("services.maglev_size", ["3", "251", "4093", "65537"], ["0", "1", "1000", "65539"]),
+        ("services.max_services", ["1", "4194304"], ["0", "4194305"]),
+        ("services.max_backends", ["4", "4194304"], ["3", "4194305"]),
+        ("services.max_outside_services", ["1", "65536"], ["0", "65537"]),
     ],
 )
 def test_bounds(key: str, inside: list[str], outside: list[str]) -> None:
