@@ -133,6 +133,15 @@ static __always_inline __u32 member_state(const struct service_entry *service,
 	return state ? *state : 0;
 }
 
+/* Whether a backend of a service whose members are told still lives; so for all of UDP. */
+static __always_inline bool member_lives(__u32 service, const struct address_key *address,
+					 __be16 port)
+{
+	struct member_key key = {.address = *address, .service = service, .port = port};
+
+	return members.lookup(&key);
+}
+
 /* The backend that the client had, as long as it takes new flows and the time has not run out. */
 static __always_inline bool affinity_backend(const struct service_entry *service,
 					     const struct address_key *client,

@@ -14,6 +14,7 @@
 #include "node.h"
 #include "packet.h"
 #include "rewrite.h"
+#include "service.h"
 
 /*
  * The flow of a packet from outside, if it goes on: its pod is still there, and it is not stale.
@@ -41,7 +42,10 @@ static __always_inline struct flow_entry *uplink_flow(const struct packet *packe
 	if (*endpoint && (*endpoint)->attachment == (*from_origin ? flow->target : flow->origin) &&
 	    !flow_is_stale(flow, packet->protocol, now_ns) &&
 	    /* A client connects anew from the same port: its backend is chosen anew. */
-	    !(*from_origin && flow->closing && flow_opens(packet)))
+	    !(*from_origin && flow->closing && flow_opens(packet)) &&
+	    /* Datagrams leave a backend that has gone at once. */
+	    !(*from_origin && packet->protocol == IPPROTO_UDP && (flow->flags & FLOW_SERVICE) &&
+	      !member_lives(service, &pod->address, pod->port)))
 		return flow;
 	nat_remove(work, flow, pod, &remote);
 	return NULL;

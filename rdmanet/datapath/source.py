@@ -12,7 +12,17 @@ from pathlib import Path
 from rdmanet.errors import NotFoundError, StateError
 
 #: One entry file per hook, and the dispatcher that reaches those of packets.
-ENTRY_FILES = ("pod.c", "outside.c", "host.c", "uplink.c", "monitor.c", "dispatcher.c", "device.c", "socket.c")
+ENTRY_FILES = (
+    "pod.c",
+    "outside.c",
+    "host.c",
+    "uplink.c",
+    "nodeport.c",
+    "monitor.c",
+    "dispatcher.c",
+    "device.c",
+    "socket.c",
+)
 
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"')
 _REASONS = re.compile(r"enum\s+drop_reason\s*\{(.*?)\}\s*;", re.DOTALL)
