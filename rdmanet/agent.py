@@ -24,6 +24,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from rdmanet import node, pending, steps
+from rdmanet.addresses import NodeAddresses
 from rdmanet.api import Api
 from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
@@ -115,6 +116,9 @@ class Agent:
         # The node: datapath, host link, uplinks.
         network, self._datapath = await self._blocking(self._prepare)
         stack.callback(self._datapath.close)
+        addresses = NodeAddresses(self._datapath.policy, self._executor)
+        await addresses.start()
+        stack.push_async_callback(addresses.stop)
 
         # Who may talk to whom, and what stands behind services: before any pod is looked at.
         ready = [one for one in store.attachments() if one.state is AttachmentState.READY]

@@ -23,6 +23,7 @@ class PolicyMaps:
     def __init__(self, maps: Mapping[str, int]):
         """``maps``: their descriptors by name, which stay the caller's."""
         self._entries, self._prefixes = maps["policy"], maps["prefixes"]
+        self._node_addresses = maps["node_addresses"]
 
     @property
     def max_entries(self) -> int:
@@ -69,6 +70,18 @@ class PolicyMaps:
         """Removes prefixes; those that are not there are passed over."""
         keys = b"".join([PREFIX_KEY.pack(*prefix) for prefix in prefixes])
         bpf.delete_batch(self._prefixes, keys, PREFIX_KEY.size)
+
+    def node_addresses(self) -> set[bytes]:
+        """Address keys of the node's own addresses: who has one is always allowed, and NodePorts are there."""
+        return set(bpf.keys(self._node_addresses, 16, bpf.map_info(self._node_addresses).max_entries))
+
+    def set_node_addresses(self, addresses: Collection[bytes]) -> None:
+        """Exactly these from now on. Raises BpfError where there are more than the map has room for; those that fit
+        have been written then."""
+        there = self.node_addresses()
+        bpf.delete_batch(self._node_addresses, b"".join(there.difference(addresses)), 16)
+        new = sorted(set(addresses) - there)
+        bpf.update_batch(self._node_addresses, b"".join(new), _ONE * len(new), len(new))
 
 
 def _pack(entries: Iterable[PolicyEntry]) -> bytes:

@@ -147,6 +147,12 @@ def link_source(*, addresses: bool) -> Source:
     return Source(_socket(socket.NETLINK_ROUTE, (RTNLGRP_LINK, *more)), route_events)
 
 
+def address_source() -> Source:
+    """Addresses that the host begins to take for its own, and those that are taken away from it."""
+    groups = (RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_ROUTE)
+    return Source(_socket(socket.NETLINK_ROUTE, groups), route_events)
+
+
 def _device_socket() -> socket.socket:
     return _socket(NETLINK_RDMA, (RDMA_NL_GROUP_NOTIFY,), all_namespaces=True)
 

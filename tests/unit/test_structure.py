@@ -48,6 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "services": NOUNS | {"datapath", "netlink", "objects"},
     "numbers": NOUNS | {"limits", "netlink", "rdma"},
     "health": NOUNS | {"netlink", "numbers", "rdma"},
+    "addresses": NOUNS | {"netlink"},
     "limits": NOUNS | {"config", "datapath", "netlink", "rdma", "store"},
     "pods": NOUNS | {"broker", "lease", "netlink", "rdma"},
     "steps": NOUNS | {"datapath", "ipam", "netlink", "node", "policy", "rdma", "store"},
