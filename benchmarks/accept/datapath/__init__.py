@@ -35,7 +35,7 @@ ROWS: Proof = {
     "one-policy": Claim(_of("one_policy")),
     "yaml": Claim(_of("yaml"), _HERE),
     "monitor": Claim(_of("monitor"), _HERE),
-    "redirect-policy": Claim(_of("redirect_policy"), _HERE),
+    "redirect-policy": Claim(_of("redirect_policy"), (Place.HOST, Place.DISTRIBUTION)),
     "swap": Claim(_of("swap"), _HERE),
     "differential": Claim(_of("differential"), _HERE),
     "scale": Claim(_of("scale"), _HERE),
