@@ -8,6 +8,7 @@
 #include <uapi/linux/in.h>
 #include "address.h"
 #include "drop.h"
+#include "endpoint.h"
 #include "monitor.h"
 #include "policy.h"
 #include "service.h"
@@ -84,14 +85,17 @@ static __always_inline void write_end6(struct bpf_sock_addr *ctx, const struct s
 	ctx->user_port = end->port;
 }
 
+/* A pod's address is never a service's, not even where somebody names it as an external IP. */
 static __always_inline struct service_entry *socket_service(const struct socket_end *end)
 {
+	struct address_key address = end->address;
 	struct service_entry *service =
 		service_lookup(&end->address, end->port, end->protocol, SCOPE_CLUSTER);
-	struct address_key address = end->address;
 
-	if (service || !node_addresses.lookup(&address))
-		return service;
+	if (service)
+		return endpoints.lookup(&address) ? NULL : service;
+	if (!node_addresses.lookup(&address))
+		return NULL;
 	return service_lookup_node_port(&end->address, end->port, end->protocol, SCOPE_NODE);
 }
 
@@ -233,18 +237,29 @@ static __always_inline int refuse(__u32 attachment, const struct socket_end *end
 /* Of connect and sendmsg. */
 static __always_inline int go(struct bpf_sock_addr *ctx, bool ipv6, bool connects)
 {
-	__u64 namespace = get_netns_cookie(ctx);
-	__u32 *attachment = namespaces.lookup(&namespace);
+	__u64 namespace;
+	__u32 *attachment;
 	struct socket_end end = {};
 	enum translation translation;
 
-	if (!attachment)
-		return GOES_ON;
 	if (ipv6)
 		read_end6(ctx, &end);
 	else
 		read_end4(ctx, &end);
 	if (!end.protocol)
+		return GOES_ON;
+	/*
+	 * To a pod of this host: most are found in a few instructions, and whose the socket is need
+	 * not be known.
+	 */
+	if (near_endpoint_lookup(&end.address, address_is_mapped(&end.address) ? 4 : 6)) {
+		if (connects || !is_connected_to(ctx, &end))
+			socket_forget(bpf_get_socket_cookie(ctx), &end);
+		return GOES_ON;
+	}
+	namespace = get_netns_cookie(ctx);
+	attachment = namespaces.lookup(&namespace);
+	if (!attachment)
 		return GOES_ON;
 	translation = translate(ctx, namespace, &end, connects);
 	if (translation == NO_BACKEND)
@@ -261,13 +276,11 @@ static __always_inline int go(struct bpf_sock_addr *ctx, bool ipv6, bool connect
 /* Of recvmsg and getpeername: the process sees what it called the backend. */
 static __always_inline int tell(struct bpf_sock_addr *ctx, bool ipv6)
 {
-	__u64 namespace = get_netns_cookie(ctx);
 	struct socket_key key = {};
 	struct socket_end end = {};
 	struct socket_entry *called;
 
-	if (!namespaces.lookup(&namespace))
-		return GOES_ON;
+	/* Of namespaces that are not ours there are no sockets: one look and not two. */
 	if (ipv6)
 		read_end6(ctx, &end);
 	else

@@ -126,7 +126,7 @@ static __always_inline bool usual_tracked(__u32 epoch, __u32 from, __u32 to,
 /*
  * A direction of a flow of which usual_tracked() was true in this very tick of the clock: so it is
  * still, but for one that was taken out of the table meanwhile, which is missed when the tick ends.
- * Another epoch, other attachments are seen at once. A look here is an eighth of one into the table
+ * Another epoch, other attachments are seen at once. A look here is a fifth of one into the table
  * of flows.
  */
 struct known_flow {
