@@ -19,6 +19,8 @@
 #include "service.h"
 #include "track.h"
 
+#define BACKEND_TRIES 4
+
 static __always_inline struct service_entry *nodeport_service(const struct packet *packet)
 {
 	struct address_key address = packet->destination;
@@ -96,49 +98,64 @@ static __always_inline int nodeport_enter(const struct node_entry *config, struc
 	return reason == FLOW_EXISTS ? DROP_SERVICE_CONFLICT : reason;
 }
 
-static __always_inline int nodeport_begin(struct __sk_buff *skb, const struct packet *packet,
-					  const struct node_entry *config,
-					  const struct service_entry *service)
+/* Gives the packet a backend, and its flow both halves; 0 or a drop reason. */
+static __always_inline int nodeport_try(const struct packet *packet,
+					const struct node_entry *config, struct nat_work *work,
+					struct service_entry *service, __u32 hash, __u32 epoch,
+					struct endpoint_entry **endpoint)
 {
-	struct nat_work *work = nat_work_lookup();
 	struct backend_entry backend = {};
-	struct endpoint_entry *endpoint;
 	struct flow_end from, to;
 	bool client_is_high;
-	__u32 epoch, hash;
 	int reason;
+
+	if (!nodeport_choose(config, service, packet, hash, &backend)) {
+		/* A change may have taken the slots away meanwhile. */
+		service = nodeport_service(packet);
+		if (!service || !nodeport_choose(config, service, packet, hash, &backend))
+			return DROP_NO_BACKEND;
+	}
+	*endpoint = endpoints.lookup(&backend.address);
+	if (!*endpoint)
+		return DROP_NO_BACKEND;
+	/* The pod's device would take it, past the guard. */
+	if (packet->protocol == IPPROTO_UDP && backend.port == bpf_htons(ROCE_PORT))
+		return DROP_ROCE_NAT;
+	work->pod.address = backend.address;
+	work->pod.port = backend.port;
+	end_outside(&from);
+	end_of_endpoint(&to, *endpoint);
+	reason = policy_judge(&from, &packet->source, &to, &backend.address, packet->protocol,
+			      backend.port);
+	if (reason)
+		return reason;
+	client_is_high = flow_key_of(&work->outside, packet);
+	return nodeport_enter(config, work, packet, client_is_high, service->id, *endpoint, epoch);
+}
+
+static __always_inline int nodeport_begin(struct __sk_buff *skb, const struct packet *packet,
+					  const struct node_entry *config,
+					  struct service_entry *service)
+{
+	struct nat_work *work = nat_work_lookup();
+	struct endpoint_entry *endpoint = NULL;
+	__u32 epoch, hash;
+	int reason, i;
 
 	if (!work)
 		return drop(skb, 0, DROP_NO_NODE);
 	epoch = policy_epoch(config);
-	client_is_high = flow_key_of(&work->outside, packet);
+	flow_key_of(&work->outside, packet);
 	hash = nat_hash(&work->outside);
-	if (!nodeport_choose(config, service, packet, hash, &backend)) {
-		/* A change may have taken the slots away meanwhile. */
-		service = nodeport_service(packet);
-		if (!service)
-			return TC_ACT_UNSPEC;
-		if (!nodeport_choose(config, service, packet, hash, &backend))
-			return drop(skb, 0, DROP_NO_BACKEND);
+	/* Where one backend's end is taken another's may be free. */
+	for (i = 0; i < BACKEND_TRIES; i++) {
+		reason = nodeport_try(packet, config, work, service, hash + i * (hash >> 16 | 1),
+				      epoch, &endpoint);
+		if (reason != DROP_SERVICE_CONFLICT || service->affinity_s)
+			break;
 	}
-	endpoint = endpoints.lookup(&backend.address);
-	if (!endpoint)
-		return drop(skb, 0, DROP_NO_BACKEND);
-	/* The pod's device would take it, past the guard. */
-	if (packet->protocol == IPPROTO_UDP && backend.port == bpf_htons(ROCE_PORT))
-		return drop(skb, endpoint->attachment, DROP_ROCE_NAT);
-	work->pod.address = backend.address;
-	work->pod.port = backend.port;
-
-	end_outside(&from);
-	end_of_endpoint(&to, endpoint);
-	reason = policy_judge(&from, &packet->source, &to, &backend.address, packet->protocol,
-			      backend.port);
-	if (!reason)
-		reason = nodeport_enter(config, work, packet, client_is_high, service->id, endpoint,
-					epoch);
 	if (reason)
-		return drop(skb, endpoint->attachment, reason);
+		return drop(skb, endpoint ? endpoint->attachment : 0, reason);
 	monitor_flow(skb, config, packet, 0, endpoint->attachment, &work->pod.address,
 		     work->pod.port);
 	if (rewrite(skb, packet, false, &work->pod))

@@ -2,10 +2,11 @@
 services are shown. Standard library only, run without site packages.
 
 Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count,
-source} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each over a socket of its
-own; ``open`` {id, kind, address, port, family, connected, source} → {peername, refused}; ``say`` {id} → {name, seen,
-source, peername, refused}: over the open socket, the server's name, the address that the server saw, where the answer
-came from; ``close`` {id}.
+source, pause_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each over a socket
+of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername, refused}; ``say``
+{id} → {name, seen, source, peername, refused}: over the open socket, the server's name, the address that the server
+saw, where the answer came from; ``close`` {id}; ``pour`` {address, port, size} → {equal, size}: so many random bytes
+there and back in one TCP stream.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import sys
 import threading
+import time
 from collections import Counter
-from typing import Any
+from typing import IO, Any
 
 TIMEOUT_S = 30.0
 #: One datagram may be lost to a table that is just being changed; a client asks again, as resolvers do.
 DATAGRAM_TIMEOUT_S = 5.0
+CHUNK_BYTES = 1 << 18
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -53,10 +57,23 @@ def accept(name: str, listener: socket.socket) -> None:
 def answer_lines(name: str, connection: socket.socket, peer: tuple[Any, ...]) -> None:
     with connection, connection.makefile("rb") as lines:
         try:
-            for _ in lines:
-                connection.sendall(said(name, peer))
+            for line in lines:
+                if line.startswith(b"pour"):
+                    send_back(connection, lines, int(line.split()[1]))
+                else:
+                    connection.sendall(said(name, peer))
         except OSError:
             return  # the client has gone
+
+
+def send_back(connection: socket.socket, stream: IO[bytes], size: int) -> None:
+    left = size
+    while left:
+        piece = stream.read(min(left, CHUNK_BYTES))
+        if not piece:
+            return
+        connection.sendall(piece)
+        left -= len(piece)
 
 
 def answer_datagrams(name: str, sock: socket.socket) -> None:
@@ -76,6 +93,7 @@ class Call:
         family: int | None = None,
         connected: bool = True,
         source: str | None = None,
+        source_port: int = 0,
     ):
         version = 6 if ":" in address else 4
         self.end = (f"::ffff:{address}" if family == 6 and version == 4 else address, port)
@@ -86,8 +104,8 @@ class Call:
         self.sock.settimeout(TIMEOUT_S if kind == "tcp" else DATAGRAM_TIMEOUT_S)
         self.refused: str | None = None
         try:
-            if source is not None:
-                self.sock.bind((source, 0))
+            if source is not None or source_port:
+                self.sock.bind((source or "", source_port))
             if self.connected:
                 self.sock.connect(self.end)
         except OSError as error:
@@ -125,13 +143,20 @@ def name_of(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, str(error))
 
 
-def many(kind: str, address: str, port: int, count: int, source: str | None = None) -> dict[str, Any]:
+#: Ports of datagram clients: one that was used before would be the same flow, for minutes.
+unused_ports = iter(range(10000, 32768))
+
+
+def many(
+    kind: str, address: str, port: int, count: int, source: str | None = None, pause_s: float = 0.0
+) -> dict[str, Any]:
     """Who answers, call by call."""
     names: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     seen: set[str] = set()
     for _ in range(count):
-        call = Call(kind, address, port, source=source)
+        time.sleep(pause_s)
+        call = Call(kind, address, port, source=source, source_port=next(unused_ports) if kind == "udp" else 0)
         answer = call.say()
         call.sock.close()
         if answer["refused"]:
@@ -140,6 +165,26 @@ def many(kind: str, address: str, port: int, count: int, source: str | None = No
             names[answer["name"]] += 1
             seen.add(answer["seen"][0])
     return {"names": dict(names), "refused": dict(refused), "seen": sorted(seen)}
+
+
+def pour(address: str, port: int, size: int) -> dict[str, Any]:
+    """Whether what comes back is what was sent."""
+    sent = os.urandom(size)
+    call = Call("tcp", address, port)
+    if call.refused:
+        raise ValueError(call.refused)
+    with call.sock as sock:
+        sock.sendall(b"pour %d\n" % size)
+        sender = threading.Thread(target=sock.sendall, args=(sent,), daemon=True)
+        sender.start()
+        back = bytearray()
+        while len(back) < size:
+            piece = sock.recv(CHUNK_BYTES)
+            if not piece:
+                break
+            back += piece
+        sender.join()
+    return {"equal": bytes(back) == sent, "size": len(back)}
 
 
 def main() -> None:
@@ -153,6 +198,8 @@ def main() -> None:
                 serve(**request)
             elif do == "many":
                 answer = many(**request)
+            elif do == "pour":
+                answer = pour(**request)
             elif do == "open":
                 number = request.pop("id")
                 call = calls[number] = Call(**request)
