@@ -9,7 +9,7 @@
 #include "flow.h"
 #include "fragment.h"
 #include "icmp.h"
-#include "nat.h"
+#include "nat_out.h"
 #include "node.h"
 #include "packet.h"
 #include "policy.h"

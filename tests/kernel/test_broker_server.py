@@ -122,10 +122,7 @@ class Pods:
     def __init__(self, namespaces: list[Netns]):
         self.views = {
             netns.cookie: PodView(
-                PodName("default", f"train-{number}"),
-                (address_key(f"10.0.0.{number}"),),
-                device(number),
-                8,
+                PodName("default", f"train-{number}"), (address_key(f"10.0.0.{number}"),), device(number), 8
             )
             for number, netns in enumerate(namespaces)
         }

@@ -27,7 +27,7 @@ PORTS = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(sorted)
 def test_node(
     mac: bytes, ifindex: int, masquerade: bool, ports: list[int], epoch: int, maglev: int, flows: int, monitor: bool
 ) -> None:
-    entry = NodeEntry(mac, ifindex, masquerade, *ports, epoch, maglev, flows, monitor)
+    entry = NodeEntry(mac, ifindex, masquerade, ports[0], ports[1], epoch, maglev, flows, monitor)
     assert NodeEntry.decode(entry.encode()) == entry
 
 

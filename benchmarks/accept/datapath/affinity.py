@@ -6,6 +6,8 @@ new flows any more, or when the time has run out; other clients keep theirs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from testbed.rows import Figure, need
 from testbed.services import (
     CLUSTER_IP,
@@ -59,7 +61,8 @@ def measure() -> Figure:
             need(_only(scene, *key) == name, f"{key[0]} lost {name} without a reason")
             calls += CALLS
         left = next(iter(had.values()))
-        scene.apply(*slices(scene.of(*BACKENDS), **{left: TERMINATING}))
+        conditions: dict[str, Any] = {left: TERMINATING}
+        scene.apply(*slices(scene.of(*BACKENDS), **conditions))
         moved = 0
         for key, name in had.items():
             now = _only(scene, *key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rdmanet.datapath import sockets
+from rdmanet.datapath.artifact import SOCKET_PROGRAMS
 from testbed.outside import FAR_IPV4
 from testbed.rows import Figure, need
 from testbed.services import (
@@ -111,7 +112,7 @@ def _uninstalled(scene: Scene) -> str:
     scene.ask("host", "open", id="long", kind="tcp", address=CLUSTER_IP[4], port=PORT)
     need(scene.ask("host", "say", id="long").get("name") == "outside", "the host does not reach a backend outside")
     pins = scene.host.path(PINS)
-    need(len(sockets.attached(pins)) == len(sockets.SOCKET_PROGRAMS), "not all socket programs are attached")
+    need(len(sockets.attached(pins)) == len(SOCKET_PROGRAMS), "not all socket programs are attached")
     scene.host.stop_agent()
     need(scene.ask("host", "say", id="long").get("name") == "outside", "the connection broke with the agent's end")
     scene.host.uninstall()

@@ -1,4 +1,4 @@
-"""Row `drain`: a backend that ends keeps the flows that it has and gets no new ones; datagrams leave a dead one at once.
+"""Row `drain`: a backend that ends keeps its flows and gets no new ones; datagrams leave a dead one at once.
 
 Open connections, from pods, the host and outside, ask on while their backend is terminating. Where none is ready those
 that are terminating and still serve take new flows (KEP-1669). Of a backend that is gone not one datagram is lost for
