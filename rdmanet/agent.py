@@ -31,6 +31,7 @@ from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import PodView
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
@@ -40,6 +41,7 @@ from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
 from rdmanet.model import GATEWAY_MAC, AttachmentState, Device, NetnsId, address_key, address_of
+from rdmanet.monitor import Monitor
 from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.netlink.route import RouteSocket
@@ -49,7 +51,7 @@ from rdmanet.pods import Pods
 from rdmanet.policy.engine import Policy
 from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.removal import Removals
-from rdmanet.routes import ObjectRoutes
+from rdmanet.routes import MonitorRoute, ObjectRoutes
 from rdmanet.services.disconnect import Sockets
 from rdmanet.services.engine import Services
 from rdmanet.status import About, Status
@@ -209,6 +211,7 @@ class Agent:
         )
         application = api.application()
         ObjectRoutes(objects, self._executor).add_to(application)
+        MonitorRoute(Monitor(self._datapath, self._names, self._executor)).add_to(application)
         await self._listen(stack, application, api.metrics_application())
 
         async def call(variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool]) -> int:
@@ -221,9 +224,10 @@ class Agent:
     def _prepare(self) -> tuple[node.NodeNetwork, Datapath]:
         """The node's effects, in order; each recorded first (``rdmanet.node``)."""
         config, store = self._config, self._store
-        artifact = Artifact.load(config.datapath.artifact_dir)
+        kept = Kept(config.datapath_dir)
+        artifact = kept.choose(Artifact.load(config.datapath.artifact_dir))
         node.prepare_bpffs(config.datapath.bpffs_dir, store)
-        datapath = Datapath.open(artifact, config.datapath.bpffs_dir)
+        datapath = Datapath.open(artifact, config.datapath.bpffs_dir, config.map_sizes(), config.datapath_dir)
         with RouteSocket.here() as route:
             uplinks = node.find_uplinks(config, route)
             host, peer = node.prepare_host_link(config, store, route)
@@ -298,9 +302,12 @@ class Agent:
         if netns is not None and self._limits.wants_contact(netns):
             self._executor.submit(self._limits.contact, netns, pid).add_done_callback(_log_failure)
 
-    def _swap(self) -> dict[str, str]:
-        """Puts the artifact on disk under the running traffic; answers hook → program."""
-        self._datapath.swap(Artifact.load(self._config.datapath.artifact_dir))
+    def _swap(self, previous: bool) -> dict[str, str]:
+        """Puts the artifact on disk, or the one that ran before, under the running traffic; answers hook → program."""
+        kept = Kept(self._config.datapath_dir)
+        offered = Artifact.load(self._config.datapath.artifact_dir)
+        self._datapath.swap(kept.previous() if previous else offered)
+        kept.pass_over(offered if previous else None)
         return self._datapath.running()
 
     def _permits(self, connector: PodView, listener: PodView) -> str | None:
@@ -312,6 +319,10 @@ class Agent:
                 if sentence is None:
                     return None
         return sentence
+
+    def _names(self) -> dict[int, tuple[str, str]]:
+        """Pod and interface of each attachment."""
+        return {one.id: (str(one.pod), one.ifname) for one in self._store.attachments()}
 
     def _places(self) -> list[tuple[str, NetnsId]]:
         """Where pods' network namespaces are."""

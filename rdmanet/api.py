@@ -6,7 +6,8 @@
 ``GET /v1/rdma``        devices, pods and leases with what they count: what ``rdmanet rdma`` shows, as JSON
 ``GET /v1/settled``     answers when no link is left to remove; ?timeout_s=30 at most, then 503
 ``GET /metrics``        Prometheus' text format
-``POST /v1/swap``       puts the artifact that now lies in datapath.artifact_dir under the running traffic
+``POST /v1/swap``       puts the artifact that now lies in datapath.artifact_dir under the running traffic;
+                        ?previous=1: the one that ran before
 ======================  =====================================================================================
 """
 
@@ -123,7 +124,7 @@ class Api:
         status: Callable[[], Awaitable[dict[str, object]]],
         rdma: Callable[[], Awaitable[dict[str, object]]],
         metrics: Callable[[], bytes],
-        swap: Callable[[], dict[str, str]],
+        swap: Callable[[bool], dict[str, str]],
         observer: Observer,
         pending_dir: Path,
         settled: Callable[[], Future[None]],
@@ -189,7 +190,7 @@ class Api:
 
     async def _post_swap(self, request: web.Request) -> web.Response:
         try:
-            return web.json_response(await self._blocking(self._swap))
+            return web.json_response(await self._blocking(self._swap, request.query.get("previous") == "1"))
         except RdmanetError as error:
             _, status = codes(error)
             return web.json_response({"error": str(error)}, status=status)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from rdmanet import __version__, config
 from rdmanet.client import ask
-from rdmanet.commands import objects
+from rdmanet.commands import monitor, objects
 from rdmanet.errors import RdmanetError
 
 #: From one `rdmanet rdma --watch` to the next.
 WATCH_S = 1.0
+SWAP_TIMEOUT_S = 120.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     uninstall.set_defaults(run=_uninstall)
 
     objects.add_to(commands, common)
+    monitor.add_to(commands, common)
 
     datapath = commands.add_parser("datapath", help="compile the eBPF artifact, or swap it under traffic")
     actions = datapath.add_subparsers(required=True, metavar="ACTION")
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: datapath.artifact_dir")
     build.set_defaults(run=_build)
     swap = actions.add_parser("swap", parents=[common], help="put the artifact on disk under the running traffic")
+    swap.add_argument("--previous", action="store_true", help="the one that ran before, which starts then keep")
     swap.set_defaults(run=_swap)
     return parser
 
@@ -147,6 +150,9 @@ def _build(chosen: argparse.Namespace) -> int:
 
 
 def _swap(chosen: argparse.Namespace) -> int:
-    for hook, program in ask(config.load(chosen.config).agent.socket, "/v1/swap", method="POST").items():
+    url = "/v1/swap?previous=1" if chosen.previous else "/v1/swap"
+    # Two verifier runs of all programs, on a busy machine.
+    answer = ask(config.load(chosen.config).agent.socket, url, method="POST", timeout_s=SWAP_TIMEOUT_S)
+    for hook, program in answer.items():
         print(f"{hook}: {program}")
     return 0

@@ -137,6 +137,11 @@ class Config:
     rdma: RdmaConfig = field(default_factory=RdmaConfig)
     services: ServicesConfig = field(default_factory=ServicesConfig)
 
+    @property
+    def datapath_dir(self) -> Path:
+        """Where the running artifact is kept, and the one before it."""
+        return self.agent.state_dir / "datapath"
+
     def map_sizes(self) -> dict[str, int]:
         """Entries of the datapath's maps, by name."""
         return self.services.map_sizes()

@@ -21,6 +21,7 @@ from aiohttp import web
 
 from rdmanet.api import codes
 from rdmanet.errors import RdmanetError, RequestError
+from rdmanet.monitor import TICK_S, Filter, Monitor
 from rdmanet.objects.body import documents_of
 from rdmanet.objects.keeping import Objects, Result
 from rdmanet.objects.reading import keys
@@ -109,3 +110,33 @@ def _results(results: list[Result]) -> bytes:
         for key, outcome in results
     )
     return f'{{"objects": [{", ".join(lines)}]}}'.encode()
+
+
+class MonitorRoute:
+    """``GET /v1/monitor``: ?pod=&reason=&verdict=: events, each a line of JSON, until the client goes."""
+
+    def __init__(self, monitor: Monitor):
+        self._monitor = monitor
+
+    def add_to(self, application: web.Application) -> None:
+        """Adds the route; all answers end when the application does."""
+        application.router.add_get("/v1/monitor", refusing(self._get))
+        application.on_shutdown.append(self._stop)
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        watcher = await self._monitor.join(Filter.of(request.query, self._monitor.reasons))
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+            await response.prepare(request)
+            while not watcher.ended and request.transport is not None and not request.transport.is_closing():
+                taken = await watcher.take(TICK_S)
+                if taken:
+                    await response.write(taken)
+        except ConnectionError:
+            pass  # the client has gone
+        finally:
+            await asyncio.shield(self._monitor.leave(watcher))
+        return response
+
+    async def _stop(self, application: web.Application) -> None:
+        self._monitor.stop()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rdmanet import limits, node
 from rdmanet.config import Config
+from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.devices import undo as undo_devices
@@ -41,6 +42,7 @@ def uninstall(config: Config) -> None:
             node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
         finally:
             store.close()
+        Kept(config.datapath_dir).remove()
         _remove_files(config)
     print("uninstalled; the host is as it was")
 

@@ -27,6 +27,7 @@ from rdmanet.datapath.layout import (
     UplinkEntry,
 )
 from rdmanet.datapath.policy import PolicyMaps
+from rdmanet.datapath.ring import Events
 from rdmanet.datapath.services import ServiceMaps
 from rdmanet.datapath.slots import Slots
 from rdmanet.errors import BpfError, ExhaustedError, StateError
@@ -118,6 +119,16 @@ class Datapath:
     def policy(self) -> PolicyMaps:
         """The maps that say who may talk to whom."""
         return PolicyMaps(self._pinned.maps)
+
+    @property
+    def events(self) -> Events:
+        """Drops and new flows."""
+        return Events(self._pinned.maps)
+
+    @property
+    def drop_reasons(self) -> tuple[str, ...]:
+        """Names of all drop reasons of the programs that run; their numbers begin with 1."""
+        return self._pinned.artifact.drop_reasons
 
     # What the agent writes
 

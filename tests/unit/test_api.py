@@ -124,7 +124,7 @@ def api(attached: Attached, observed: Observed, pending_dir: Path, removals: lis
             status=status,
             rdma=status,
             metrics=lambda: b"rdmanet_up 1\n",
-            swap=dict,
+            swap=lambda previous: {"pod": "previous" if previous else "offered"},
             observer=observed,
             pending_dir=pending_dir,
             settled=settled,

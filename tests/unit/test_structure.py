@@ -56,7 +56,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "adoption": NOUNS | {"datapath", "netlink", "steps"},
     "attach": NOUNS | {"adoption", "cni", "config", "ipam", "netlink", "removal", "steps"},
     "api": NOUNS | {"attach", "cni", "pending"},
-    "routes": {"api", "errors", "objects"},
+    "monitor": NOUNS | {"datapath"},
+    "routes": {"api", "errors", "monitor", "objects"},
     "status": NOUNS
     | {"broker", "datapath", "limits", "numbers", "objects", "pods", "policy", "removal", "services", "store"},
     "doctor": NOUNS | {"config", "datapath", "memlock", "netlink", "node", "rdma"},
