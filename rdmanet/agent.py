@@ -56,6 +56,7 @@ from rdmanet.services.disconnect import Sockets
 from rdmanet.services.engine import Services
 from rdmanet.status import About, Status
 from rdmanet.store import Store, owned
+from rdmanet.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,14 @@ class Agent:
             health = Health(self._devices, self._pods, self._broker, self._executor, self._set_device)
             await health.start()
             stack.push_async_callback(health.stop)
+        tracking = Tracking(
+            self._datapath.flows,
+            lambda: {one.id for one in store.attachments()},
+            self._executor,
+            config.tracking.interval_s,
+        )
+        tracking.start()
+        stack.push_async_callback(tracking.stop)
         removals.start()
         stack.push_async_callback(self._blocking, removals.stop, REMOVAL_STOP_S)
         self._status = Status(
@@ -239,6 +248,7 @@ class Agent:
                     first_port=config.masquerade.first_port,
                     last_port=config.masquerade.last_port,
                     maglev_size=config.services.maglev_size,
+                    max_flows_per_pod=config.tracking.max_flows_per_pod,
                 )
             )
             route.add_clsact(peer.index)

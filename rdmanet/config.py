@@ -104,6 +104,36 @@ class RdmaConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TrackingConfig:
+    """``[tracking]``"""
+
+    #: Entries of the table of flows; a translated flow takes two. A full table refuses new flows by name.
+    max_flows: int = 131072
+    #: Flows that one pod may have at a time; 0 means no limit.
+    max_flows_per_pod: int = 32768
+    #: Seconds from one look for idle flows to the next.
+    interval_s: float = 15.0
+
+    def map_sizes(self) -> dict[str, int]:
+        """Entries of the maps, by name."""
+        return {"flows": self.max_flows}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """``[policy]``"""
+
+    #: What all policies together come to: a set, a peer and a prefix of ports each.
+    max_entries: int = 262144
+    #: CIDRs that policies name, exceptions included.
+    max_prefixes: int = 65536
+
+    def map_sizes(self) -> dict[str, int]:
+        """Entries of the maps, by name."""
+        return {"policy": self.max_entries, "prefixes": self.max_prefixes}
+
+
+@dataclass(frozen=True, slots=True)
 class ServicesConfig:
     """``[services]``"""
 
@@ -135,6 +165,8 @@ class Config:
     masquerade: MasqueradeConfig = field(default_factory=MasqueradeConfig)
     datapath: DatapathConfig = field(default_factory=DatapathConfig)
     rdma: RdmaConfig = field(default_factory=RdmaConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     services: ServicesConfig = field(default_factory=ServicesConfig)
 
     @property
@@ -144,7 +176,7 @@ class Config:
 
     def map_sizes(self) -> dict[str, int]:
         """Entries of the datapath's maps, by name."""
-        return self.services.map_sizes()
+        return self.tracking.map_sizes() | self.policy.map_sizes() | self.services.map_sizes()
 
 
 def load(path: Path | None) -> Config:
@@ -272,6 +304,15 @@ def _check(config: Config, source: str) -> None:
     for key in ("max_handles", "max_objects"):
         if getattr(config.rdma, key) not in range(2**31):
             refuse(f"rdma.{key}", "must be from 0 (no limit) to 2147483647")
+    if not 1024 <= config.tracking.max_flows <= 2**24:
+        refuse("tracking.max_flows", f"must be from 1024 to {2**24}")
+    if not 0 <= config.tracking.max_flows_per_pod <= 2**24:
+        refuse("tracking.max_flows_per_pod", f"must be from 0 (no limit) to {2**24}")
+    if not 1 <= config.tracking.interval_s <= 60:
+        refuse("tracking.interval_s", "must be from 1 to 60: the shortest time-out of a flow")
+    for key in ("max_entries", "max_prefixes"):
+        if not 16 <= getattr(config.policy, key) <= 2**22:
+            refuse(f"policy.{key}", f"must be from 16 to {2**22}")
     services = config.services
     if not is_prime(services.maglev_size) or not 3 <= services.maglev_size <= 65537:
         refuse("services.maglev_size", "must be a prime from 3 to 65537, such as 251, 1021 or 4093")

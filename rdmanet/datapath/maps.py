@@ -16,6 +16,7 @@ from types import MappingProxyType, TracebackType
 
 from rdmanet.datapath import bpf, devices, layout, loader, tables
 from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.flows import FlowMaps
 from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.layout import (
     COUNTED,
@@ -30,7 +31,7 @@ from rdmanet.datapath.policy import PolicyMaps
 from rdmanet.datapath.ring import Events
 from rdmanet.datapath.services import ServiceMaps
 from rdmanet.datapath.slots import Slots
-from rdmanet.errors import BpfError, ExhaustedError, StateError
+from rdmanet.errors import BpfError, ExhaustedError
 from rdmanet.model import DatagramEntry, GuardEntry
 
 __all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry", "UplinkEntry"]
@@ -69,7 +70,7 @@ class Datapath:
         StateError when a pinned map cannot be carried over.
         """
         artifact = artifact.sized(sizes)
-        _check_tables(artifact)
+        tables.check(artifact)
         datapath = cls(loader.open_pins(artifact, pins, None if kept is None else Kept(kept)))
         datapath._sizes = sizes
         return datapath
@@ -103,7 +104,7 @@ class Datapath:
         """Replaces the programs behind all filters and on sockets without losing a packet; errors as ``open``, and
         BpfError where the verifier refuses a program. The old ones go on then."""
         artifact = artifact.sized(self._sizes)
-        _check_tables(artifact)
+        tables.check(artifact)
         with self._lock:  # copies beside hashes are filled anew: nobody may write both meanwhile
             loader.swap(self._pinned, artifact)
 
@@ -338,6 +339,11 @@ class Datapath:
         """The maps of services."""
         return ServiceMaps(self._pinned)
 
+    @property
+    def flows(self) -> FlowMaps:
+        """The table of tracked flows, and each pod's share of it."""
+        return FlowMaps(self._pinned)
+
     # What the programs counted
 
     def counters(self) -> dict[tuple[int, str, str], Count]:
@@ -411,6 +417,7 @@ class Datapath:
         definition = self._pinned.artifact.maps["counters"]
         zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
         self._update("counters", layout.U32.pack(slot), zeros)
+        self._update("flow_counts", layout.U32.pack(slot), bytes(8))
 
     def _set(self, name: str, key: bytes, raw: bytes, place: int) -> None:
         """Writes into the hash, and into the near place if that is nobody else's. It is empty meanwhile: never would an
@@ -469,23 +476,6 @@ class Datapath:
             # Gone since the keys were read.
             if value is not None:
                 yield key, value
-
-
-def _check_tables(artifact: Artifact) -> None:
-    """This version's tables against the compiler's layout: never read one struct as another."""
-    for name, (key, value) in tables.MAPS.items():
-        definition, compiled = artifact.maps.get(name), artifact.layouts.get(name)
-        if (
-            definition is None
-            or compiled is None
-            or (definition.key_size, definition.value_size) != (key.size, value.size)
-            or (compiled.key, compiled.value) != (key.places(), value.places())
-        ):
-            raise StateError(
-                f"The compiled datapath's map {name} does not fit this version of rdmanet; "
-                "make it anew with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
-                subject=name,
-            )
 
 
 def _number(raw: bytes) -> int:

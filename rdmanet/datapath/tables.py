@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rdmanet.datapath import layout
+from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.layout import ADDRESS_KEY, U32, U64, StructTable
+from rdmanet.errors import StateError
 
 FLOW_KEY = StructTable(
     "flow_key",
@@ -180,3 +182,20 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "events_lost": (U32, U64),
     "event_layout": (U32, EVENT),
 }
+
+
+def check(artifact: Artifact) -> None:
+    """This version's tables against the compiler's layout: never read one struct as another. Raises StateError."""
+    for name, (key, value) in MAPS.items():
+        definition, compiled = artifact.maps.get(name), artifact.layouts.get(name)
+        if (
+            definition is None
+            or compiled is None
+            or (definition.key_size, definition.value_size) != (key.size, value.size)
+            or (compiled.key, compiled.value) != (key.places(), value.places())
+        ):
+            raise StateError(
+                f"The compiled datapath's map {name} does not fit this version of rdmanet; "
+                "make it anew with `python -m rdmanet.datapath.compiler --output DIRECTORY`.",
+                subject=name,
+            )

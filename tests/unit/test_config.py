@@ -36,6 +36,7 @@ TYPE_NAMES: dict[object, str] = {
 }
 
 #: A value other than the default for every key, as TOML, and what it becomes.
+SECTIONS = "agent, datapath, masquerade, network, policy, rdma, services, tracking"
 OTHER: dict[str, tuple[str, object]] = {
     "agent.socket": ('"/run/other.sock"', Path("/run/other.sock")),
     "agent.state_dir": ('"/srv/rdmanet"', Path("/srv/rdmanet")),
@@ -62,6 +63,11 @@ OTHER: dict[str, tuple[str, object]] = {
     "rdma.cgroup_controller": ("true", True),
     "rdma.max_handles": ("8", 8),
     "rdma.max_objects": ("500", 500),
+    "tracking.max_flows": ("4096", 4096),
+    "tracking.max_flows_per_pod": ("100", 100),
+    "tracking.interval_s": ("2.5", 2.5),
+    "policy.max_entries": ("1000", 1000),
+    "policy.max_prefixes": ("100", 100),
     "services.maglev_size": ("251", 251),
     "services.max_services": ("1000", 1000),
     "services.max_backends": ("2000", 2000),
@@ -134,12 +140,15 @@ def test_a_wrong_type_names_the_key_and_the_value(key: str, kind: object) -> Non
     ("text", "sentence"),
     [
         ("[netwrok]\n", "c: unknown section [netwrok]; did you mean network?."),
-        ("[zzz]\n", "c: unknown section [zzz]; known are agent, datapath, masquerade, network, rdma, services."),
+        (
+            "[zzz]\n",
+            f"c: unknown section [zzz]; known are {SECTIONS}.",
+        ),
         ("[network]\nmtu = 9000\n", "c: unknown key network.mtu; did you mean mtu_bytes?."),
         ("[rdma]\nGuard = 'observe'\n", "c: unknown key rdma.Guard; did you mean guard?."),
         (
             "mtu_bytes = 9000\n",
-            "c: unknown section [mtu_bytes]; known are agent, datapath, masquerade, network, rdma, services.",
+            f"c: unknown section [mtu_bytes]; known are {SECTIONS}.",
         ),
         ("network = 5\n", "c: [network] must be a section, not a value."),
         ("[network]\nuplinks = ['a', 1]\n", "c: network.uplinks must be a list of texts, not ['a', 1]."),
@@ -179,6 +188,11 @@ def test_sentences(text: str, sentence: str) -> None:
         ("rdma.service_level", ["0", "7"], ["8", "-1"]),
         ("rdma.max_handles", ["0", "1", "2147483647"], ["-1", "2147483648"]),
         ("rdma.max_objects", ["0", "1", "2147483647"], ["-1", "2147483648"]),
+        ("tracking.max_flows", ["1024", "16777216"], ["1023", "16777217"]),
+        ("tracking.max_flows_per_pod", ["0", "16777216"], ["-1", "16777217"]),
+        ("tracking.interval_s", ["1", "60.0"], ["0.5", "61"]),
+        ("policy.max_entries", ["16", "4194304"], ["15", "4194305"]),
+        ("policy.max_prefixes", ["16", "4194304"], ["15", "4194305"]),
         ("services.maglev_size", ["3", "251", "4093", "65537"], ["0", "1", "1000", "65539"]),
         ("services.max_services", ["1", "4194304"], ["0", "4194305"]),
         ("services.max_backends", ["4", "4194304"], ["3", "4194305"]),

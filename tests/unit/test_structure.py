@@ -57,6 +57,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "attach": NOUNS | {"adoption", "cni", "config", "ipam", "netlink", "removal", "steps"},
     "api": NOUNS | {"attach", "cni", "pending"},
     "monitor": NOUNS | {"datapath"},
+    "tracking": NOUNS | {"datapath"},
     "routes": {"api", "errors", "monitor", "objects"},
     "status": NOUNS
     | {"broker", "datapath", "limits", "numbers", "objects", "pods", "policy", "removal", "services", "store"},

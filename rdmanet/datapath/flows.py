@@ -1,0 +1,99 @@
+"""The table of tracked flows as the programs keep it (bpf/flow.h): read whole, and entries taken out."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from rdmanet.datapath import bpf, loader
+from rdmanet.datapath.layout import U32, U64
+from rdmanet.datapath.tables import FLOW, FLOW_KEY
+
+ORIGIN_IS_HIGH, REPLIED, TRANSLATED, SERVICE, ALIAS = 1, 2, 4, 8, 16  # FLOW_*
+CLOSING_BOTH = 3
+NO_SLOT = 0xFFFFFFFF
+_KEY = struct.Struct("=16s16s2s2sB3x")
+_ENTRY = struct.Struct("=QQ16sIIII2sBB4x")
+
+
+class Flow(NamedTuple):
+    """One entry, key and value; addresses as address keys, ports as in packets."""
+
+    key: bytes
+    low: bytes
+    high: bytes
+    low_port: bytes
+    high_port: bytes
+    protocol: int
+    created_ns: int  # of CLOCK_MONOTONIC
+    last_seen_ns: int
+    translated: bytes
+    origin: int
+    target: int
+    slot: int
+    epoch: int
+    translated_port: bytes
+    flags: int
+    closing: int
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether it is outside's half of a translated flow, which lives as long as the other one."""
+        return bool(self.flags & ALIAS)
+
+    @property
+    def begun_by(self) -> tuple[bytes, bytes]:
+        """Address and port of the end that began."""
+        return (self.high, self.high_port) if self.flags & ORIGIN_IS_HIGH else (self.low, self.low_port)
+
+    @property
+    def aimed_at(self) -> tuple[bytes, bytes]:
+        """Address and port of the other one."""
+        return (self.low, self.low_port) if self.flags & ORIGIN_IS_HIGH else (self.high, self.high_port)
+
+
+def key_of(one: tuple[bytes, bytes], other: tuple[bytes, bytes], protocol: int) -> bytes:
+    """struct flow_key of two ends, each an address key and a port: the lesser one comes first."""
+    low, high = sorted((one, other))
+    return _KEY.pack(low[0], high[0], low[1], high[1], protocol)
+
+
+class FlowMaps:
+    """The table, and how much of it each pod has. Synchronous; descriptors stay the caller's."""
+
+    def __init__(self, pinned: loader.Pinned):
+        self._pinned = pinned
+
+    @property
+    def max_entries(self) -> int:
+        """How many entries there can be: two for each flow that is translated."""
+        return self._pinned.artifact.maps["flows"].max_entries
+
+    def all(self) -> Iterator[Flow]:
+        """Every entry; those that come or go meanwhile may be missed or come twice."""
+        for key, value in bpf.items(self._pinned.maps["flows"], FLOW_KEY.size, FLOW.size):
+            yield Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+
+    def find(self, key: bytes) -> Flow | None:
+        """One entry as it is now."""
+        value = bpf.lookup(self._pinned.maps["flows"], key, FLOW.size)
+        return None if value is None else Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+
+    def delete(self, keys: Collection[bytes]) -> None:
+        """Takes entries out; those that are gone already are passed over."""
+        bpf.delete_batch(self._pinned.maps["flows"], b"".join(keys), FLOW_KEY.size)
+
+    def counts(self) -> dict[int, int]:
+        """Flows of each slot that has some."""
+        found = {}
+        for key, value in bpf.items(self._pinned.maps["flow_counts"], U32.size, U64.size):
+            number = int(U64.unpack(value)[0])
+            if number:
+                found[int(U32.unpack(key)[0])] = number
+        return found
+
+    def set_counts(self, counts: Mapping[int, int]) -> None:
+        """Says how many flows slots have. What programs count in the same moment is lost until the next time."""
+        keys = b"".join(U32.pack(slot) for slot in counts)
+        bpf.update_batch(self._pinned.maps["flow_counts"], keys, b"".join(map(U64.pack, counts.values())), len(counts))
