@@ -2,17 +2,19 @@
 services are shown. Standard library only, run without site packages.
 
 Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count,
-source, pause_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each over a socket
-of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername, refused}; ``say``
+source, pause_s, timeout_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each
+over a socket of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername, refused}; ``say``
 {id} → {name, seen, source, peername, refused}: over the open socket, the server's name, the address that the server
 saw, where the answer came from; ``close`` {id}; ``pour`` {address, port, size} → {equal, size}: so many random bytes
-there and back in one TCP stream.
+there and back in one TCP stream; ``pulse`` {id, address, port}: a datagram every 2 ms from now on; ``pulsed`` {id} →
+{answers}: when answers have come since it was asked last, in seconds of the monotonic clock.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -27,6 +29,7 @@ TIMEOUT_S = 30.0
 #: One datagram may be lost to a table that is just being changed; a client asks again, as resolvers do.
 DATAGRAM_TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 18
+PULSE_S = 0.002
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -148,7 +151,13 @@ unused_ports = iter(range(10000, 32768))
 
 
 def many(
-    kind: str, address: str, port: int, count: int, source: str | None = None, pause_s: float = 0.0
+    kind: str,
+    address: str,
+    port: int,
+    count: int,
+    source: str | None = None,
+    pause_s: float = 0.0,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
     """Who answers, call by call."""
     names: Counter[str] = Counter()
@@ -157,6 +166,8 @@ def many(
     for _ in range(count):
         time.sleep(pause_s)
         call = Call(kind, address, port, source=source, source_port=next(unused_ports) if kind == "udp" else 0)
+        if timeout_s is not None:
+            call.sock.settimeout(timeout_s)
         answer = call.say()
         call.sock.close()
         if answer["refused"]:
@@ -187,7 +198,33 @@ def pour(address: str, port: int, size: int) -> dict[str, Any]:
     return {"equal": bytes(back) == sent, "size": len(back)}
 
 
+class Pulse:
+    """Datagrams, one after the other, and when each answer came."""
+
+    def __init__(self, address: str, port: int):
+        self.call = Call("udp", address, port)
+        self.call.sock.setblocking(False)
+        self.answers: list[float] = []
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            # Refused, or told so by ICMP: nothing comes back then.
+            with contextlib.suppress(OSError):
+                self.call.sock.send(b"who")
+            time.sleep(PULSE_S)
+            with contextlib.suppress(OSError):
+                while self.call.sock.recv(65535):
+                    self.answers.append(time.monotonic())
+
+    def take(self) -> list[float]:
+        """What has come, once."""
+        taken, self.answers = self.answers, []
+        return taken
+
+
 def main() -> None:
+    pulses: dict[str, Pulse] = {}
     calls: dict[str, Call] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -198,6 +235,10 @@ def main() -> None:
                 serve(**request)
             elif do == "many":
                 answer = many(**request)
+            elif do == "pulse":
+                pulses[request["id"]] = Pulse(request["address"], request["port"])
+            elif do == "pulsed":
+                answer = {"answers": pulses[request["id"]].take()}
             elif do == "pour":
                 answer = pour(**request)
             elif do == "open":
