@@ -3,11 +3,11 @@ services are shown. Standard library only, run without site packages.
 
 Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count,
 source, pause_s, timeout_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each
-over a socket of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername, refused}; ``say``
-{id} → {name, seen, source, peername, refused}: over the open socket, the server's name, the address that the server
-saw, where the answer came from; ``close`` {id}; ``pour`` {address, port, size} → {equal, size}: so many random bytes
-there and back in one TCP stream; ``pulse`` {id, address, port}: a datagram every 2 ms from now on; ``pulsed`` {id} →
-{answers}: when answers have come since it was asked last, in seconds of the monotonic clock.
+over a socket of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername,
+refused}; ``say`` {id} → {name, seen, source, peername, refused}: over the open socket, the server's name, the address
+that the server saw, where the answer came from; ``close`` {id}; ``pour`` {address, port, size} → {equal, size}: so many
+random bytes there and back in one TCP stream; ``pulse`` {id, address, port}: a datagram every 2 ms from now on;
+``pulsed`` {id} → {answers}: when answers have come since it was asked last, in seconds of the monotonic clock.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
