@@ -149,12 +149,10 @@ static __always_inline __u32 flow_timeout_s(const struct flow_entry *flow, __u8 
 static __always_inline bool flow_is_stale(const struct flow_entry *flow, __u8 protocol,
 					  __u64 now_ns)
 {
-	__u64 last_seen_ns = flow->last_seen_ns;
+	/* Signed: another CPU may have written a later tick meanwhile. */
+	__s64 idle_ns = now_ns - flow->last_seen_ns;
 
-	/* Written by another CPU meanwhile. */
-	if (now_ns < last_seen_ns)
-		return false;
-	return now_ns - last_seen_ns > flow_timeout_s(flow, protocol) * NS_PER_S;
+	return idle_ns > (__s64)(flow_timeout_s(flow, protocol) * NS_PER_S);
 }
 
 /* The first segment of a connection. */

@@ -91,8 +91,10 @@ class Bench:
 
     def clear(self, name: str) -> None:
         if name == "counters":
+            definition = self.lab.artifact.maps[name]
+            zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
             for pod in self.lab.pods:
-                self.datapath.forget(pod.id)
+                bpf.update(self.map(name), layout.U32.pack(self.slot_of(pod)), zeros)
             return
         for key in self.keys(name):
             bpf.delete(self.map(name), key)

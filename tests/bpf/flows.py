@@ -24,8 +24,10 @@ class Entry:
         return bool(int(self.fields["flags"]) & ALIAS)
 
     def write(self, bench: Bench, **changed: int | bytes) -> None:
-        """Puts the entry into the table again, with other values."""
+        """Puts the entry into the table again, with other values. Those below 0 are before the machine was up: times
+        are compared modulo 2^64, as they are kept."""
         fields = {**self.fields, **changed}
+        fields = {name: value % 2**64 if isinstance(value, int) else value for name, value in fields.items()}
         bpf.update(bench.map("flows"), self.key, tables.FLOW.pack(*fields.values()))
         bench.forget_known()
 

@@ -119,8 +119,6 @@ def test_short_and_long_do_the_same_to_a_flow(bench: Bench, state: str, protocol
     changes = dict(STATES[state])
     if "last_seen_ns" in changes:
         changes["last_seen_ns"] = time.monotonic_ns() - changes["last_seen_ns"] * 10**9
-        if changes["last_seen_ns"] < 0:
-            pytest.skip("needs a machine that is up for longer than the flow is idle")
     pods = (bench.train_0, bench.train_1)
 
     def packet(source: int, flags: int) -> bytes:
