@@ -2,7 +2,7 @@
 services are shown. Standard library only, run without site packages.
 
 Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``many`` {kind, address, port, count,
-source, pause_s, timeout_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each
+source, pause_s, wait_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each
 over a socket of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername,
 refused}; ``say`` {id} → {name, seen, source, peername, refused}: over the open socket, the server's name, the address
 that the server saw, where the answer came from; ``close`` {id}; ``pour`` {address, port, size} → {equal, size}: so many
@@ -157,7 +157,7 @@ def many(
     count: int,
     source: str | None = None,
     pause_s: float = 0.0,
-    timeout_s: float | None = None,
+    wait_s: float | None = None,
 ) -> dict[str, Any]:
     """Who answers, call by call."""
     names: Counter[str] = Counter()
@@ -166,8 +166,8 @@ def many(
     for _ in range(count):
         time.sleep(pause_s)
         call = Call(kind, address, port, source=source, source_port=next(unused_ports) if kind == "udp" else 0)
-        if timeout_s is not None:
-            call.sock.settimeout(timeout_s)
+        if wait_s is not None:
+            call.sock.settimeout(wait_s)
         answer = call.say()
         call.sock.close()
         if answer["refused"]:

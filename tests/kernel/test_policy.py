@@ -22,7 +22,7 @@ def scene() -> Iterator[Scene]:
 def refused(scene: Scene, place: str, version: int) -> dict[str, int]:
     """Of one question by UDP."""
     address = scene.addresses[SERVER][version]
-    answer = scene.ask(place, "many", kind="udp", address=address, port=TARGET_PORT, count=1, timeout_s=QUIET_S)
+    answer = scene.ask(place, "many", kind="udp", address=address, port=TARGET_PORT, count=1, wait_s=QUIET_S)
     found: dict[str, int] = answer["refused"]
     return found
 
