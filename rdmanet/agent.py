@@ -30,6 +30,7 @@ from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import PodView
 from rdmanet.config import Config
+from rdmanet.connections import Connections
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
@@ -51,7 +52,7 @@ from rdmanet.pods import Pods
 from rdmanet.policy.engine import Policy
 from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.removal import Removals
-from rdmanet.routes import MonitorRoute, ObjectRoutes
+from rdmanet.routes import FlowsRoute, MonitorRoute, ObjectRoutes
 from rdmanet.services.disconnect import Sockets
 from rdmanet.services.engine import Services
 from rdmanet.status import About, Status
@@ -221,6 +222,7 @@ class Agent:
         application = api.application()
         ObjectRoutes(objects, self._executor).add_to(application)
         MonitorRoute(Monitor(self._datapath, self._names, self._executor)).add_to(application)
+        FlowsRoute(Connections(lambda: self._datapath.flows, self._names, self._executor)).add_to(application)
         await self._listen(stack, application, api.metrics_application())
 
         async def call(variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool]) -> int:

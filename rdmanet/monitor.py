@@ -69,10 +69,12 @@ class Filter:
             return False
         if self.pod is None:
             return True
-        return any(
-            name is not None and self.pod in (name, name.partition("/")[2])
-            for name in (document["pod"], document["peer"])
-        )
+        return any(name is not None and is_called(name, self.pod) for name in (document["pod"], document["peer"]))
+
+
+def is_called(name: str, wanted: str) -> bool:
+    """Whether a pod's whole name (namespace/name) is what somebody has asked for: that, or the name alone."""
+    return wanted in (name, name.partition("/")[2])
 
 
 @dataclass(eq=False, slots=True)

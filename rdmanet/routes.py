@@ -1,25 +1,29 @@
-"""HTTP for objects: what ``rdmanet apply``, ``get`` and ``delete`` ask.
+"""HTTP for objects, events and flows: what ``rdmanet apply``, ``get``, ``delete``, ``monitor`` and ``flows`` ask.
 
 =======================  ====================================================================================
 ``PUT /v1/objects``      {"documents": [...]}: creates and changes, all or none; {"objects": [{"kind",
                          "namespace", "name", "outcome"}]}, outcome created, configured or unchanged
 ``DELETE /v1/objects``   the same body, of which apiVersion, kind and metadata matter; outcome deleted or not found
 ``GET /v1/objects``      ?kind=&namespace=&name=: {"items": [...]}, the documents
+``GET /v1/monitor``      ?pod=&reason=&verdict=: events, each a line of JSON, until the client goes
+``GET /v1/flows``        ?pod=: tracked connections, each a line of JSON; the last line has the numbers, or an error
 =======================  ====================================================================================
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
 from aiohttp import web
 
 from rdmanet.api import codes
+from rdmanet.connections import Connections
 from rdmanet.errors import RdmanetError, RequestError
 from rdmanet.monitor import TICK_S, Filter, Monitor
 from rdmanet.objects.body import documents_of
@@ -112,11 +116,39 @@ def _results(results: list[Result]) -> bytes:
     return f'{{"objects": [{", ".join(lines)}]}}'.encode()
 
 
+class _Streams:
+    """Answers that are being written: a client that reads no more must not hold up the agent's end."""
+
+    def __init__(self) -> None:
+        self._open: set[asyncio.Transport] = set()
+
+    @contextlib.asynccontextmanager
+    async def begin(self, request: web.Request) -> AsyncIterator[web.StreamResponse]:
+        """An answer of lines, until the block ends or the client has gone."""
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        self._open.add(transport)
+        try:
+            yield response
+        finally:
+            self._open.discard(transport)
+
+    def stop(self, *, stalled: bool = False) -> None:
+        """Ends all at once; ``stalled``: those that wait for their clients alone."""
+        for transport in self._open:
+            if not stalled or transport.get_write_buffer_size():
+                transport.abort()
+
+
 class MonitorRoute:
-    """``GET /v1/monitor``: ?pod=&reason=&verdict=: events, each a line of JSON, until the client goes."""
+    """``GET /v1/monitor``."""
 
     def __init__(self, monitor: Monitor):
         self._monitor = monitor
+        self._streams = _Streams()
 
     def add_to(self, application: web.Application) -> None:
         """Adds the route; all answers end when the application does."""
@@ -125,13 +157,13 @@ class MonitorRoute:
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         watcher = await self._monitor.join(Filter.of(request.query, self._monitor.reasons))
+        response = web.StreamResponse()
         try:
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-            await response.prepare(request)
-            while not watcher.ended and request.transport is not None and not request.transport.is_closing():
-                taken = await watcher.take(TICK_S)
-                if taken:
-                    await response.write(taken)
+            async with self._streams.begin(request) as response:
+                while not watcher.ended and request.transport is not None and not request.transport.is_closing():
+                    taken = await watcher.take(TICK_S)
+                    if taken:
+                        await response.write(taken)
         except ConnectionError:
             pass  # the client has gone
         finally:
@@ -140,3 +172,40 @@ class MonitorRoute:
 
     async def _stop(self, application: web.Application) -> None:
         self._monitor.stop()
+        self._streams.stop(stalled=True)
+
+
+class FlowsRoute:
+    """``GET /v1/flows``."""
+
+    def __init__(self, connections: Connections):
+        self._connections = connections
+        self._streams = _Streams()
+
+    def add_to(self, application: web.Application) -> None:
+        """Adds the route; answers end in the middle when the application does, which clients see by the last line."""
+        application.router.add_get("/v1/flows", refusing(self._get))
+        application.on_shutdown.append(self._stop)
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        try:
+            # What is wrong with the query is answered before anything else is.
+            async with contextlib.aclosing(self._connections.pages(request.query)) as pages:
+                page = await anext(pages)
+                async with self._streams.begin(request) as response:
+                    await self._write(response, page, pages)
+        except ConnectionError:
+            pass  # the client has gone
+        return response
+
+    async def _write(self, response: web.StreamResponse, page: bytes, pages: AsyncIterator[bytes]) -> None:
+        try:
+            await response.write(page)
+            async for page in pages:
+                await response.write(page)
+        except RdmanetError as error:
+            await response.write(json.dumps({"error": str(error)}).encode() + b"\n")
+
+    async def _stop(self, application: web.Application) -> None:
+        self._streams.stop()

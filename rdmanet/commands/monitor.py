@@ -42,18 +42,19 @@ def shown(event: dict[str, Any]) -> str:
         return f"{event['lost']} events lost: more came than could be shown"
     at = time.strftime("%H:%M:%S", time.localtime(event["time_s"])) + f"{event['time_s'] % 1:.6f}"[1:]
     ends = " -> ".join(
-        _end(event.get(end), event.get(f"{end}_port"), event[pod])
-        for end, pod in (("source", "pod"), ("destination", "peer"))
+        end(event.get(side), event.get(f"{side}_port"), event[pod])
+        for side, pod in (("source", "pod"), ("destination", "peer"))
     )
     words = [at, event["verdict"], event.get("reason", ""), event.get("protocol", ""), ends]
     if "translated" in event:
-        words.append(f"as {_end(event['translated'], event['translated_port'], None)}")
+        words.append(f"as {end(event['translated'], event['translated_port'], None)}")
     if event.get("tcp_flags"):
         words.append(f"[{event['tcp_flags']}]")
     words.append(f"{event['bytes']} bytes, {event['direction']}, {event['hook']}")
     return " ".join(word for word in words if word)
 
 
-def _end(address: str | None, port: int | None, pod: str | None) -> str:
+def end(address: str | None, port: int | None, pod: str | None) -> str:
+    """One end of a flow."""
     text = "?" if address is None else f"[{address}]" if ":" in address and port else address
     return text + (f":{port}" if port else "") + (f" ({pod})" if pod else "")

@@ -58,7 +58,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "api": NOUNS | {"attach", "cni", "pending"},
     "monitor": NOUNS | {"datapath"},
     "tracking": NOUNS | {"datapath"},
-    "routes": {"api", "errors", "monitor", "objects"},
+    "connections": NOUNS | {"datapath", "monitor", "tracking"},
+    "routes": {"api", "connections", "errors", "monitor", "objects"},
     "status": NOUNS
     | {"broker", "datapath", "limits", "numbers", "objects", "pods", "policy", "removal", "services", "store"},
     "doctor": NOUNS | {"config", "datapath", "memlock", "netlink", "node", "rdma"},
