@@ -60,6 +60,8 @@ class Outside:
                 f"address add {GATEWAY_IPV6}/64 dev eth0 nodad",
                 "link set eth0 addrgenmode none",
                 "link set eth0 up",
+                # What the far address sends needs a source to ask for neighbours: Linux takes this one alone.
+                "address add fe80::1/64 dev eth0 nodad",
                 f"address add {FAR_IPV4}/32 dev lo",
                 f"address add {FAR_IPV6}/128 dev lo nodad",
             )
