@@ -16,6 +16,25 @@ struct counter_entry {
  */
 BPF_F_TABLE("percpu_array", __u32, struct counter_entry, counters, COUNTER_SLOTS, 0);
 
+/* Flows that were entered, by direction: begun by the attachment, or by another end with it. */
+struct begun_entry {
+	__u64 flows[2];
+};
+
+BPF_F_TABLE("percpu_array", __u32, struct begun_entry, flows_begun, COUNTER_SLOTS, 0);
+
+/* Slots that are none are nobody's. */
+static __always_inline void count_flow(__u32 origin_slot, __u32 target_slot)
+{
+	struct begun_entry *entry = flows_begun.lookup(&origin_slot);
+
+	if (entry)
+		entry->flows[FROM_POD] += 1;
+	entry = flows_begun.lookup(&target_slot);
+	if (entry)
+		entry->flows[TO_POD] += 1;
+}
+
 static __always_inline __u64 segments_of(struct __sk_buff *skb)
 {
 	__u64 segments = skb->gso_segs;

@@ -2,6 +2,7 @@
 /* What pods send to the host and through uplinks: tracked, judged, and behind which outside port.
  */
 #include "address.h"
+#include "counters.h"
 #include "drop.h"
 #include "flow.h"
 #include "icmp.h"
@@ -271,9 +272,11 @@ static __always_inline int nat_outbound(struct __sk_buff *skb, const struct pack
 	} else {
 		reason = nat_begin_untranslated(config, work);
 	}
-	if (!reason)
+	if (!reason) {
+		count_flow(from->slot, FLOW_NO_SLOT);
 		monitor_flow(skb, config, packet, from->attachment, 0,
 			     masquerade ? &seen->address : NULL, seen->port);
+	}
 	return reason;
 }
 

@@ -156,6 +156,7 @@ static __always_inline int nodeport_begin(struct __sk_buff *skb, const struct pa
 	}
 	if (reason)
 		return drop(skb, endpoint ? endpoint->attachment : 0, reason);
+	count_flow(FLOW_NO_SLOT, endpoint->slot);
 	monitor_flow(skb, config, packet, 0, endpoint->attachment, &work->pod.address,
 		     work->pod.port);
 	if (rewrite(skb, packet, false, &work->pod))

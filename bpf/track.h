@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* Flows between two ends that keep their addresses: looked up, judged where they begin, entered. */
+#include "counters.h"
 #include "drop.h"
 #include "flow.h"
 #include "icmp.h"
@@ -32,6 +33,7 @@ static __always_inline int flow_begin(struct __sk_buff *skb, const struct node_e
 		return reason;
 	reason = flow_enter(key, &entry);
 	if (!reason) {
+		count_flow(origin->slot, target->slot);
 		monitor_flow(skb, config, packet, origin->attachment, target->attachment, NULL, 0);
 		return 0;
 	}

@@ -162,7 +162,19 @@ class Agent:
         )
         removals = Removals(parts, self._fault_point)
         numbers = RdmaNumbers(self._devices, self._pods, self._limits, self._datapath)
-        self._metrics = Metrics(store, self._datapath, self._broker, removals, self._limits, numbers)
+        tracking = Tracking(
+            self._datapath.flows,
+            lambda: {one.id for one in store.attachments()},
+            self._executor,
+            config.tracking.interval_s,
+        )
+
+        def tables() -> dict[str, tuple[int, int]]:
+            policy = self._policy.sizes()
+            flows = (tracking.entries, self._datapath.flows.max_entries)
+            return {"flows": flows, "policy": policy["entries"], "prefixes": policy["prefixes"], **services.sizes()}
+
+        self._metrics = Metrics(store, self._datapath, self._broker, removals, self._limits, numbers, tables)
         attachments = Attachments(parts, removals, config.rdma, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
@@ -175,12 +187,6 @@ class Agent:
             health = Health(self._devices, self._pods, self._broker, self._executor, self._set_device)
             await health.start()
             stack.push_async_callback(health.stop)
-        tracking = Tracking(
-            self._datapath.flows,
-            lambda: {one.id for one in store.attachments()},
-            self._executor,
-            config.tracking.interval_s,
-        )
         tracking.start()
         stack.push_async_callback(tracking.stop)
         removals.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -53,6 +53,10 @@ class Devices(Protocol):
     def devices(self) -> Sequence[DeviceNumbers]: ...
 
 
+#: Name → how many entries there are, and how many there can be.
+Tables = Callable[[], Mapping[str, tuple[int, int]]]
+
+
 class _State(Collector):
     """Read at each scrape from the datapath, the store and the broker, so that nothing is counted twice."""
 
@@ -64,7 +68,9 @@ class _State(Collector):
         removals: Removals,
         limits: PodLimits,
         devices: Devices,
+        tables: Tables,
     ):
+        self._tables = tables
         self._limits = limits
         self._devices = devices
         self._store = store
@@ -102,15 +108,16 @@ class _State(Collector):
         yield size
         drops = CounterMetricFamily(
             "rdmanet_drops",
-            "Packets dropped, by pod (empty: none known) and drop reason.",
-            labels=["pod", "interface", "reason"],
+            "Packets dropped, and sockets refused, by pod (empty: none known), direction and drop reason.",
+            labels=["pod", "interface", "direction", "reason"],
         )
-        dropped: Counter[tuple[str, str, str]] = Counter()
-        for (number, reason), times in self._datapath.drops().items():
-            dropped[*names.get(number, ("", "")), reason] += times
+        dropped: Counter[tuple[str, str, str, str]] = Counter()
+        for (number, direction, reason), times in self._datapath.drops_by_direction().items():
+            dropped[*names.get(number, ("", "")), direction, reason] += times
         for words, times in dropped.items():
             drops.add_metric(words, times)
         yield drops
+        yield from self._flows(names)
         leases = GaugeMetricFamily("rdmanet_leases", "Leases by state.", labels=["state"])
         for name, held in self._leases.states().items():
             leases.add_metric([name], held)
@@ -158,6 +165,49 @@ class _State(Collector):
         )
         yield from _devices(self._devices.devices())
 
+    def _flows(self, names: Mapping[int, tuple[str, str]]) -> Iterable[Metric]:
+        flows = self._datapath.flows
+        begun = CounterMetricFamily(
+            "rdmanet_pod_flows_begun",
+            "Flows entered into the table, by pod and direction (from_pod: the pod began them).",
+            labels=["pod", "interface", "direction"],
+        )
+        entered: Counter[tuple[str, str, str]] = Counter()
+        for (number, direction), times in flows.begun().items():
+            if number in names:
+                entered[*names[number], direction] += times
+        for words, times in entered.items():
+            begun.add_metric(words, times)
+        yield begun
+        tracked = GaugeMetricFamily(
+            "rdmanet_pod_flows",
+            "Flows that the pod has of the table: those that it began, and those from the host or outside to it.",
+            labels=["pod", "interface"],
+        )
+        shares: Counter[tuple[str, str]] = Counter()
+        for number, count in flows.shares().items():
+            if number in names:
+                shares[names[number]] += count
+        for pod, count in shares.items():
+            tracked.add_metric(pod, count)
+        yield tracked
+        used = GaugeMetricFamily(
+            "rdmanet_table_entries",
+            "Entries of the datapath's tables; of flows when idle ones were last looked for.",
+            labels=["table"],
+        )
+        most = GaugeMetricFamily("rdmanet_table_entries_max", "Entries that these can have.", labels=["table"])
+        for name, (entries, bound) in self._tables().items():
+            used.add_metric([name], entries)
+            most.add_metric([name], bound)
+        yield used
+        yield most
+        yield CounterMetricFamily(
+            "rdmanet_events_lost",
+            "Drops and new flows that `rdmanet monitor` could not be shown: more came than were read.",
+            value=self._datapath.events.lost(),
+        )
+
 
 def _devices(found: Sequence[DeviceNumbers]) -> Iterable[Metric]:
     healthy: dict[tuple[str, str], int] = {}
@@ -198,9 +248,10 @@ class Metrics:
         removals: Removals,
         limits: PodLimits,
         devices: Devices,
+        tables: Tables,
     ):
         self._registry = CollectorRegistry()
-        self._registry.register(_State(store, datapath, leases, removals, limits, devices))
+        self._registry.register(_State(store, datapath, leases, removals, limits, devices, tables))
         self._cni = Histogram(
             "rdmanet_cni_seconds",
             "Duration of CNI calls, by command and CNI error code (0: success).",

@@ -93,6 +93,12 @@ class Tracking:
         self._executor = executor
         self._interval_s = interval_s
         self._worker: asyncio.Task[None] | None = None
+        self._entries = 0
+
+    @property
+    def entries(self) -> int:
+        """Of the table, after it was last looked through."""
+        return self._entries
 
     def start(self) -> None:
         """Begins to collect."""
@@ -117,6 +123,7 @@ class Tracking:
         """Goes through the table once; returns how many entries were taken out. Raises BpfError."""
         now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         there = list(self._flows.all())
+        self._entries = len(there)
         if not there and not self._flows.counts():
             return 0
         # After the table was read: an attachment comes before its first flow.
@@ -137,6 +144,7 @@ class Tracking:
         aliases |= {flow.key for flow in there if flow.is_alias and self._is_orphan(flow, inside, now_ns)}
         self._flows.delete(aliases)
         self._flows.delete(gone)
+        self._entries = len(there) - len(aliases) - len(gone)
         self._count(flow for flow in inside.values() if flow.key not in gone)
         return len(aliases) + len(gone)
 

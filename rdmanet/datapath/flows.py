@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from rdmanet.datapath import bpf, loader
-from rdmanet.datapath.layout import U32, U64
-from rdmanet.datapath.tables import FLOW, FLOW_KEY
+from rdmanet.datapath.layout import ATTACHMENT, DIRECTIONS, U32, U64, attachment_slot
+from rdmanet.datapath.tables import BEGUN, FLOW, FLOW_KEY
 
 ORIGIN_IS_HIGH, REPLIED, TRANSLATED, SERVICE, ALIAS = 1, 2, 4, 8, 16  # FLOW_*
 CLOSING_BOTH = 3
@@ -92,6 +92,30 @@ class FlowMaps:
             if number:
                 found[int(U32.unpack(key)[0])] = number
         return found
+
+    def shares(self) -> dict[int, int]:
+        """Flows of each attachment that has some."""
+        counts = self.counts()
+        return {attachment: counts[slot] for attachment, slot in self._slots() if slot in counts}
+
+    def begun(self) -> dict[tuple[int, str], int]:
+        """Flows that were ever entered, by (attachment id, ``from_pod``: it began them, or ``to_pod``)."""
+        descriptor = self._pinned.maps["flows_begun"]
+        found = {}
+        for attachment, slot in self._slots():
+            raw = bpf.lookup(descriptor, U32.pack(slot), BEGUN.size * bpf.possible_cpus())
+            assert raw is not None, "an array has all its elements"
+            counts = [BEGUN.unpack(raw[at : at + BEGUN.size]) for at in range(0, len(raw), BEGUN.size)]
+            for place, direction in enumerate(DIRECTIONS):
+                number = sum(int(count[place]) for count in counts)
+                if number:
+                    found[attachment, direction] = number
+        return found
+
+    def _slots(self) -> Iterator[tuple[int, int]]:
+        """Attachments' ids with their slots."""
+        for _, raw in bpf.items(self._pinned.maps["attachments"], U32.size, ATTACHMENT.size):
+            yield attachment_slot(raw)
 
     def set_counts(self, counts: Mapping[int, int]) -> None:
         """Says how many flows slots have. What programs count in the same moment is lost until the next time."""

@@ -414,10 +414,10 @@ class Datapath:
         return slot
 
     def _clear(self, slot: int) -> None:
-        definition = self._pinned.artifact.maps["counters"]
-        zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
-        self._update("counters", layout.U32.pack(slot), zeros)
-        self._update("flow_counts", layout.U32.pack(slot), bytes(8))
+        for name in ("counters", "flows_begun", "flow_counts"):
+            definition = self._pinned.artifact.maps[name]
+            zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
+            self._update(name, layout.U32.pack(slot), zeros)
 
     def _set(self, name: str, key: bytes, raw: bytes, place: int) -> None:
         """Writes into the hash, and into the near place if that is nobody else's. It is empty meanwhile: never would an

@@ -25,7 +25,7 @@ NEAR = {"near_attachment": "attachments", "near_endpoint": "endpoints"}
 #: Nothing in them outlives a program.
 _WITHOUT_CONTENTS = ("events", "event_layout")
 #: Numbers that both the old and the new program may have added to.
-_SUMS = ("counters", "drops", "flow_counts", "events_lost")
+_SUMS = ("counters", "drops", "flow_counts", "flows_begun", "events_lost")
 #: Before artifacts were kept; these structs were the beginning of what they are now, in so many bytes.
 _FIRST_VALUE_SIZES = {"node": 16, "attachments": 52, "endpoints": 24}
 #: The least recently used make room.

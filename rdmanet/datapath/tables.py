@@ -35,6 +35,7 @@ FLOW = StructTable(
     ("closing", "B"),
     ("pad", "4x"),
 )
+BEGUN = StructTable("begun_entry", ("flows", "2Q"))  # of layout.DIRECTIONS
 #: After so many seconds without a packet a flow is stale: FLOW_*_S of bpf/flow.h.
 FLOW_TIMEOUTS_S: Mapping[str, int] = {
     "tcp_established": 7440,
@@ -164,6 +165,7 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     **layout.MAPS,
     "flows": (FLOW_KEY, FLOW),
     "flow_counts": (U32, U64),
+    "flows_begun": (U32, BEGUN),
     "known_flows": (U32, KNOWN_FLOW),
     "packets": (U32, PACKET),
     "nat_work": (U32, NAT_WORK),

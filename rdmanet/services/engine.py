@@ -68,6 +68,12 @@ class Services:
         with self._lock:
             return self._table.totals()
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """How many there are of what is bounded (``services`` are addresses with their ports, ``members`` backends of
+        services with affinity or UDP ports), and how many there can be."""
+        with self._lock:
+            return self._table.sizes()
+
     def backends(self, namespace: str, name: str) -> dict[str, Any]:
         """Of one service: how many backends get new flows and are on this host or elsewhere, and how many only keep
         the flows that they have."""

@@ -79,6 +79,20 @@ class Table:
         """Services that have addresses; their addresses and ports; backends of each of these."""
         return {"services": len(self._lives), "addresses": len(self._owners), "backends": self._sums[1]}
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """How many there are of what is bounded, and how many there can be."""
+        return {
+            name: (used, most)
+            for name, used, most in zip(
+                ("services", "backends", "members", "outside_services"), self._sums, self._most(), strict=True
+            )
+        }
+
+    def _most(self) -> tuple[int, int, int, int]:
+        """Bounds of the sums."""
+        bounds = self._bounds
+        return bounds.services, bounds.backends, bounds.members, bounds.places // self._maglev_size // 2
+
     def draft(self, changes: Changes, here: Collection[bytes], also: Iterable[Name] = ()) -> Draft:
         """What the change leads to, and ``also`` services that shall be looked at again.
 
@@ -180,14 +194,13 @@ class Table:
         draft.owners[key] = name
 
     def _check_bounds(self, draft: Draft) -> None:
-        bounds, sums = self._bounds, draft.sums
-        tables = bounds.places // self._maglev_size // 2
-        for total, bound, what, key in (
-            (sums[0], bounds.services, "addresses and ports of services", "max_services"),
-            (sums[1], bounds.backends, "backends of services", "max_backends"),
-            (sums[2], bounds.members, "backends of services with affinity or UDP ports", "max_backends"),
-            (sums[3], tables, "node ports and external addresses", "max_outside_services"),
-        ):
+        words = (
+            ("addresses and ports of services", "max_services"),
+            ("backends of services", "max_backends"),
+            ("backends of services with affinity or UDP ports", "max_backends"),
+            ("node ports and external addresses", "max_outside_services"),
+        )
+        for total, bound, (what, key) in zip(draft.sums, self._most(), words, strict=True):
             if total > bound:
                 raise ExhaustedError(
                     f"{total} {what} would be too many: services.{key} in the agent's configuration allows {bound}."

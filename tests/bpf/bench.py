@@ -76,7 +76,7 @@ class Bench:
 
     def reset(self) -> None:
         """Empty tables, the usual entries."""
-        for name in ("guard", "datagrams", "counters", "drops", "uplinks"):
+        for name in ("guard", "datagrams", "counters", "flows_begun", "drops", "uplinks"):
             self.clear(name)
         for name in ("flows", "fragments", "policy", "prefixes"):
             self.clear(name)
@@ -90,7 +90,7 @@ class Bench:
             self.lab.write_entries(pod)
 
     def clear(self, name: str) -> None:
-        if name == "counters":
+        if name in ("counters", "flows_begun"):
             definition = self.lab.artifact.maps[name]
             zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
             for pod in self.lab.pods:
@@ -133,7 +133,7 @@ class Bench:
         return self.run_program(self.datapath.dispatcher(hook), frame, ifindex, gso=gso)
 
     def run_program(self, program: int, frame: bytes, ifindex: int, *, gso: tuple[int, int] = (0, 0)) -> Outcome:
-        for name in ("counters", "drops"):
+        for name in ("counters", "flows_begun", "drops"):
             self.clear(name)
         context = bytearray(192)  # struct __sk_buff
         struct.pack_into("=I", context, 40, ifindex)

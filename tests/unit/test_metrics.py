@@ -27,7 +27,10 @@ class Numbers:
 
     def __init__(self) -> None:
         self.counted: dict[tuple[int, str, str], Count] = {}
-        self.dropped: dict[tuple[int, str], int] = {}
+        self.dropped: dict[tuple[int, str, str], int] = {}
+        self.entered: dict[tuple[int, str], int] = {}
+        self.shared: dict[int, int] = {}
+        self.tables = {"flows": (7, 100), "policy": (0, 50)}
         self.counts = Counts()
         self.failed = 3  # removals
         self.guard_failures = 2
@@ -38,8 +41,25 @@ class Numbers:
     def counters(self) -> dict[tuple[int, str, str], Count]:
         return self.counted
 
-    def drops(self) -> dict[tuple[int, str], int]:
+    def drops_by_direction(self) -> dict[tuple[int, str, str], int]:
         return self.dropped
+
+    @property
+    def flows(self) -> Numbers:
+        return self
+
+    def begun(self) -> dict[tuple[int, str], int]:
+        return self.entered
+
+    def shares(self) -> dict[int, int]:
+        return self.shared
+
+    @property
+    def events(self) -> Numbers:
+        return self
+
+    def lost(self) -> int:
+        return 12
 
     def states(self) -> dict[str, int]:
         return {"pending": 0, "granted": 2, "unclaimed": 1}
@@ -65,7 +85,15 @@ def numbers() -> Numbers:
 
 @pytest.fixture
 def metrics(store: Store, numbers: Numbers) -> Metrics:
-    return Metrics(store, numbers, numbers, numbers, numbers, numbers)  # type: ignore[arg-type]
+    return Metrics(
+        store,
+        numbers,  # type: ignore[arg-type]
+        numbers,
+        numbers,
+        numbers,
+        numbers,
+        lambda: numbers.tables,
+    )
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, Labels], float]:
@@ -92,6 +120,11 @@ def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
         "rdmanet_pod_packets",
         "rdmanet_pod_bytes",
         "rdmanet_drops",
+        "rdmanet_events_lost",
+        "rdmanet_pod_flows",
+        "rdmanet_pod_flows_begun",
+        "rdmanet_table_entries",
+        "rdmanet_table_entries_max",
         "rdmanet_leases",
         "rdmanet_leases_granted",
         "rdmanet_leases_claimed",
@@ -134,19 +167,58 @@ def test_two_attachments_of_one_name_are_summed(store: Store, numbers: Numbers, 
     """A runtime adds a pod's successor before it deletes the old one: two container ids, one name."""
     old, new = (store.reserve(wanted(n, pod=PodName("default", "web"))) for n in (1, 2))
     numbers.counted = {(a.id, "from_pod", "ip"): Count(packets=a.id, bytes=10) for a in (old, new)}
-    numbers.dropped = {(a.id, "multicast"): 3 for a in (old, new)}
+    numbers.dropped = {(a.id, "from_pod", "multicast"): 3 for a in (old, new)}
+    numbers.entered = {(a.id, "to_pod"): 4 for a in (old, new)}
+    numbers.shared = {a.id: a.id for a in (old, new)}
     found = samples(metrics)
     sent = labels(pod="default/web", interface="eth0", direction="from_pod", path="ip")
     assert found["rdmanet_pod_packets_total", sent] == 3
     assert found["rdmanet_pod_bytes_total", sent] == 20
-    assert found["rdmanet_drops_total", labels(pod="default/web", interface="eth0", reason="multicast")] == 6
+    dropped = labels(pod="default/web", interface="eth0", direction="from_pod", reason="multicast")
+    assert found["rdmanet_drops_total", dropped] == 6
+    begun = labels(pod="default/web", interface="eth0", direction="to_pod")
+    assert found["rdmanet_pod_flows_begun_total", begun] == 8
+    assert found["rdmanet_pod_flows", labels(pod="default/web", interface="eth0")] == 3
 
 
 def test_drops_without_a_pod_are_summed_under_no_name(store: Store, numbers: Numbers, metrics: Metrics) -> None:
-    numbers.dropped = {(0, "no_node"): 2, (98, "no_node"): 3, (99, "multicast"): 1}
+    numbers.dropped = {
+        (0, "to_pod", "no_node"): 2,
+        (98, "to_pod", "no_node"): 3,
+        (98, "from_pod", "no_node"): 7,
+        (99, "from_pod", "multicast"): 1,
+    }
     found = samples(metrics)
-    assert found["rdmanet_drops_total", labels(pod="", interface="", reason="no_node")] == 5
-    assert found["rdmanet_drops_total", labels(pod="", interface="", reason="multicast")] == 1
+    nobody = {"pod": "", "interface": ""}
+    assert {key: value for key, value in found.items() if key[0] == "rdmanet_drops_total"} == {
+        ("rdmanet_drops_total", labels(**nobody, direction="to_pod", reason="no_node")): 5,
+        ("rdmanet_drops_total", labels(**nobody, direction="from_pod", reason="no_node")): 7,
+        ("rdmanet_drops_total", labels(**nobody, direction="from_pod", reason="multicast")): 1,
+    }
+
+
+def test_flows_of_pods_that_have_gone_are_nobodys(store: Store, numbers: Numbers, metrics: Metrics) -> None:
+    """Cardinality is that of the attachments there are."""
+    made = store.reserve(wanted(pod=PodName("jobs", "train-0")))
+    numbers.entered = {(made.id, "from_pod"): 5, (made.id, "to_pod"): 2, (99, "from_pod"): 1}
+    numbers.shared = {made.id: 3, 99: 1}
+    pod = {"pod": "jobs/train-0", "interface": "eth0"}
+    assert {key: value for key, value in samples(metrics).items() if key[0].startswith("rdmanet_pod_flows")} == {
+        ("rdmanet_pod_flows_begun_total", labels(**pod, direction="from_pod")): 5,
+        ("rdmanet_pod_flows_begun_total", labels(**pod, direction="to_pod")): 2,
+        ("rdmanet_pod_flows", labels(**pod)): 3,
+    }
+
+
+def test_tables_and_lost_events(metrics: Metrics) -> None:
+    found = samples(metrics)
+    assert {key: value for key, value in found.items() if key[0].startswith("rdmanet_table")} == {
+        ("rdmanet_table_entries", labels(table="flows")): 7,
+        ("rdmanet_table_entries", labels(table="policy")): 0,
+        ("rdmanet_table_entries_max", labels(table="flows")): 100,
+        ("rdmanet_table_entries_max", labels(table="policy")): 50,
+    }
+    assert found["rdmanet_events_lost_total", labels()] == 12
 
 
 def test_leases(numbers: Numbers, metrics: Metrics) -> None:
@@ -206,5 +278,6 @@ def test_cni_calls_by_command_and_code(metrics: Metrics) -> None:
 
 def test_names_are_escaped(store: Store, numbers: Numbers, metrics: Metrics) -> None:
     made = store.reserve(dataclasses.replace(wanted(), pod=PodName('a"b', "c\\d\ne")))
-    numbers.dropped = {(made.id, "multicast"): 1}
-    assert samples(metrics)["rdmanet_drops_total", labels(pod='a"b/c\\d\ne', interface="eth0", reason="multicast")] == 1
+    numbers.dropped = {(made.id, "from_pod", "multicast"): 1}
+    dropped = labels(pod='a"b/c\\d\ne', interface="eth0", direction="from_pod", reason="multicast")
+    assert samples(metrics)["rdmanet_drops_total", dropped] == 1
