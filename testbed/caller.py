@@ -5,9 +5,10 @@ Requests: ``serve`` {name, port}: TCP and UDP, both families, every address; ``m
 source, pause_s, wait_s} → {names: {name: times}, refused: {error: times}, seen: addresses that servers saw}, each
 over a socket of its own, after a pause; ``open`` {id, kind, address, port, family, connected, source} → {peername,
 refused}; ``say`` {id} → {name, seen, source, peername, refused}: over the open socket, the server's name, the address
-that the server saw, where the answer came from; ``close`` {id}; ``pour`` {address, port, size} → {equal, size}: so many
-random bytes there and back in one TCP stream; ``pulse`` {id, address, port}: a datagram every 2 ms from now on;
-``pulsed`` {id} → {answers}: when answers have come since it was asked last, in seconds of the monotonic clock.
+that the server saw, where the answer came from; ``send`` {id}: the same, and nobody waits for an answer; ``close``
+{id}; ``pour`` {address, port, size} → {equal, size}: so many random bytes there and back in one TCP stream; ``pulse``
+{id, address, port}: a datagram every 2 ms from now on; ``pulsed`` {id} → {answers}: when answers have come since it was
+asked last, in seconds of the monotonic clock.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
@@ -248,6 +249,8 @@ def main() -> None:
             elif do == "say":
                 call = calls[request["id"]]
                 answer = {**call.say(), "peername": call.peername()}
+            elif do == "send":
+                calls[request["id"]].sock.send(b"who\n")
             elif do == "close":
                 calls.pop(request["id"]).sock.close()
             else:

@@ -80,6 +80,11 @@ class Ring:
         """Becomes readable when an event comes and all before it have been read."""
         return self._descriptor
 
+    @property
+    def written(self) -> int:
+        """Bytes that programs have ever written."""
+        return self._producer[0]
+
     def read(self, at_most: int) -> list[Event]:
         """Up to so many events; they are taken out. Fewer: there are no more, or the next one is being written."""
         found: list[Event] = []

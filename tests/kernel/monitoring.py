@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,9 @@ class Stage:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, name: str) -> Iterator[Stage]:
+    def start(cls, name: str, config: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Stage]:
         """All of it, gone afterwards."""
-        with World.start(name) as world:
+        with World.start(name, config) as world:
             one, two = (world.add(world.pod(pod)) for pod in ("one", "two"))
             for attached in (one, two):
                 attached.pod.start()
