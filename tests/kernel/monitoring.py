@@ -49,9 +49,10 @@ class Stage:
                 attached.pod.start()
             yield cls(world, one, two, world.prober("one", one.pod.running))
 
-    def send(self, frames: Sequence[bytes]) -> None:
-        """From pod one."""
-        self.frames.ask("frames", ifname=self.one.pod.ifname, frames=[frame.hex() for frame in frames])
+    def send(self, frames: Sequence[bytes], times: int = 1) -> None:
+        """From pod one, all of them so often."""
+        texts = [frame.hex() for frame in frames]
+        self.frames.ask("frames", ifname=self.one.pod.ifname, frames=texts, times=times)
 
     def frame(self, version: int, destination: str, protocol: int, payload: bytes, **changes: Any) -> bytes:
         """One that pod one sends, with changes: ``source``, ``mac``."""

@@ -1,8 +1,8 @@
 """UDP and raw frames inside a container, for `testbed.peer.Peer`: standard library only, run without site packages.
 
 Requests: ``serve`` {address} → {port}: answers every datagram with the address it came from; ``ask`` {address, port,
-wait_s, size} → {seen}, null when nothing answers; ``frames`` {ifname, frames: hex texts}: sends Ethernet frames as they
-are. TCP is testbed/traffic.py's.
+wait_s, size} → {seen}, null when nothing answers; ``frames`` {ifname, frames: hex texts, times}: sends Ethernet frames
+as they are, all of them so often. TCP is testbed/traffic.py's.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def ask(address: str, port: int, wait_s: float, size: int) -> dict[str, Any] | N
     return found
 
 
-def send_frames(ifname: str, frames: list[str]) -> None:
+def send_frames(ifname: str, frames: list[str], times: int = 1) -> None:
     """Sends whole Ethernet frames through an interface."""
+    whole = [bytes.fromhex(text) for text in frames]
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as sock:
         sock.bind((ifname, 0))
-        for text in frames:
-            sock.send(bytes.fromhex(text))
+        for _ in range(times):
+            for frame in whole:
+                sock.send(frame)
 
 
 def main() -> None:
