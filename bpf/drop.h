@@ -17,7 +17,7 @@ enum drop_reason {
 	DROP_NO_ROUTE,		    /* no route leads there */
 	DROP_NOT_UPLINK,	    /* the route leads to a device that is not an uplink */
 	DROP_NO_MASQUERADE_ADDRESS, /* the uplink has no address of that family */
-	DROP_FRAGMENT,		    /* fragments have no ports to translate */
+	DROP_FRAGMENT,		    /* a later part larger than the path's MTU */
 	DROP_NAT_PROTOCOL,	    /* only TCP, UDP and ICMP echo are translated */
 	DROP_NAT_NO_PORT,	    /* no free outside port found */
 	DROP_ROCE_NO_DEVICE,	    /* RoCE from or to a pod without an RDMA device */
@@ -37,6 +37,7 @@ enum drop_reason {
 	DROP_POLICY_INGRESS,   /* the receiver's policies do not allow it */
 	DROP_NO_BACKEND,       /* the service has none that may be used from here */
 	DROP_SERVICE_CONFLICT, /* another flow has the backend's end already */
+	DROP_FRAGMENT_EARLY,   /* a later part before its first one: a copy waits for that */
 };
 
 /* Whose traffic it was: what the attachment sent, or what was for it. */
@@ -51,7 +52,7 @@ struct drop_key {
 	__u16 direction;
 };
 
-/* Not preallocated: 4096 attachments times 30 reasons, of which few ever occur. */
+/* Not preallocated: 4096 attachments times 31 reasons, of which few ever occur. */
 BPF_F_TABLE("percpu_hash", struct drop_key, __u64, drops, 81920, BPF_F_NO_PREALLOC);
 
 static __always_inline void count_drop(__u32 attachment, __u16 reason, __u16 direction)

@@ -10,6 +10,7 @@ enum hook {
 	HOOK_OUTSIDE = 3,  /* a pod's packet to no pod of this host: to the host, or out */
 	HOOK_NODEPORT = 4, /* from outside, to a NodePort or an external IP */
 	HOOK_MONITOR = 5,  /* a packet that is dropped: counted and, while somebody reads, shown */
+	HOOK_PARTS = 6,	   /* a later part that came before its first one, or that first one */
 	/* In no slot. */
 	HOOK_SOCKET = 8, /* on the root cgroup: connect, sendmsg */
 };

@@ -39,7 +39,7 @@ int host(struct __sk_buff *skb)
 		return drop(skb, 0, DROP_NO_ROUTE);
 	reason = parse_transport(skb, packet);
 	if (!reason)
-		reason = fragment_join(packet);
+		reason = fragment_meet(skb, packet);
 	if (reason)
 		return drop(skb, 0, reason);
 

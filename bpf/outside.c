@@ -9,6 +9,7 @@
 #include "flow.h"
 #include "fragment.h"
 #include "icmp.h"
+#include "icmp_answer.h"
 #include "nat_out.h"
 #include "node.h"
 #include "packet.h"
@@ -32,6 +33,55 @@ static __always_inline int pod_to_host(struct __sk_buff *skb, const struct packe
 {
 	count(skb, attachment->slot, FROM_POD, packet->flags & IS_ROCE);
 	return deliver_to_host(skb, config, attachment->id, attachment->mac);
+}
+
+/* Of the largest IP packet that the frame is or, as GSO, becomes; 0: not known. */
+static __always_inline __u16 largest_bytes(struct __sk_buff *skb, const struct packet *packet)
+{
+	__u32 bytes = packet->transport - NETWORK_OFFSET + skb->gso_size;
+	__u8 words = 0;
+
+	if (!skb->gso_size)
+		return packet->end - NETWORK_OFFSET;
+	if (packet->protocol == IPPROTO_UDP)
+		bytes += sizeof(struct udphdr);
+	else if (packet->protocol == IPPROTO_TCP &&
+		 !bpf_skb_load_bytes(skb, packet->transport + 12, &words, 1))
+		bytes += (words >> 4) * 4;
+	else
+		return 0;
+	return bytes > 0xffff ? 0xffff : bytes;
+}
+
+/*
+ * A pod is told that its packet does not go on: IPv4 by the host's stack, IPv6 by icmp_answer(), as
+ * the stack says nothing where the host as a whole does not forward.
+ */
+static __always_inline int pod_told(struct __sk_buff *skb, const struct packet *packet,
+				    const struct node_entry *config,
+				    const struct attachment_entry *attachment, __u8 type,
+				    __u32 mtu_bytes)
+{
+	if (packet->flags & IS_LATER_FRAGMENT)
+		return drop(skb, attachment->id, mtu_bytes ? DROP_FRAGMENT : DROP_NO_ROUTE);
+	if (packet->family == 6) {
+		/* RFC 4443 2.4(e) */
+		if (icmp_is_error(packet))
+			return drop(skb, attachment->id, DROP_NO_ROUTE);
+		count(skb, attachment->slot, FROM_POD, packet->flags & IS_ROCE);
+		if (icmp_answer(skb, &packet->source, type, mtu_bytes) ||
+		    set_ethernet(skb, attachment->mac, config->gateway_mac))
+			return drop(skb, attachment->id, DROP_MALFORMED);
+		count(skb, attachment->slot, TO_POD, false);
+		return bpf_redirect(skb->ifindex, 0);
+	}
+	/*
+	 * The stack would send on parts, with the pod's own address: with DF it says how large they
+	 * may be, and the pod's stack makes them.
+	 */
+	if (mtu_bytes && !(packet->flags & DONT_FRAGMENT) && set_dont_fragment(skb))
+		return drop(skb, attachment->id, DROP_MALFORMED);
+	return pod_to_host(skb, packet, config, attachment);
 }
 
 static __always_inline int decrement_hop_limit(struct __sk_buff *skb, const struct packet *packet)
@@ -123,9 +173,7 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 	}
 	fib.ifindex = config->host_ifindex;
 	fib.l4_protocol = packet->protocol;
-	/* A GSO frame is cut to the route's MTU on its way. */
-	if (!skb->gso_size)
-		fib.tot_len = packet->end - NETWORK_OFFSET;
+	fib.tot_len = largest_bytes(skb, packet);
 
 	switch (bpf_fib_lookup(skb, &fib, sizeof(fib), 0)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
@@ -136,9 +184,8 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 		uplink = uplinks.lookup(&ifindex);
 		if (!uplink)
 			return drop(skb, attachment->id, DROP_NOT_UPLINK);
-		/* The stack answers with time exceeded. */
 		if (packet->hop_limit <= 1)
-			return pod_to_host(skb, packet, config, attachment);
+			return pod_told(skb, packet, config, attachment, ICMPV6_TIME_EXCEED, 0);
 		next_hop.nh_family = fib.family;
 		__builtin_memcpy(next_hop.ipv6_nh, fib.ipv6_dst, sizeof(next_hop.ipv6_nh));
 		break;
@@ -146,13 +193,7 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 		/* The host's own address; or no route at all, and the stack tells the pod so. */
 		break;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		/*
-		 * The stack tells the pod the path's MTU; without DF it would send fragments with
-		 * the pod's address.
-		 */
-		if (packet->flags & DONT_FRAGMENT)
-			return pod_to_host(skb, packet, config, attachment);
-		return drop(skb, attachment->id, DROP_FRAGMENT);
+		return pod_told(skb, packet, config, attachment, ICMPV6_PKT_TOOBIG, fib.mtu_result);
 	default:
 		return drop(skb, attachment->id, DROP_NO_ROUTE);
 	}

@@ -116,7 +116,7 @@ int pod(struct __sk_buff *skb)
 	}
 	reason = parse_transport(skb, packet);
 	if (!reason)
-		reason = fragment_join(packet);
+		reason = fragment_meet(skb, packet);
 	if (reason)
 		return drop(skb, attachment->id, reason);
 	/* Behind extension headers, or in parts: no pod says to another who its neighbours are. */

@@ -164,8 +164,14 @@ int uplink(struct __sk_buff *skb)
 			return drop(skb, endpoint->attachment, DROP_SPOOFED_ADDRESS);
 		return TC_ACT_UNSPEC;
 	}
-	/* A later part whose first one was not a pod's is the host's as well. */
-	if (parse_transport(skb, packet) || fragment_join(packet))
+	if (parse_transport(skb, packet))
+		return TC_ACT_UNSPEC;
+	/*
+	 * A later part whose first one was not a pod's is the host's as well. What only passes
+	 * through this node goes on in the order in which it came.
+	 */
+	if (node_addresses.lookup(&packet->destination) ? fragment_meet(skb, packet)
+							: fragment_join(packet))
 		return TC_ACT_UNSPEC;
 	if (icmp_is_error(packet))
 		return uplink_error(skb, packet, config);

@@ -19,6 +19,7 @@ ENTRY_FILES = (
     "uplink.c",
     "nodeport.c",
     "monitor.c",
+    "parts.c",
     "dispatcher.c",
     "device.c",
     "socket.c",

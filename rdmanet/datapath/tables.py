@@ -110,6 +110,27 @@ FRAGMENT = StructTable(
     ("protocol", "B"),
     ("pad", "2x"),
 )
+WAITING_PART = StructTable(
+    "waiting_part",
+    ("number", "Q"),
+    ("previous", "Q"),
+    ("since_ns", "Q"),
+    ("bytes", "I"),
+    ("pad", "4x"),
+    ("frame", "2048s"),
+)
+ICMP_ANSWER = StructTable(
+    "icmp_answer",
+    ("source", "16s"),
+    ("destination", "16s"),
+    ("bytes", "I"),
+    ("protocol", "I"),
+    ("type", "B"),
+    ("code", "B"),
+    ("checksum", "H"),
+    ("mtu_bytes", "I"),
+    ("quoted", "448s"),
+)
 PREFIX_KEY = StructTable("prefix_key", ("bits", "I"), ("address", "16s"))
 POLICY_KEY = StructTable(
     "policy_key",
@@ -170,6 +191,10 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "packets": (U32, PACKET),
     "nat_work": (U32, NAT_WORK),
     "fragments": (FRAGMENT_KEY, FRAGMENT),
+    "waiting": (FRAGMENT_KEY, U64),
+    "waiting_parts": (U32, WAITING_PART),
+    "waited": (U32, U64),
+    "icmp_answers": (U32, ICMP_ANSWER),
     "prefixes": (PREFIX_KEY, U32),
     "policy": (POLICY_KEY, U32),
     "node_addresses": (ADDRESS_KEY, U32),

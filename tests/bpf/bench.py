@@ -78,7 +78,7 @@ class Bench:
         """Empty tables, the usual entries."""
         for name in ("guard", "datagrams", "counters", "flows_begun", "drops", "uplinks"):
             self.clear(name)
-        for name in ("flows", "fragments", "policy", "prefixes"):
+        for name in ("flows", "fragments", "waiting", "policy", "prefixes"):
             self.clear(name)
         for pod in self.lab.pods:
             self.set_flow_count(pod, 0)

@@ -80,25 +80,6 @@ def test_a_wrong_destination_mac_does_not_matter(bench: Bench, version: int) -> 
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_last_hop_goes_to_the_host_for_its_icmp_answer(bench: Bench, version: int) -> None:
-    payload = packets.tcp(40000, 80)
-    ip = Ip(bench.web.addresses[version], FAR[version], TCP, payload, hop_limit=1)
-    frame = pod_frame(bench.web, ip)
-    outcome = bench.from_pod(bench.web, frame)
-    assert outcome.verdict == REDIRECT
-    assert outcome.frame == rewritten(frame, GATEWAY_MAC, bench.web.mac)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_too_big_for_the_uplink_goes_to_the_host_for_its_icmp_answer(bench: Bench, version: int) -> None:
-    payload = packets.udp(40000, 53, bytes(1600))
-    frame = pod_frame(bench.web, Ip(bench.web.addresses[version], FAR[version], UDP, payload, dont_fragment=True))
-    outcome = bench.from_pod(bench.web, frame)
-    assert outcome.verdict == REDIRECT
-    assert outcome.frame == rewritten(frame, GATEWAY_MAC, bench.web.mac)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 def test_without_masquerading_packets_leave_as_they_are(bench: Bench, version: int) -> None:
     bench.datapath.configure(NodeEntry(GATEWAY_MAC, bench.lab.host_ifindex, masquerade=False))
     frame = pod_frame(bench.train_0, to(bench.train_0, FAR[version], version, UDP, packets.roce(17)))
@@ -171,11 +152,17 @@ def _any_mac(frame: Callable[[Bench], bytes], mac: bytes) -> Callable[[Bench], b
     return lambda bench: mac + frame(bench)[6:]
 
 
-def _later(destinations: Callable[[Bench], dict[int, str]], version: int) -> Callable[[Bench], bytes]:
+def _later(destinations: Callable[[Bench], dict[int, str]], version: int, size: int = 64) -> Callable[[Bench], bytes]:
     def build(web: Pod, bench: Bench) -> Ip:
-        return packets.fragment(web.addresses[version], destinations(bench)[version], bytes(64), offset=1480)
+        return packets.fragment(web.addresses[version], destinations(bench)[version], bytes(size), offset=1480)
 
     return _web(build)
+
+
+def _first_to_far(bench: Bench) -> None:
+    for version in VERSIONS:
+        first = packets.fragment(bench.web.addresses[version], FAR[version], packets.udp(1, 2), more=True)
+        assert bench.from_pod(bench.web, pod_frame(bench.web, first)).verdict == REDIRECT
 
 
 _EXTENSIONS = b"".join(packets.extension(60) for _ in range(4)) + packets.extension(TCP)
@@ -226,14 +213,11 @@ DROPPED = [
     *_both("not_uplink", "a device of others", lambda v: _toward(benches.NOT_UPLINK, v)),
     Dropped("no_masquerade_address", "IPv6", _toward(FAR, 6), prepare=_only_ipv4),
     Dropped("no_masquerade_address", "IPv4", _toward(FAR, 4), prepare=_only_ipv6),
-    *_both("fragment_unknown", "a later fragment to outside", lambda v: _later(lambda b: FAR, v)),
-    *_both("fragment_unknown", "a later fragment to a pod", lambda v: _later(lambda b: b.train_0.addresses, v)),
-    *_both("fragment_unknown", "a later fragment to the host", lambda v: _later(lambda b: GATEWAYS, v)),
-    Dropped(
-        "fragment",
-        "too big without DF",
-        _web(lambda w, b: Ip(w.addresses[4], FAR[4], UDP, packets.udp(1, 2, bytes(1600)))),
-    ),
+    *_both("fragment_early", "a later fragment to outside", lambda v: _later(lambda b: FAR, v)),
+    *_both("fragment_early", "a later fragment to a pod", lambda v: _later(lambda b: b.train_0.addresses, v)),
+    *_both("fragment_early", "a later fragment to the host", lambda v: _later(lambda b: GATEWAYS, v)),
+    *_both("fragment_unknown", "a later fragment too large to wait", lambda v: _later(lambda b: FAR, v, 2040)),
+    *_both("fragment", "a later fragment too large", lambda v: _later(lambda b: FAR, v, 1600), prepare=_first_to_far),
     *_both("nat_protocol", "SCTP to outside", lambda v: _web(lambda w, b: to(w, FAR[v], v, 132, bytes(24)))),
     *_both(
         "malformed",
@@ -380,7 +364,7 @@ UNTOUCHED = [
     lambda b: uplink_frame(Ip(FAR[4], UPLINK[4], ICMP, packets.icmp(8, 61001))),
     lambda b: uplink_frame(Ip(FAR[6], UPLINK[6], ICMPV6, packets.icmp(136, 0))),
     lambda b: uplink_frame(Ip(FAR[4], UPLINK[4], 132, bytes(24))),
-    lambda b: uplink_frame(Ip(FAR[4], UPLINK[4], UDP, bytes(24), offset=32)),
+    lambda b: uplink_frame(Ip(FAR[4], "198.51.100.77", UDP, bytes(24), offset=32)),
     lambda b: uplink_frame(Ip(OUTSIDE[4], "224.0.0.1", UDP, packets.udp(1, 2))),
     lambda b: uplink_frame(Ip(FAR[4], UPLINK[4], UDP, packets.roce(17))),
     lambda b: uplink_frame(Ip(FAR[4], UPLINK[4], TCP, b"short")),

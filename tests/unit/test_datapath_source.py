@@ -91,4 +91,5 @@ def test_the_real_source_has_the_designs_reasons() -> None:
         "policy_ingress",
         "no_backend",
         "service_conflict",
+        "fragment_early",
     )
