@@ -21,6 +21,9 @@ UPLINK = "uplink0"
 HOST_IPV4, HOST_IPV6 = "198.51.100.2", "2001:db8:100::2"
 GATEWAY_IPV4, GATEWAY_IPV6 = "198.51.100.1", "2001:db8:100::1"
 FAR_IPV4, FAR_IPV6 = "203.0.113.1", "2001:db8:200::1"
+#: Behind a router and a link of its own: that link's two ends.
+ROUTER_IPV4, ROUTER_IPV6 = "203.0.113.129", "2001:db8:201::1"
+BEHIND_IPV4, BEHIND_IPV6 = "203.0.113.130", "2001:db8:201::2"
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Outside:
 
     host: Host
     container: Container
+    behind: Container | None = None
 
     @classmethod
     def connect(cls, host: Host, *, mtu_bytes: int = 1500) -> Outside:
@@ -74,6 +78,32 @@ class Outside:
             raise
         return outside
 
+    def extend(self, *, mtu_bytes: int) -> Container:
+        """Another namespace, behind a link with an MTU of its own to which the outside is the router."""
+        self.behind = Container.start(
+            f"{self.host.name}-behind", Specification(unshare=("net", "mnt")), inside=self.host.container
+        )
+        # The names of the sysctls are those of the namespace that reads them.
+        forward = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
+        self.exec(["sh", "-c", " && ".join(f"echo 1 > /proc/sys/net/{name}" for name in forward)])
+        self.ip(
+            f"link add eth1 mtu {mtu_bytes} type veth peer name eth0 netns {self.behind.pid} mtu {mtu_bytes}",
+            f"address add {ROUTER_IPV4}/30 dev eth1",
+            f"address add {ROUTER_IPV6}/64 dev eth1 nodad",
+            "link set eth1 up",
+        )
+        lines = (
+            "link set lo up",
+            f"address add {BEHIND_IPV4}/30 dev eth0",
+            f"address add {BEHIND_IPV6}/64 dev eth0 nodad",
+            "link set eth0 up",
+            # As if its own link were as wide as others: who sends there learns the path's MTU from the router alone.
+            f"route add default via {ROUTER_IPV4} dev eth0 advmss 1460",
+            f"route add ::/0 via {ROUTER_IPV6} dev eth0 advmss 1440",
+        )
+        self.behind.exec(["ip", "-batch", "-"], input="\n".join(lines) + "\n")
+        return self.behind
+
     def ip(self, *lines: str) -> None:
         """Run ip commands (``ip -batch``) outside."""
         self.container.exec(["ip", "-batch", "-"], input="\n".join(lines) + "\n")
@@ -90,4 +120,6 @@ class Outside:
         """Remove the uplink and the namespace; idempotent."""
         # The link goes first and by name: a namespace's own end takes its links down some time later.
         self.host.exec(["ip", "link", "delete", UPLINK], check=False)
+        if self.behind is not None:
+            self.behind.stop()
         self.container.stop()

@@ -59,6 +59,12 @@ def key_of(one: tuple[bytes, bytes], other: tuple[bytes, bytes], protocol: int) 
     return _KEY.pack(low[0], high[0], low[1], high[1], protocol)
 
 
+def entries(descriptor: int) -> Iterator[Flow]:
+    """Every entry of the table ``flows``; those that come or go meanwhile may be missed or come twice."""
+    for key, value in bpf.items(descriptor, FLOW_KEY.size, FLOW.size):
+        yield Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+
+
 class FlowMaps:
     """The table, and how much of it each pod has. Synchronous; descriptors stay the caller's."""
 
@@ -71,9 +77,8 @@ class FlowMaps:
         return self._pinned.artifact.maps["flows"].max_entries
 
     def all(self) -> Iterator[Flow]:
-        """Every entry; those that come or go meanwhile may be missed or come twice."""
-        for key, value in bpf.items(self._pinned.maps["flows"], FLOW_KEY.size, FLOW.size):
-            yield Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+        """Every entry, as ``entries`` gives them."""
+        return entries(self._pinned.maps["flows"])
 
     def find(self, key: bytes) -> Flow | None:
         """One entry as it is now."""
