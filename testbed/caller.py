@@ -98,6 +98,7 @@ class Call:
         connected: bool = True,
         source: str | None = None,
         source_port: int = 0,
+        wait_s: float | None = None,
     ):
         version = 6 if ":" in address else 4
         self.end = (f"::ffff:{address}" if family == 6 and version == 4 else address, port)
@@ -105,7 +106,7 @@ class Call:
         self.connected = connected or kind == "tcp"
         type_ = socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM
         self.sock = socket.socket(FAMILIES[family or version], type_)
-        self.sock.settimeout(TIMEOUT_S if kind == "tcp" else DATAGRAM_TIMEOUT_S)
+        self.sock.settimeout(wait_s or (TIMEOUT_S if kind == "tcp" else DATAGRAM_TIMEOUT_S))
         self.refused: str | None = None
         try:
             if source is not None or source_port:
@@ -166,9 +167,8 @@ def many(
     seen: set[str] = set()
     for _ in range(count):
         time.sleep(pause_s)
-        call = Call(kind, address, port, source=source, source_port=next(unused_ports) if kind == "udp" else 0)
-        if wait_s is not None:
-            call.sock.settimeout(wait_s)
+        source_port = next(unused_ports) if kind == "udp" else 0
+        call = Call(kind, address, port, source=source, source_port=source_port, wait_s=wait_s)
         answer = call.say()
         call.sock.close()
         if answer["refused"]:
