@@ -8,7 +8,11 @@ refused}; ``say`` {id} → {name, seen, source, peername, refused}: over the ope
 that the server saw, where the answer came from; ``send`` {id}: the same, and nobody waits for an answer; ``close``
 {id}; ``pour`` {address, port, size} → {equal, size}: so many random bytes there and back in one TCP stream; ``pulse``
 {id, address, port}: a datagram every 2 ms from now on; ``pulsed`` {id} → {answers}: when answers have come since it was
-asked last, in seconds of the monotonic clock.
+asked last, in seconds of the monotonic clock; ``answer_raw`` {name}: SCTP as well, packet by packet, on every port;
+``attempt`` {ends: [{kind, address, port, source}], wanted: [true or false], timeout_s} → {answers}: a flow to each end,
+all at once, until the wanted ones have an answer: the server's name, "echo", an error's name, or null; ``attempted`` →
+{answers}: the same by now, and everything is closed. Here kinds are ``sctp`` and ``icmp`` as well, which the kernel
+need not know.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
@@ -19,7 +23,9 @@ import contextlib
 import errno
 import json
 import os
+import selectors
 import socket
+import struct
 import sys
 import threading
 import time
@@ -224,7 +230,148 @@ class Pulse:
         return taken
 
 
+SCTP = 132
+#: Where SCTP has its verification tag (RFC 9260 3.1).
+QUESTION, ANSWER = 1, 2
+#: Protocol, and the types of question and answer (RFC 792, RFC 4443).
+ECHO = {4: (1, 8, 0), 6: (58, 128, 129)}
+
+
+def answer_raw(name: str) -> None:
+    """Answers SCTP's questions whatever the port, in threads of their own: no kernel module is needed for that."""
+    for version, family in FAMILIES.items():
+        raw = socket.socket(family, socket.SOCK_RAW, SCTP)
+        threading.Thread(target=answer_packets, args=(name, raw, version), daemon=True).start()
+
+
+def answer_packets(name: str, raw: socket.socket, version: int) -> None:
+    while True:
+        data, peer = raw.recvfrom(65535)
+        packet = payload(data, version)
+        if len(packet) < 12:
+            continue
+        source, destination, tag, _ = struct.unpack_from("!HHII", packet)
+        if tag == QUESTION:
+            with contextlib.suppress(OSError):  # what may not be answered is not
+                raw.sendto(struct.pack("!HHII", destination, source, ANSWER, 0) + name.encode(), (peer[0], 0))
+
+
+def payload(data: bytes, version: int) -> bytes:
+    """What is in a packet as a raw socket gives it: with IPv4's header, without IPv6's."""
+    return data[(data[0] & 15) * 4 :] if version == 4 else data
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071, of an even number of bytes."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+class Attempt:
+    """A flow that is begun, and what comes back."""
+
+    def __init__(self, kind: str, address: str, port: int, source: str | None = None):
+        self.kind = kind
+        self.version = 6 if ":" in address else 4
+        self.answer: str | None = None
+        self.own = next(unused_ports) if kind != "tcp" else 0
+        type_ = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(kind, socket.SOCK_RAW)
+        protocol = {"sctp": SCTP, "icmp": ECHO[self.version][0]}.get(kind, 0)
+        self.sock = socket.socket(FAMILIES[self.version], type_, protocol)
+        self.sock.setblocking(False)
+        self.asked = kind != "tcp"
+        try:
+            if source is not None or kind == "udp":
+                self.sock.bind((source or "", self.own if kind == "udp" else 0))
+            with contextlib.suppress(BlockingIOError):
+                self.sock.connect((address, port if kind in ("tcp", "udp") else 0))
+            if self.asked:
+                self.sock.send(self.question(port))
+        except OSError as error:
+            self.answer = name_of(error)
+
+    def question(self, port: int) -> bytes:
+        if self.kind == "sctp":
+            return struct.pack("!HHII", self.own, port, QUESTION, 0)
+        if self.kind == "icmp":
+            # IPv6's sum is the kernel's work (RFC 3542 3.1).
+            unsummed = struct.pack("!BBHHH", ECHO[self.version][1], 0, 0, self.own, 1)
+            return unsummed[:2] + struct.pack("!H", checksum(unsummed)) + unsummed[4:]
+        return b"who\n"
+
+    def events(self) -> int:
+        """What to wait for; 0: nothing any more."""
+        if self.answer is not None:
+            return 0
+        return selectors.EVENT_READ if self.asked else selectors.EVENT_WRITE
+
+    def go_on(self) -> None:
+        """The socket is ready."""
+        try:
+            if not self.asked:
+                self.sock.send(self.question(0))
+                self.asked = True
+                return
+            self.answer = self.read(self.sock.recv(65535))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.answer = name_of(error)
+
+    def read(self, data: bytes) -> str | None:
+        """Who answered; None for what is no answer to this question."""
+        if self.kind in ("tcp", "udp"):
+            return str(json.loads(data)["name"]) if data else "closed"
+        packet = payload(data, self.version)
+        if self.kind == "sctp":
+            _, own, tag, _ = struct.unpack_from("!HHII", packet)
+            return packet[12:].decode() if (own, tag) == (self.own, ANSWER) else None
+        mine = packet[0] == ECHO[self.version][2] and struct.unpack_from("!H", packet, 4)[0] == self.own
+        return "echo" if mine else None
+
+
+class Attempts:
+    """Many at once."""
+
+    def __init__(self) -> None:
+        self.begun: list[Attempt] = []
+
+    def begin(self, ends: list[dict[str, Any]], wanted: list[bool], timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        self.begun = [Attempt(**end) for end in ends]
+        deadline = time.monotonic() + timeout_s
+        while any(want and one.events() for one, want in zip(self.begun, wanted, strict=True)):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self.turn(left)
+        return self.answers()
+
+    def turn(self, timeout_s: float) -> bool:
+        """Waits until something comes; whether something has."""
+        with selectors.DefaultSelector() as selector:
+            for one in self.begun:
+                if one.events():
+                    selector.register(one.sock, one.events(), one)
+            ready = selector.select(timeout_s) if selector.get_map() else []
+        for key, _ in ready:
+            key.data.go_on()
+        return bool(ready)
+
+    def answers(self) -> dict[str, Any]:
+        return {"answers": [one.answer for one in self.begun]}
+
+    def end(self) -> dict[str, Any]:
+        while self.turn(0.0):
+            pass
+        for one in self.begun:
+            one.sock.close()
+        return self.answers()
+
+
 def main() -> None:
+    attempts = Attempts()
     pulses: dict[str, Pulse] = {}
     calls: dict[str, Call] = {}
     for line in sys.stdin:
@@ -236,6 +383,12 @@ def main() -> None:
                 serve(**request)
             elif do == "many":
                 answer = many(**request)
+            elif do == "answer_raw":
+                answer_raw(**request)
+            elif do == "attempt":
+                answer = attempts.begin(**request)
+            elif do == "attempted":
+                answer = attempts.end()
             elif do == "pulse":
                 pulses[request["id"]] = Pulse(request["address"], request["port"])
             elif do == "pulsed":

@@ -95,7 +95,7 @@ class Scene:
     def start(
         cls, name: str, pods: Sequence[str], config: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Iterator[Scene]:
-        """All of it, gone afterwards."""
+        """All of it, gone afterwards. A pod is in another namespace as `namespace/name`."""
         with Host.scratch(name) as host, contextlib.ExitStack() as stack:
             scene = cls(host)
             outside = host.connect_outside()
@@ -104,12 +104,22 @@ class Scene:
             for place, container in (("host", host), ("outside", outside)):
                 scene.callers[place] = stack.enter_context(start_caller(host, place, container))
             for pod in pods:
-                scene._add(pod, stack)
+                namespace, _, name = pod.rpartition("/")
+                scene.add(name, stack, namespace=namespace or "default")
             yield scene
 
-    def _add(self, name: str, stack: contextlib.ExitStack) -> None:
-        pod = self.pods[name] = stack.enter_context(Pod.create(self.host, name))
-        outcome = self.host.cni("ADD", pod, NETWORK)
+    def add(
+        self,
+        name: str,
+        stack: contextlib.ExitStack,
+        *,
+        namespace: str = "default",
+        network: Mapping[str, Any] = NETWORK,
+        args: str | None = None,
+    ) -> None:
+        """One more pod, gone with the stack; `args` is CNI_ARGS (by default its Kubernetes names)."""
+        pod = self.pods[name] = stack.enter_context(Pod.create(self.host, name, namespace=namespace))
+        outcome = self.host.cni("ADD", pod, network, args=args)
         if outcome.returncode != 0 or outcome.output is None:
             raise UnavailableError(f"ADD of {name}: {outcome.sentence}", subject=name)
         found = [ip["address"].split("/")[0] for ip in outcome.output["ips"]]
