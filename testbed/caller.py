@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 TIMEOUT_S = 30.0
@@ -37,6 +38,11 @@ TIMEOUT_S = 30.0
 DATAGRAM_TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 18
 PULSE_S = 0.002
+#: What asks for a datagram's own destination, what says it, and what makes it an answer's source (ip.7, ipv6.7).
+PACKET_INFORMATION: dict[int, tuple[int, int, int, Callable[[bytes], bytes]]] = {
+    4: (socket.IPPROTO_IP, 8, 8, lambda asked: bytes(4) + asked[8:12] + bytes(4)),
+    6: (socket.IPPROTO_IPV6, 49, 50, lambda asked: asked[:16] + bytes(4)),
+}
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -55,7 +61,7 @@ def serve(name: str, port: int) -> None:
             datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         datagrams.bind((anywhere, port))
         threading.Thread(target=accept, args=(name, listener), daemon=True).start()
-        threading.Thread(target=answer_datagrams, args=(name, datagrams), daemon=True).start()
+        threading.Thread(target=answer_datagrams, args=(name, datagrams, version), daemon=True).start()
 
 
 def accept(name: str, listener: socket.socket) -> None:
@@ -86,10 +92,20 @@ def send_back(connection: socket.socket, stream: IO[bytes], size: int) -> None:
         left -= len(piece)
 
 
-def answer_datagrams(name: str, sock: socket.socket) -> None:
+def answer_datagrams(name: str, sock: socket.socket, version: int) -> None:
+    """From the address that was asked: of several the kernel would take another."""
+    for _, peer, source in received(sock, version):
+        sock.sendmsg([said(name, peer)], [source], 0, peer)
+
+
+def received(sock: socket.socket, version: int) -> Iterator[tuple[bytes, tuple[Any, ...], tuple[int, int, bytes]]]:
+    """Datagrams, whose they are, and what makes their destination an answer's source."""
+    level, wanted, kind, form = PACKET_INFORMATION[version]
+    sock.setsockopt(level, wanted, 1)
     while True:
-        _, peer = sock.recvfrom(65535)
-        sock.sendto(said(name, peer), peer)
+        data, control, _, peer = sock.recvmsg(65535, 128)
+        asked = next(data for own, type_, data in control if (own, type_) == (level, kind))
+        yield data, peer, (level, kind, form(asked))
 
 
 class Call:
@@ -245,15 +261,15 @@ def answer_raw(name: str) -> None:
 
 
 def answer_packets(name: str, raw: socket.socket, version: int) -> None:
-    while True:
-        data, peer = raw.recvfrom(65535)
+    for data, peer, from_asked in received(raw, version):
         packet = payload(data, version)
         if len(packet) < 12:
             continue
         source, destination, tag, _ = struct.unpack_from("!HHII", packet)
         if tag == QUESTION:
             with contextlib.suppress(OSError):  # what may not be answered is not
-                raw.sendto(struct.pack("!HHII", destination, source, ANSWER, 0) + name.encode(), (peer[0], 0))
+                answer = struct.pack("!HHII", destination, source, ANSWER, 0) + name.encode()
+                raw.sendmsg([answer], [from_asked], 0, (peer[0], 0))
 
 
 def payload(data: bytes, version: int) -> bytes:

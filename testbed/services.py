@@ -147,6 +147,10 @@ class Scene:
         self.command("apply", "-f", "-", text="\n---\n".join(map(json.dumps, documents)))
         return time.monotonic()
 
+    def delete(self, *documents: Document) -> None:
+        """`rdmanet delete` of what the documents name."""
+        self.command("delete", "-f", "-", text="\n---\n".join(map(json.dumps, documents)))
+
     def put(self, *documents: Document) -> float:
         """The same through the agent's socket, without a process's start: where the time until a change bites counts.
         When it was asked for, in seconds of the monotonic clock."""
