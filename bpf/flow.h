@@ -12,7 +12,7 @@
 struct flow_key {
 	struct address_key low;
 	struct address_key high;
-	__be16 low_port; /* ICMP echo: its identifier, on both sides */
+	__be16 low_port; /* as in struct packet */
 	__be16 high_port;
 	__u8 protocol;
 	__u8 pad[3];

@@ -69,9 +69,8 @@ static __always_inline void nat_remove(struct nat_work *work, const struct flow_
 	__u32 slot = flow->slot;
 
 	if (flow->flags & FLOW_TRANSLATED) {
-		/* Echo: the identifier is on both sides. */
 		if (inside->protocol == IPPROTO_ICMP || inside->protocol == IPPROTO_ICMPV6)
-			port = flow->translated_port;
+			port = echo_answerer(flow->translated_port);
 		flow_key_of_ends(&work->outside, &flow->translated, flow->translated_port,
 				 &remote->address, port, inside->protocol);
 		alias = flow_lookup(&work->outside);
@@ -186,9 +185,10 @@ static __always_inline struct flow_entry *nat_inbound(const struct packet *packe
 	pod->address = alias->translated;
 	pod->port = alias->translated_port;
 	*service = alias->origin;
-	*from_high = flow_key_of_ends(&work->inside, &packet->source,
-				      is_icmp(packet) ? pod->port : packet->source_port,
-				      &pod->address, pod->port, packet->protocol);
+	*from_high =
+		flow_key_of_ends(&work->inside, &packet->source,
+				 is_icmp(packet) ? echo_answerer(pod->port) : packet->source_port,
+				 &pod->address, pod->port, packet->protocol);
 	flow = flow_lookup(&work->inside);
 	if (flow && nat_is_end(flow, &packet->destination, packet->destination_port))
 		return flow;

@@ -58,7 +58,8 @@ static __always_inline bool nat_take_over(const struct packet *packet, struct na
 					  const struct flow_entry *alias, const struct nat_end *own,
 					  __u64 now_ns)
 {
-	__be16 port = is_icmp(packet) ? alias->translated_port : packet->destination_port;
+	__be16 port =
+		is_icmp(packet) ? echo_answerer(alias->translated_port) : packet->destination_port;
 	struct flow_entry *flow;
 
 	if (!(alias->flags & FLOW_ALIAS))
@@ -83,13 +84,12 @@ static __always_inline int nat_try_port(struct __sk_buff *skb, const struct pack
 					struct nat_work *work, bool own_is_high, __be16 port,
 					bool take_over, __u64 now_ns)
 {
+	__be16 remote_port = is_icmp(packet) ? echo_answerer(port) : packet->destination_port;
 	struct flow_entry *other;
 
 	work->own.port = port;
-	if (own_is_high || is_icmp(packet))
-		work->outside.high_port = port;
-	if (!own_is_high || is_icmp(packet))
-		work->outside.low_port = port;
+	work->outside.high_port = own_is_high ? port : remote_port;
+	work->outside.low_port = own_is_high ? remote_port : port;
 	/* Its answers would come in as RoCE. */
 	if (port == bpf_htons(ROCE_PORT))
 		return FLOW_EXISTS;
@@ -168,7 +168,8 @@ static __always_inline int nat_begin_untranslated(const struct node_entry *confi
 static __always_inline bool nat_has_alias(const struct packet *packet, struct nat_work *work,
 					  const struct flow_entry *flow)
 {
-	__be16 port = is_icmp(packet) ? flow->translated_port : packet->destination_port;
+	__be16 port =
+		is_icmp(packet) ? echo_answerer(flow->translated_port) : packet->destination_port;
 	struct flow_entry *alias;
 
 	flow_key_of_ends(&work->outside, &flow->translated, flow->translated_port,

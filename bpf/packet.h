@@ -45,8 +45,8 @@ struct packet {
 	__u16 source_mac[3];
 	__u16 ethertype;    /* host byte order */
 	__u16 transport;    /* offset of the transport header from the frame's start */
-	__be16 source_port; /* TCP, UDP and SCTP; ICMP echo: its identifier, as both;
-			       else 0 */
+	__be16 source_port; /* TCP, UDP and SCTP; ICMP echo: its identifier at the end
+			       that asks, echo_answerer() at the other; else 0 */
 	__be16 destination_port;
 	__u8 family; /* 4, 6 or 0 */
 	__u8 protocol;
@@ -279,6 +279,17 @@ static __always_inline bool is_echo(const struct packet *packet)
 	return packet->icmp_type == ICMP_ECHO || packet->icmp_type == ICMP_ECHOREPLY;
 }
 
+/*
+ * The port of who answers an echo. It tells who asked, so that a question is never taken for an
+ * answer: no two identifiers are each the other's answerer, and none its own.
+ */
+static __always_inline __be16 echo_answerer(__be16 identifier)
+{
+	if (!identifier)
+		return bpf_htons(1);
+	return identifier == bpf_htons(1) ? bpf_htons(2) : 0;
+}
+
 /* TCP, UDP, SCTP and ICMP; but for TCP only the first 8 bytes mean something. */
 static __always_inline void read_transport(struct packet *packet, const void *header)
 {
@@ -292,8 +303,13 @@ static __always_inline void read_transport(struct packet *packet, const void *he
 		return;
 	}
 	packet->icmp_type = *(const __u8 *)header;
-	if (is_echo(packet)) {
+	if (!is_echo(packet))
+		return;
+	if (packet->icmp_type == (packet->family == 6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO)) {
 		packet->source_port = half[2];
+		packet->destination_port = echo_answerer(half[2]);
+	} else {
+		packet->source_port = echo_answerer(half[2]);
 		packet->destination_port = half[2];
 	}
 }

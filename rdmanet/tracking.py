@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Protocol
 
-from rdmanet.datapath.flows import CLOSING_BOTH, NO_SLOT, REPLIED, SERVICE, TRANSLATED, Flow, key_of
+from rdmanet.datapath.flows import CLOSING_BOTH, NO_SLOT, REPLIED, SERVICE, TRANSLATED, Flow, echo_answerer, key_of
 from rdmanet.datapath.tables import FLOW_TIMEOUTS_S
 from rdmanet.errors import RdmanetError
 
@@ -70,8 +70,8 @@ def _other_half(flow: Flow, end: tuple[bytes, bytes], instead_of: tuple[bytes, b
     ends = [(flow.low, flow.low_port), (flow.high, flow.high_port)]
     ends.remove(instead_of)
     address, port = ends[0]
-    # Echo has its identifier on both sides.
-    return key_of(end, (address, end[1] if flow.protocol in _ICMPS else port), flow.protocol)
+    # Who answers an echo has a port that follows from the identifier.
+    return key_of(end, (address, echo_answerer(end[1]) if flow.protocol in _ICMPS else port), flow.protocol)
 
 
 def _pods_end(flow: Flow) -> tuple[bytes, bytes]:

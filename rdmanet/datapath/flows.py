@@ -53,6 +53,11 @@ class Flow(NamedTuple):
         return (self.low, self.low_port) if self.flags & ORIGIN_IS_HIGH else (self.high, self.high_port)
 
 
+def echo_answerer(identifier: bytes) -> bytes:
+    """The port of the end that answers an ICMP echo (bpf/packet.h)."""
+    return {0: 1, 1: 2}.get(int.from_bytes(identifier, "big"), 0).to_bytes(2, "big")
+
+
 def key_of(one: tuple[bytes, bytes], other: tuple[bytes, bytes], protocol: int) -> bytes:
     """struct flow_key of two ends, each an address key and a port: the lesser one comes first."""
     low, high = sorted((one, other))

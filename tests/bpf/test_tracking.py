@@ -47,7 +47,7 @@ KINDS = {
     "echo": Kind(
         {4: (ICMP, packets.icmp(8, 7)), 6: (ICMPV6, packets.icmp(128, 7))},
         {4: (ICMP, packets.icmp(0, 7)), 6: (ICMPV6, packets.icmp(129, 7))},
-        (7, 7),
+        (7, 0),
     ),
 }
 
@@ -95,6 +95,24 @@ def test_both_directions_meet_one_entry(bench: Bench, ends: tuple[str, str], kin
     assert passed(send(bench, a, b, version, *about.there[version]))
     assert only(bench).fields["flags"] == int(entry.fields["flags"]) | REPLIED
     assert (bench.flow_count(a), bench.flow_count(b)) == (1, 0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("ends", [("train_0", "web"), ("web", "train_0")])
+@pytest.mark.parametrize("asked", [0, 1, 2, 3, 0xFFFF])
+def test_an_echo_request_is_nobodys_answer(bench: Bench, asked: int, ends: tuple[str, str], version: int) -> None:
+    """Whatever its identifier is, also that of a request the other way."""
+    a, b = (getattr(bench, name) for name in ends)
+    (protocol, _), (request, reply) = KINDS["echo"].there[version], (8, 0) if version == 4 else (128, 129)
+    assert passed(send(bench, a, b, version, protocol, packets.icmp(request, asked)))
+    before = only(bench)
+    for number, identifier in enumerate((0, 1, 2, 3, 0xFFFF), 2):
+        assert passed(send(bench, b, a, version, protocol, packets.icmp(request, identifier)))
+        assert len(entries(bench)) == number, "a flow of its own"
+    (first,) = (entry for entry in entries(bench) if entry.key == before.key)
+    assert first.fields["flags"] == before.fields["flags"], "the other requests were answers"
+    assert passed(send(bench, b, a, version, protocol, packets.icmp(reply, asked)))
+    assert len(entries(bench)) == 6
 
 
 @pytest.mark.parametrize("version", VERSIONS)

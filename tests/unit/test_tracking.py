@@ -63,12 +63,15 @@ def flow(
     )
 
 
-def masqueraded(protocol: int = TCP, *, idle_s: float = 0.0, port: int = 61000) -> tuple[Flow, Flow]:
+def masqueraded(
+    protocol: int = TCP, *, idle_s: float = 0.0, port: int = 61000, own_port: int = 4000
+) -> tuple[Flow, Flow]:
     """Both halves."""
-    remote, pod, own = ("198.51.100.9", 80), ("10.0.0.5", 4000), ("192.0.2.1", port)
+    remote, pod, own = ("198.51.100.9", 80), ("10.0.0.5", own_port), ("192.0.2.1", port)
     if protocol == ICMP:
-        inside = flow(pod, (remote[0], 4000), ICMP, idle_s=idle_s, flags=REPLIED | TRANSLATED, translated=own)
-        alias = flow(own, (remote[0], port), ICMP, flags=TRANSLATED | ALIAS, translated=pod, slot=NO_SLOT)
+        answerer = (remote[0], {0: 1, 1: 2}.get(own_port, 0))
+        inside = flow(pod, answerer, ICMP, idle_s=idle_s, flags=REPLIED | TRANSLATED, translated=own)
+        alias = flow(own, (remote[0], 0), ICMP, flags=TRANSLATED | ALIAS, translated=pod, slot=NO_SLOT)
         return inside, alias
     inside = flow(pod, remote, protocol, idle_s=idle_s, flags=REPLIED | TRANSLATED, translated=own)
     return inside, flow(own, remote, protocol, flags=TRANSLATED | ALIAS, translated=pod, slot=NO_SLOT)
@@ -144,7 +147,12 @@ def test_a_flow_goes_after_its_states_time(protocol: int, flags: int, closing: i
     assert (collect(old), len(old.entries)) == (1, 0)
 
 
-@pytest.mark.parametrize("halves", [masqueraded(), masqueraded(UDP), masqueraded(ICMP), served()])
+@pytest.mark.parametrize("halves", [
+        masqueraded(),
+        masqueraded(UDP),
+        *(masqueraded(ICMP, own_port=port) for port in (0, 1, 2, 4000)),
+        served(),
+    ])
 def test_halves_know_each_other(halves: tuple[Flow, Flow]) -> None:
     inside, alias = halves
     assert alias_key(inside) == alias.key
