@@ -10,9 +10,9 @@ that the server saw, where the answer came from; ``send`` {id}: the same, and no
 {id, address, port}: a datagram every 2 ms from now on; ``pulsed`` {id} → {answers}: when answers have come since it was
 asked last, in seconds of the monotonic clock; ``answer_raw`` {name}: SCTP as well, packet by packet, on every port;
 ``attempt`` {ends: [{kind, address, port, source}], wanted: [true or false], timeout_s} → {answers}: a flow to each end,
-all at once, until the wanted ones have an answer: the server's name, "echo", an error's name, or null; ``attempted`` →
-{answers}: the same by now, and everything is closed. Here kinds are ``sctp`` and ``icmp`` as well, which the kernel
-need not know.
+all at once, until the wanted ones have an answer: the server's name, "echo", an error's name, or null; ``attempting`` →
+{answers}: the same by now; ``attempted`` → {answers}: and everything is closed. Here kinds are ``sctp`` and ``icmp`` as
+well, which the kernel need not know.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
@@ -279,7 +279,7 @@ def payload(data: bytes, version: int) -> bytes:
 
 def checksum(data: bytes) -> int:
     """RFC 1071, of an even number of bytes."""
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -378,9 +378,13 @@ class Attempts:
     def answers(self) -> dict[str, Any]:
         return {"answers": [one.answer for one in self.begun]}
 
-    def end(self) -> dict[str, Any]:
+    def go_on(self) -> dict[str, Any]:
         while self.turn(0.0):
             pass
+        return self.answers()
+
+    def end(self) -> dict[str, Any]:
+        self.go_on()
         for one in self.begun:
             one.sock.close()
         return self.answers()
@@ -403,6 +407,8 @@ def main() -> None:
                 answer_raw(**request)
             elif do == "attempt":
                 answer = attempts.begin(**request)
+            elif do == "attempting":
+                answer = attempts.go_on()
             elif do == "attempted":
                 answer = attempts.end()
             elif do == "pulse":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from testbed.outside import FAR_IPV4, FAR_IPV6, GATEWAY_IPV4, GATEWAY_IPV6, HOST_IPV4, HOST_IPV6
+from testbed.rows import need
 from testbed.semantics import cases
 from testbed.semantics.cases import HOST, OUTSIDE, PODS, PORTS, PUBLIC, PUBLIC_PORT, Attempt, Case
 from testbed.semantics.network_policy import Judgement
@@ -27,6 +28,7 @@ FIXED = {
 }
 #: Status is asked again for so long; a drop is counted while its packet is sent.
 DROPS_S = 10.0
+CALLS_S = 30.0
 Drops = Counter[tuple[str, str]]  # by pod and reason
 
 
@@ -112,6 +114,21 @@ class PolicyTable:
             if row["pod"] in names and row["reason"] in (Judgement.EGRESS, Judgement.INGRESS):
                 found[names[row["pod"]], row["reason"]] += row["packets"]
         return found
+
+    def calls(self, place: str, kind: str, end: tuple[str, int], source: str | None, count: int) -> list[str]:
+        """Flows to one end, a service's; who answered. The others were dropped."""
+        before = self.drops().total()
+        address, port = end
+        one = {"kind": kind, "address": address, "port": port, "source": source}
+        self.scene.ask(place, "attempt", ends=[one] * count, wanted=[False] * count)
+        answered = dropped = 0
+        deadline = time.monotonic() + CALLS_S
+        while answered + dropped < count and time.monotonic() < deadline:
+            answered = sum(name is not None for name in self.scene.ask(place, "attempting")["answers"])
+            dropped = self.drops().total() - before
+        names = [name for name in self.scene.ask(place, "attempted")["answers"] if name is not None]
+        need(len(names) + dropped >= count, f"{place}: of {count} calls {len(names)} were answered, {dropped} dropped")
+        return names
 
     def _never_dropped(self, before: Drops, due: Drops) -> Drops:
         """What of ``due`` has not been dropped since; what is, is before a client could have waited for its answer."""

@@ -94,8 +94,8 @@ class Attempt(NamedTuple):
         """As the model has it."""
         kind = self.what.kind
         protocol = {4: 1, 6: 58}[self.version] if kind == "icmp" else Protocol(kind.upper()).number
-        ends = [ipaddress.ip_address(addresses[place][self.version]) for place in (self.source, self.target)]
-        return Flow(*ends, protocol, self.what.port or None)
+        source, target = (ipaddress.ip_address(addresses[end][self.version]) for end in (self.source, self.target))
+        return Flow(source, target, protocol, self.what.port or None)
 
 
 Allowed = Mapping[str, frozenset[tuple[int, Try]]]
