@@ -1,11 +1,13 @@
 """Files of Kubernetes objects, YAML or JSON (which is YAML), to documents as JSON has them.
 
 Read as kubectl reads them (sigs.k8s.io/yaml): dates and base-60 numbers are text, ``yes`` and ``on`` are true. Stricter
-in one thing: a key that is there twice is refused wherever it is. Events, not nodes: depth costs no stack.
+in one thing: a key that is there twice is refused wherever it is. Events, not nodes: depth costs no stack. JSON comes
+first where a file begins like it: YAML's readers know neither its surrogate pairs nor one document behind the other.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -38,6 +40,11 @@ _WORDS: dict[str, bool | None] = {
 _INTEGER = re.compile(r"[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"([-+]?\.(inf|Inf|INF))|\.(nan|NaN|NAN)")
+#: Between JSON's documents; and what begins the escape of a surrogate.
+_SPACE = re.compile(r"[ \t\r\n]*")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+#: Line breaks to YAML alone, and its byte order mark: safe where they can be escaped.
+_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 #: Where numbers begin.
 _NUMERIC = frozenset("+-.0123456789")
 
@@ -77,6 +84,10 @@ def _content(path: str) -> bytes:
 
 def parse(content: bytes, name: str) -> Iterator[Json]:
     """The documents of one file; ``name`` is for errors, which are RequestError. Empty documents are None."""
+    found = _json_documents(content)
+    if found is not None:
+        yield from found
+        return
     builder = _Builder(name)
     try:
         for event in yaml.parse(content, Loader=_LOADER):
@@ -87,6 +98,44 @@ def parse(content: bytes, name: str) -> Iterator[Json]:
         raise RequestError(f"{name}{where}: {error.problem or error.context}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{name}: {' '.join(str(error).split())}.") from error
+
+
+def _json_documents(content: bytes) -> list[Json] | None:
+    """Mappings in JSON, with nothing but space between; None for what is not that: YAML's reader says what is wrong."""
+    decoder = json.JSONDecoder(object_pairs_hook=_mapping, parse_constant=_no_number, parse_float=_finite)
+    found: list[Json] = []
+    try:
+        text = content.decode("utf-8-sig")
+        at = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches nothing as well
+        while at < len(text):
+            if text[at] != "{":
+                return None
+            document, at = decoder.raw_decode(text, at)
+            found.append(document)
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        if _HALF_PAIR.search(text):
+            json.dumps(found, ensure_ascii=False).encode()  # a half of a pair is no character
+    except (ValueError, RecursionError):
+        return None
+    return found or None
+
+
+def _mapping(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def _is_text(text: str) -> bool:
@@ -109,7 +158,8 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     other = text in _WORDS or any(form.fullmatch(text) for form in (_INTEGER, _FLOAT, _NOT_FINITE))
-    return dumper.represent_scalar(f"{_TAG}str", text, style="'" if other else None)
+    style = '"' if _BREAKS.search(text) else "'" if other else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 
 _Dumper.add_representer(str, _quoted)

@@ -41,8 +41,8 @@ def measure() -> Figure:
     kinds = ", ".join(f"{number} {kind}" for kind, number in outcome.kinds.items())
     detail = (
         f"{len(table)} cases through `rdmanet apply`, everything tried from pods of three namespaces, the node and"
-        f" outside to everywhere, IPv4 and IPv6 ({kinds}): {counted[Judgement.ALLOWED]} allowed and answered by the right one,"
-        f" {denied} denied, each counted as a drop of its pod ({counted[Judgement.EGRESS]} egress,"
+        f" outside to everywhere, IPv4 and IPv6 ({kinds}): {counted[Judgement.ALLOWED]} allowed and answered by the"
+        f" right one, {denied} denied, each counted as a drop of its pod ({counted[Judgement.EGRESS]} egress,"
         f" {counted[Judgement.INGRESS]} ingress); {served} calls to services, of which policy let through those to"
         " backends that it allows, at their ports"
     )
