@@ -4,12 +4,13 @@ count. Standard library only, run without site packages.
 Requests: ``reflect`` {address, port, order} → {port}: a UDP server that sends back what it gets, with whom it saw, in
 parts where an order is named; ``reflected`` {address, port, size, source_port, count, source, order} → {seen, equal}:
 datagrams of random bytes to such a server, sent again when lost; ``echo`` {address, identifier, size, count} →
-{answers}: ICMP echo; ``error`` {address, port, size, hop_limit, dont_fragment, source_port} → {error, type, code,
-mtu_bytes, offender}: the ICMP error about one datagram, as its socket gets it; ``neighbours`` {ifname, source, targets}
-→ {answers}: ARP requests or neighbour solicitations, and who was told of before the last one was; ``watch`` {ifname},
-``watched`` {verify} → {sources, ports, packets, checked, large, wrong, lost}: the IP packets that came in between, by
-sender and protocol, and those whose checksums are wrong; ``checksums`` {ifname, on}: whether the device fills in
-checksums. An order is that of a datagram's parts: ``forward``, ``first`` (then the others backwards), ``backward``.
+{answers}: ICMP echo; ``scatter`` {address, first, count}: an echo request of each identifier, whatever is answered;
+``error`` {address, port, size, hop_limit, dont_fragment, source_port} → {error, type, code, mtu_bytes, offender}: the
+ICMP error about one datagram, as its socket gets it; ``neighbours`` {ifname, source, targets} → {answers}: ARP requests
+or neighbour solicitations, and who was told of before the last one was; ``watch`` {ifname}, ``watched`` {verify} →
+{sources, ports, packets, checked, large, wrong, lost}: the IP packets that came in between, by sender and protocol, and
+those whose checksums are wrong; ``checksums`` {ifname, on}: whether the device fills in checksums. An order is that of
+a datagram's parts: ``forward``, ``first`` (then the others backwards), ``backward``.
 """
 
 from __future__ import annotations
@@ -173,6 +174,18 @@ def echo(address: str, identifier: int, size: int = 56, count: int = 1) -> dict[
                 answered = echo_answered(raw, version, reply, head[4:] + body, address)
             answers += answered
     return {"answers": answers}
+
+
+def scatter(address: str, first: int, count: int) -> dict[str, Any]:
+    """An echo request of each identifier; nobody waits for answers."""
+    version = version_of(address)
+    with socket.socket(FAMILIES[version], socket.SOCK_RAW, ICMP if version == 4 else ICMPV6) as raw:
+        for identifier in range(first, first + count):
+            head = struct.pack("!BBHHH", 8 if version == 4 else 128, 0, 0, identifier, 1)
+            if version == 4:
+                head = head[:2] + struct.pack("!H", checksum(head)) + head[4:]
+            raw.sendto(head, (address, 0))
+    return {}
 
 
 def echo_answered(raw: socket.socket, version: int, reply: int, rest: bytes, address: str) -> bool:
@@ -383,6 +396,7 @@ def main() -> None:
         "reflect": reflect,
         "reflected": reflected,
         "echo": echo,
+        "scatter": scatter,
         "error": error,
         "neighbours": neighbours,
     }
