@@ -14,6 +14,7 @@
     ├── KernelError             the kernel refused; errno says why
     │   ├── NetlinkError        rtnetlink or RDMA netlink
     │   ├── BpfError            bpf(2)
+    │   │   └── VerifierError   a program was refused; ``log`` is what the verifier said
     │   └── VerbsError          an ibverbs call; ``status`` carries the work completion's status
     │       └── TimedOutError   an operation was not done in time; also a TimeoutError
     └── LeaseError              the broker refused or ended a lease
@@ -99,6 +100,14 @@ class NetlinkError(KernelError):
 
 class BpfError(KernelError):
     """bpf(2) refused."""
+
+
+class VerifierError(BpfError):
+    """The kernel's verifier refused a program; ``log`` is all that it said."""
+
+    def __init__(self, sentence: str, *, log: str, operation: str = "", subject: str = "", errno: int | None = None):
+        super().__init__(sentence, operation=operation, subject=subject, errno=errno)
+        self.log = log
 
 
 class VerbsError(KernelError):

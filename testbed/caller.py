@@ -12,7 +12,9 @@ asked last, in seconds of the monotonic clock; ``answer_raw`` {name}: SCTP as we
 ``attempt`` {ends: [{kind, address, port, source}], wanted: [true or false], timeout_s} → {answers}: a flow to each end,
 all at once, until the wanted ones have an answer: the server's name, "echo", an error's name, or null; ``attempting`` →
 {answers}: the same by now; ``attempted`` → {answers}: and everything is closed. Here kinds are ``sctp`` and ``icmp`` as
-well, which the kernel need not know.
+well, which the kernel need not know. ``load`` {id, kind, address, port, fresh, pause_s}: asks one question after the
+other from now on, ``fresh``: each over a socket of its own; ``loaded`` {id, asked} → {asked, failures}: waits for so
+many answers, or a failure; ``unload`` {id} → the same, at its end.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
@@ -390,8 +392,51 @@ class Attempts:
         return self.answers()
 
 
+class Load:
+    """Question and answer, again and again; what fails is kept, and the next one is asked."""
+
+    def __init__(self, kind: str, address: str, port: int, fresh: bool, pause_s: float):
+        self.pause_s = pause_s
+        self.end = (kind, address, port)
+        self.fresh = fresh
+        self.asked = 0
+        self.failures: list[str] = []
+        self.ending = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        call: Call | None = None
+        while not self.ending:
+            if call is None or self.fresh:
+                call = Call(*self.end)
+            refused = call.say()["refused"]
+            if self.fresh:
+                call.sock.close()
+            with self.changed:
+                self.asked += 1
+                if refused:
+                    self.failures.append(f"question {self.asked}: {refused}")
+                self.changed.notify_all()
+            time.sleep(self.pause_s)
+
+    def told(self, asked: int = 0) -> dict[str, Any]:
+        """When it has asked so often, or something has failed."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.asked >= asked or self.failures, 2 * TIMEOUT_S)
+            return {"asked": self.asked, "failures": self.failures[:5]}
+
+    def end_it(self) -> dict[str, Any]:
+        """After the last answer."""
+        self.ending = True
+        self.thread.join(2 * TIMEOUT_S)
+        return self.told()
+
+
 def main() -> None:
     attempts = Attempts()
+    loads: dict[str, Load] = {}
     pulses: dict[str, Pulse] = {}
     calls: dict[str, Call] = {}
     for line in sys.stdin:
@@ -415,6 +460,13 @@ def main() -> None:
                 pulses[request["id"]] = Pulse(request["address"], request["port"])
             elif do == "pulsed":
                 answer = {"answers": pulses[request["id"]].take()}
+            elif do == "load":
+                number = request.pop("id")
+                loads[number] = Load(**request)
+            elif do == "loaded":
+                answer = loads[request["id"]].told(request["asked"])
+            elif do == "unload":
+                answer = loads.pop(request["id"]).end_it()
             elif do == "pour":
                 answer = pour(**request)
             elif do == "open":

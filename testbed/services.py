@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rdmanet.errors import UnavailableError
-from testbed.host import Host
+from testbed.host import Dump, Host
 from testbed.outside import FAR_IPV4, FAR_IPV6, GATEWAY_IPV4, GATEWAY_IPV6, HOST_IPV4, HOST_IPV6
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
@@ -89,6 +89,7 @@ class Scene:
     pods: dict[str, Pod] = field(default_factory=dict)
     addresses: dict[str, dict[int, str]] = field(default_factory=dict)
     callers: dict[str, Peer] = field(default_factory=dict)
+    before: Dump = field(default_factory=dict)  # the host without an agent
 
     @classmethod
     @contextlib.contextmanager
@@ -100,6 +101,7 @@ class Scene:
             scene = cls(host)
             outside = host.connect_outside()
             outside.ip(*(f"route add {EXTERNAL_IP[version]} via {NODE[version]} dev eth0" for version in FAMILIES))
+            scene.before = host.dump()
             host.start_agent(config)
             for place, container in (("host", host), ("outside", outside)):
                 scene.callers[place] = stack.enter_context(start_caller(host, place, container))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from rdmanet.errors import BpfError, UnavailableError
+from rdmanet.errors import BpfError, UnavailableError, VerifierError
 
 MAP_TYPE_HASH = 1
 MAP_TYPE_ARRAY = 2
@@ -249,9 +249,10 @@ def load_program(
     result, number = _call(_PROG_LOAD, attributes(log))
     if result >= 0:
         return result
-    words = log.value.decode(errors="replace").strip().splitlines()[-12:]
-    raise BpfError(
-        f"The kernel's verifier refused program {name}: " + " | ".join(words),
+    text = log.value.decode(errors="replace").strip()
+    raise VerifierError(
+        f"The kernel's verifier refused program {name}: {' | '.join(text.splitlines()[-12:])}.",
+        log=f"{name}\n{text}\n",
         operation="BPF_PROG_LOAD",
         subject=name,
         errno=number,

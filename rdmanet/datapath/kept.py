@@ -1,4 +1,5 @@
-"""Artifacts that the agent keeps: the one that runs, the one before it, and the one that is being put in its place.
+"""Artifacts that the agent keeps: the one that runs, the one before it, and the one that is being put in its place;
+and what the verifier said of the last one that it refused.
 
 They say how what is pinned is laid out, also to a later version of rdmanet, and let the previous one be put back. Files
 are compressed and written in one step.
@@ -9,14 +10,17 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rdmanet.datapath import artifact as artifacts
 from rdmanet.datapath.artifact import Artifact
-from rdmanet.errors import NotFoundError, StateError
+from rdmanet.errors import NotFoundError, StateError, VerifierError
 
 RUNNING, PREVIOUS, NEXT = "running", "previous", "next"
 _PASSED_OVER = "passed-over"
+_LOG = "verifier.log"
 _SUFFIX = ".json.gz"
 
 
@@ -94,13 +98,20 @@ class Kept:
         else:
             self._write(path, offered.hash.encode("ascii"))
 
+    def keep_log(self, text: str) -> Path:
+        """Keeps what the verifier said last; returns where."""
+        path = self._directory / _LOG
+        self._write(path, text.encode("utf-8"))
+        return path
+
     def remove(self) -> None:
         """Removes all files and, when nothing else is there, the directory. Idempotent."""
         if not self._directory.is_dir():
             return
         for name in (RUNNING, PREVIOUS, NEXT):
             self._path(name).unlink(missing_ok=True)
-        (self._directory / _PASSED_OVER).unlink(missing_ok=True)
+        for name in (_PASSED_OVER, _LOG):
+            (self._directory / name).unlink(missing_ok=True)
         for path in self._directory.glob("*.part"):
             path.unlink()
         if not any(self._directory.iterdir()):
@@ -117,3 +128,20 @@ class Kept:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+
+
+@contextmanager
+def explained(kept: Kept | None) -> Iterator[None]:
+    """Keeps what the verifier says of a program that it refuses, and says where."""
+    try:
+        yield
+    except VerifierError as error:
+        if kept is None:
+            raise
+        raise VerifierError(
+            f"{error.sentence} Nothing was changed; all that it said is in {kept.keep_log(error.log)}.",
+            log=error.log,
+            operation=error.operation,
+            subject=error.subject,
+            errno=error.errno,
+        ) from error

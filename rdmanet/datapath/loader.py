@@ -30,7 +30,7 @@ from rdmanet.datapath.artifact import (
     Layout,
     MapDefinition,
 )
-from rdmanet.datapath.kept import NEXT, RUNNING, Kept
+from rdmanet.datapath.kept import NEXT, RUNNING, Kept, explained
 from rdmanet.datapath.migration import Move
 from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
 
@@ -64,7 +64,7 @@ def open_pins(artifact: Artifact, directory: Path, kept: Kept | None = None) -> 
     ``directory`` is in no bpffs or eBPF is refused, StateError when a pinned map cannot be carried over.
     """
     _make_directory(directory)
-    with ExitStack() as undo, _locked(directory):
+    with ExitStack() as undo, _locked(directory), explained(kept):
         pinned = Pinned(directory, artifact, {}, {}, kept)
         undo.callback(pinned.close)
         _finish(pinned)
@@ -77,9 +77,9 @@ def swap(pinned: Pinned, artifact: Artifact) -> None:
     """Puts another artifact's programs into the slots: all are loaded first, then one map update each.
 
     Maps that only the new artifact has are made, those whose definition differs are made anew; StateError is raised
-    where that cannot be, BpfError where the verifier refuses a program, and nothing has changed. The dispatchers stay.
+    where that cannot be, VerifierError where a program is refused, and nothing has changed. The dispatchers stay.
     """
-    with _locked(pinned.directory):
+    with _locked(pinned.directory), explained(pinned.kept):
         _finish(pinned)
         _bring(pinned, artifact)
         pinned.artifact = artifact
@@ -148,13 +148,14 @@ def _bring(pinned: Pinned, artifact: Artifact) -> None:
             migration.fill(move)
             if move.name in migration.NEAR:
                 migration.fill_near(maps, artifact.maps, move.name)
-        for move in moves:
-            # While much comes in, a second reading is much shorter than the first.
-            migration.catch_up(move)
         if pinned.kept is not None:
             pinned.kept.begin(artifact)
         for move in moves:
             bpf.pin(move.new, pinned.directory / f"{move.name}{_NEW}")
+        for move in moves:
+            # What comes in from here on is not in the new maps until programs have been exchanged: nothing else may
+            # take its time in between.
+            migration.catch_up(move)
         programs.put(maps[_PROGRAM_ARRAY], pinned.directory)
         # Before what is left is carried over, so that nothing is written to the old ones after that. Those that were
         # open keep their numbers.
@@ -427,7 +428,7 @@ def _load_programs(artifact: Artifact, maps: Mapping[str, int], directory: Path,
 
 def attach_sockets(pinned: Pinned, cgroup: Path) -> None:
     """Attaches the socket programs to the root cgroup, as ``sockets.attach`` does; those that are stay. Idempotent."""
-    with _locked(pinned.directory), ExitStack() as loaded:
+    with _locked(pinned.directory), explained(pinned.kept), ExitStack() as loaded:
         programs = {}
         for program in sockets.missing(pinned.directory, cgroup):
             programs[program] = _load_socket_program(pinned.artifact, program, pinned.maps)

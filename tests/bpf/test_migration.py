@@ -28,7 +28,7 @@ from rdmanet.datapath.artifact import (
     Relocation,
 )
 from rdmanet.datapath.kept import NEXT, PREVIOUS, RUNNING, Kept
-from rdmanet.errors import BpfError, NotFoundError, StateError
+from rdmanet.errors import NotFoundError, StateError, VerifierError
 from tests.bpf import lab
 
 LOAD_MAP = struct.pack("=BBhi", 0x18, 0x11, 0, 0) + bytes(INSTRUCTION_BYTES)
@@ -178,10 +178,14 @@ def test_an_array_shrinks_to_what_it_holds(pins: Path, kept: Kept) -> None:
         assert contents(pinned, "places")[layout.U32.pack(40)] == layout.U64.pack(7)
 
 
-def test_a_program_that_the_verifier_refuses_leaves_all_as_it_was(pins: Path, kept: Kept) -> None:
+def test_a_program_that_the_verifier_refuses_leaves_all_as_it_was(pins: Path, kept: Kept, tmp_path: Path) -> None:
     with closing(start(pins, kept)) as pinned:
-        with pytest.raises(BpfError, match="verifier refused program uplink_00000005"):
+        with pytest.raises(VerifierError, match="verifier refused program uplink_00000005") as caught:
             loader.swap(pinned, artifact(5, entries=64, uplink=EXIT_WITHOUT_RESULT))
+        log = tmp_path / "datapath" / "verifier.log"
+        assert f"Nothing was changed; all that it said is in {log}." in str(caught.value)
+        assert log.read_text(encoding="utf-8").startswith("uplink_00000005\n")
+        assert "R0 !read_ok" in log.read_text(encoding="utf-8")
         assert contents(pinned) == ENTRIES
         assert runs(pinned, FIRST)
         assert is_whole(pinned)
