@@ -52,6 +52,12 @@ struct flow_entry {
 /* Sized by configuration (tracking.max_flows). */
 BPF_F_TABLE("hash", struct flow_key, struct flow_entry, flows, 131072, 0);
 
+/*
+ * What was the table until a moment ago: while a swap makes it anew, its programs are given the old
+ * one here (rdmanet/datapath/loader.py). Else it is empty.
+ */
+BPF_F_TABLE("hash", struct flow_key, struct flow_entry, flows_before, 1, 0);
+
 /* Flows of each attachment, by its slot: one pod cannot take the table from the others. */
 BPF_F_TABLE("array", __u32, __u64, flow_counts, 4096, 0);
 
@@ -122,7 +128,16 @@ static __always_inline bool flow_key_of(struct flow_key *key, const struct packe
 /* NULL: not tracked. Another CPU may remove it at any time. */
 static __always_inline struct flow_entry *flow_lookup(struct flow_key *key)
 {
-	return flows.lookup(key);
+	struct flow_entry *flow = flows.lookup(key), *before;
+
+	if (flow)
+		return flow;
+	before = flows_before.lookup(key);
+	if (!before)
+		return NULL;
+	flows.insert(key, before);
+	flow = flows.lookup(key);
+	return flow ? flow : before;
 }
 
 /* Whether a packet goes in the direction in which the flow began. */
@@ -218,9 +233,16 @@ static __always_inline int flow_enter(struct flow_key *key, struct flow_entry *e
 	return error == -17 /* EEXIST */ ? FLOW_EXISTS : DROP_FLOW_TABLE_FULL;
 }
 
+/* 0: it was there. */
+static __always_inline int flow_delete(struct flow_key *key)
+{
+	flows_before.delete(key);
+	return flows.delete(key);
+}
+
 /* Gives the share back if there was such an entry: whoever removes it first does. */
 static __always_inline void flow_remove(struct flow_key *key, __u32 slot)
 {
-	if (!flows.delete(key))
+	if (!flow_delete(key))
 		flow_give_back(slot);
 }

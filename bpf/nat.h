@@ -75,7 +75,7 @@ static __always_inline void nat_remove(struct nat_work *work, const struct flow_
 				 &remote->address, port, inside->protocol);
 		alias = flow_lookup(&work->outside);
 		if (alias && nat_is_alias(alias, &pod->address, pod->port))
-			flows.delete(&work->outside);
+			flow_delete(&work->outside);
 	}
 	flow_remove(inside, slot);
 }
@@ -120,7 +120,7 @@ static __always_inline int nat_enter_inside(struct nat_work *work)
 		if (found && nat_is_end(found, &entry->translated, entry->translated_port))
 			return 0;
 	}
-	flows.delete(&work->outside);
+	flow_delete(&work->outside);
 	return reason;
 }
 
@@ -192,7 +192,7 @@ static __always_inline struct flow_entry *nat_inbound(const struct packet *packe
 	flow = flow_lookup(&work->inside);
 	if (flow && nat_is_end(flow, &packet->destination, packet->destination_port))
 		return flow;
-	flows.delete(&work->outside);
+	flow_delete(&work->outside);
 	return NULL;
 }
 

@@ -72,7 +72,7 @@ static __always_inline bool nat_take_over(const struct packet *packet, struct na
 			return false;
 		flow_remove(&work->other, flow->slot);
 	}
-	flows.delete(&work->outside);
+	flow_delete(&work->outside);
 	return true;
 }
 

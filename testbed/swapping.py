@@ -87,9 +87,7 @@ class Traffic:
                     address = OUTSIDE[version] if place == "outside" else scene.addresses[receiver][version]
                     traffic._stream(stack, sender, f"{place}-ipv{version}", server, address)
                     for kind in KINDS:
-                        # Of a masqueraded connection that begins in the very moment of a swap that makes the table
-                        # of flows anew, the answer may find the alias in the old table alone.
-                        for fresh in (False, True) if place == receiver else (False,):
+                        for fresh in (False, True):
                             name = f"{sender} to {place}, IPv{version} {kind}{', fresh' if fresh else ''}"
                             load: dict[str, Any] = {"kind": kind, "address": address, "fresh": fresh}
                             scene.ask(sender, "load", id=name, port=TARGET_PORT, pause_s=PAUSE_S, **load)

@@ -36,6 +36,8 @@ from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
 
 _PROGRAM_ARRAY = "programs"
 _NEW = "~new"
+#: In such an order that who sees an answer is new before who lets flows begin: old ones do not look into new maps.
+_SLOTS = {hook: (CONTINUATIONS | HOOKS)[hook] for hook in ("monitor", "uplink", "outside", "host", "pod", "nodeport")}
 
 
 @dataclass(slots=True)
@@ -144,6 +146,8 @@ def _bring(pinned: Pinned, artifact: Artifact) -> None:
             for hook in HOOKS:
                 pinned.dispatchers[hook] = _open_dispatcher(artifact, pinned.directory, hook, maps)
         programs = _load_programs(artifact, maps, pinned.directory, stack)
+        bridge = migration.bridge(moves, maps)
+        bridging = None if bridge is None else _load_programs(artifact, bridge, pinned.directory, stack)
         for move in moves:
             migration.fill(move)
             if move.name in migration.NEAR:
@@ -153,9 +157,12 @@ def _bring(pinned: Pinned, artifact: Artifact) -> None:
         for move in moves:
             bpf.pin(move.new, pinned.directory / f"{move.name}{_NEW}")
         for move in moves:
-            # What comes in from here on is not in the new maps until programs have been exchanged: nothing else may
-            # take its time in between.
+            # What comes in from here on is missing until programs have been exchanged: there is no time to lose.
             migration.catch_up(move)
+        if bridging is not None:
+            bridging.put(maps[_PROGRAM_ARRAY], pinned.directory)
+            migration.wait_for_programs()
+            migration.catch_up(next(move for move in moves if move.name == migration.FLOWS))
         programs.put(maps[_PROGRAM_ARRAY], pinned.directory)
         # Before what is left is carried over, so that nothing is written to the old ones after that. Those that were
         # open keep their numbers.
@@ -223,7 +230,7 @@ def _finish(pinned: Pinned) -> None:
                 moves.append(_move(name, old, maps[name], definition, following, running))
             else:
                 maps[name] = _get(directory / name, stack)
-        _load_programs(following, maps, directory, stack).put(maps[_PROGRAM_ARRAY], directory)
+        _load_programs(following, maps, directory, stack, again=True).put(maps[_PROGRAM_ARRAY], directory)
         _settle(pinned, moves)
 
 
@@ -325,7 +332,7 @@ def _runs(directory: Path, artifact: Artifact) -> bool:
         programs = _get(directory / _PROGRAM_ARRAY, stack)
         return all(
             _running(programs, slot) == _slot_name(artifact, hook)
-            for hook, slot in (CONTINUATIONS | HOOKS).items()
+            for hook, slot in _SLOTS.items()
             if hook in artifact.programs
         )
 
@@ -338,7 +345,7 @@ def maps_in_use(directory: Path) -> set[int]:
         programs = bpf.get(directory / _PROGRAM_ARRAY)
         if programs is not None:
             stack.callback(os.close, programs)
-            for slot in (CONTINUATIONS | HOOKS).values():
+            for slot in _SLOTS.values():
                 raw = bpf.lookup(programs, struct.pack("=I", slot), 4)
                 numbers += [] if raw is None else [struct.unpack("=I", raw)[0]]
         for number in numbers:
@@ -405,14 +412,17 @@ class _Loaded:
         sockets.replace(directory, self.sockets)
 
 
-def _load_programs(artifact: Artifact, maps: Mapping[str, int], directory: Path, stack: ExitStack) -> _Loaded:
-    """Loads what does not run yet."""
+def _load_programs(
+    artifact: Artifact, maps: Mapping[str, int], directory: Path, stack: ExitStack, *, again: bool = False
+) -> _Loaded:
+    """Loads what does not run yet, or everything ``again``."""
     loaded = _Loaded([], {})
-    # Those that others go on in come first; who goes on in a slot of another version is replaced before it is emptied.
-    for hook, slot in (CONTINUATIONS | HOOKS).items():
+    found = {hook: _running(maps[_PROGRAM_ARRAY], slot) for hook, slot in _SLOTS.items()}
+    # Empty slots that others go on in come first; who goes on in another version's is replaced before it is emptied.
+    for hook, slot in sorted(_SLOTS.items(), key=lambda place: found[place[0]] is not None):
         if hook in artifact.programs:
             name = _slot_name(artifact, hook)
-            if _running(maps[_PROGRAM_ARRAY], slot) != name:
+            if again or found[hook] != name:
                 descriptor = load(artifact, hook, name, maps)
                 stack.callback(os.close, descriptor)
                 loaded.slots.append((slot, descriptor))

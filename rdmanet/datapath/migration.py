@@ -12,7 +12,7 @@ import errno
 import platform
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,8 +22,10 @@ from rdmanet.errors import BpfError, StateError
 
 #: Copies of entries of hashes (bpf/endpoint.h): filled anew from those.
 NEAR = {"near_attachment": "attachments", "near_endpoint": "endpoints"}
+#: The table of flows, and what programs have in its place for a while: the table as it was.
+FLOWS, FLOWS_BEFORE = "flows", "flows_before"
 #: Nothing in them outlives a program.
-_WITHOUT_CONTENTS = ("events", "event_layout")
+_WITHOUT_CONTENTS = ("events", "event_layout", FLOWS_BEFORE)
 #: Numbers that both the old and the new program may have added to.
 _SUMS = ("counters", "drops", "flow_counts", "flows_begun", "events_lost")
 #: Before artifacts were kept; these structs were the beginning of what they are now, in so many bytes.
@@ -52,6 +54,15 @@ class Move:
     new_layout: Layout
     seen: dict[bytes, bytes] = field(default_factory=dict)  # what was copied, as the old map has it
     resumed: bool = False  # begun by a process that is gone: what it copied is not known
+
+
+def bridge(moves: Sequence[Move], maps: Mapping[str, int]) -> dict[str, int] | None:
+    """The maps of programs that look for flows in the old table where the new one has none, which a flow that begins in
+    the middle of a swap needs; None where the table stays, or has another layout by now."""
+    for move in moves:
+        if move.name == FLOWS and FLOWS_BEFORE in maps and move.old_layout == move.new_layout:
+            return {**maps, FLOWS_BEFORE: move.old}
+    return None
 
 
 def old_layout(name: str, found: MapDefinition, known: Layout | None, wanted: Layout) -> Layout | None:

@@ -185,6 +185,7 @@ EVENT = StructTable(
 MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     **layout.MAPS,
     "flows": (FLOW_KEY, FLOW),
+    "flows_before": (FLOW_KEY, FLOW),
     "flow_counts": (U32, U64),
     "flows_begun": (U32, BEGUN),
     "known_flows": (U32, KNOWN_FLOW),

@@ -2,8 +2,8 @@
 
 Two artifacts take turns, compiled from different source: the table of flows has another kind of memory, other maps
 other sizes, so that each swap makes them anew and carries their contents over. Streams are compared by SHA-256;
-questions over TCP and UDP, both IP families, to a pod (also over a fresh socket each) and masqueraded to outside, must
-all be answered.
+questions over sockets that stay and over fresh ones, TCP and UDP, both IP families, to a pod and masqueraded to
+outside, must all be answered.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure() -> Figure:
     detail = (
         f"{SWAPS} swaps between two artifacts, each with {', '.join(moved)} made anew: {carried['bytes']} bytes in TCP"
         " streams (pod to pod and masqueraded, IPv4 and IPv6) equal by SHA-256;"
-        f" {carried['answers']} questions, TCP and UDP, over old sockets and, pod to pod, fresh ones, all answered;"
+        f" {carried['answers']} questions, TCP and UDP, over old sockets and fresh ones, all answered;"
         " --previous put the earlier one back; one that the verifier refused left the other running"
         f" ({Path(log).name}); uninstall under traffic left nothing, and the host's own {answers} questions were"
         " answered"
