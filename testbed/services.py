@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rdmanet.errors import UnavailableError
+from testbed.container import Completed
 from testbed.host import Dump, Host
 from testbed.outside import FAR_IPV4, FAR_IPV6, GATEWAY_IPV4, GATEWAY_IPV6, HOST_IPV4, HOST_IPV6
 from testbed.paths import REPOSITORY
@@ -141,8 +142,12 @@ class Scene:
 
     def command(self, *words: str, text: str | None = None) -> str:
         """A `rdmanet` command with the agent's configuration; what it prints."""
+        return self.run(*words, text=text).stdout
+
+    def run(self, *words: str, text: str | None = None, check: bool = True) -> Completed:
+        """The same, with everything else that is known of it; without `check` it may fail."""
         argv = [sys.executable, "-m", "rdmanet", *words, "--config", self.host._config_file()]
-        return self.host.exec(argv, cwd=str(REPOSITORY), input=text or "").stdout
+        return self.host.exec(argv, cwd=str(REPOSITORY), input=text or "", check=check)
 
     def apply(self, *documents: Document) -> float:
         """`rdmanet apply`; when it has returned, in seconds of the monotonic clock."""

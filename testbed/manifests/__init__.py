@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -106,6 +108,36 @@ MISTAKES: dict[str, tuple[str, str]] = {
 def corpus() -> list[Any]:
     """Every document of the manifests beside this module."""
     return [document for document in documents([str(CORPUS)]) if document is not None]
+
+
+#: Mappings whose keys are people's own, and fields that do not concern the network: what is in them is not looked at.
+_UNREAD = re.compile(
+    r"metadata\.(labels|annotations|ownerReferences)|.*\.matchLabels|spec\.selector|endpoints\[\d+\]\.targetRef"
+    r"|spec\.(affinity|securityContext|tolerations|topologySpreadConstraints|volumes)|status"
+    r"|spec\.(initContainers|containers)\[\d+\]\.(env|livenessProbe|readinessProbe|resources|securityContext|volumeMounts)"
+)
+
+
+def intruded(document: Any) -> Iterator[tuple[Any, str]]:
+    """Copies of an object, each with an unknown field in another one of its mappings, and the field's path."""
+    for place in _mappings(document, ""):
+        found = copy.deepcopy(document)
+        _mappings(found, "")[place]["intruder"] = {"a": 1}
+        yield found, f"{place}.intruder".lstrip(".")
+
+
+def _mappings(value: Any, path: str) -> dict[str, Any]:
+    """By path, those that are looked at."""
+    if _UNREAD.match(path):
+        return {}
+    found = {path: value} if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        for key, item in value.items():
+            found |= _mappings(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            found |= _mappings(item, f"{path}[{number}]")
+    return found
 
 
 _STRANGE: tuple[Any, ...] = (

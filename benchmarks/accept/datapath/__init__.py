@@ -36,7 +36,7 @@ ROWS: Proof = {
     "policy": Claim(_of("policy"), _HERE),
     "policy-live": Claim(_of("policy_live"), _HERE),
     "one-policy": Claim(_of("one_policy")),
-    "yaml": Claim(_of("yaml"), _HERE),
+    "yaml": Claim(_of("manifests"), _HERE),
     "monitor": Claim(_of("monitor"), _HERE),
     "redirect-policy": Claim(_of("redirect_policy"), (Place.HOST, Place.DISTRIBUTION)),
     "swap": Claim(_of("swap"), _HERE),
