@@ -14,6 +14,7 @@ from testbed.paths import REPOSITORY
 PACKAGES = (
     "containernetworking-plugins",
     "iptables",
+    "ipvsadm",
     "perftest",
     "rdma-core",
     "rdmacm-utils",

@@ -21,7 +21,7 @@ from testbed.session import end_session
 
 def names() -> list[str]:
     """Every question, in the order in which they build on each other."""
-    order = ["cni", "datapath", "rdma", "lease", "agent", "churn"]
+    order = ["cni", "datapath", "services", "rdma", "lease", "agent", "churn"]
     found = {module.name for module in pkgutil.iter_modules(questions.__path__)}
     return [name for name in order if name in found] + sorted(found - set(order))
 

@@ -2,9 +2,10 @@
 /*
  * The load of the question datapath: one program for every contender, so that all do the same work.
  *
- *     netload WORK SERVER_NETNS CLIENT_NETNS ADDRESS WARMUP COUNT
+ *     netload WORK SERVER_NETNS CLIENT_NETNS ADDRESS WARMUP COUNT [PORT CALLED CALLED_PORT]
  *
- * A server in one network namespace answers a client in another (or the same) one:
+ * A server in one network namespace answers a client in another (or the same) one, at a free port
+ * of ADDRESS; or at PORT, and the client calls another address and port, behind which it is:
  *
  *     tcp-rr      one byte there, one byte back, on one connection
  *     tcp-crr     the same with a connection for each, closed by the server
@@ -107,12 +108,22 @@ static int open_socket(const union address *address, int type)
 	return fd;
 }
 
-/* At a free port, which is written into the address. */
+static void set_port(union address *address, long port)
+{
+	if (address->any.sa_family == AF_INET)
+		address->ipv4.sin_port = htons(port);
+	else
+		address->ipv6.sin6_port = htons(port);
+}
+
+/* Where it has no port, at a free one, which is written into the address. */
 static int open_server(union address *address, int type)
 {
 	socklen_t length = length_of(address);
-	int fd = open_socket(address, type);
+	int one = 1, fd = open_socket(address, type);
 
+	if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)))
+		err(1, "SO_REUSEADDR");
 	if (bind(fd, &address->any, length) || getsockname(fd, &address->any, &length))
 		err(1, "cannot bind the server's address");
 	if (type == SOCK_STREAM && listen(fd, 128))
@@ -314,10 +325,13 @@ int main(int argc, char **argv)
 	pid_t server;
 	int fd;
 
-	if (argc != 7)
-		errx(1, "usage: netload WORK SERVER_NETNS CLIENT_NETNS ADDRESS WARMUP COUNT");
+	if (argc != 7 && argc != 10)
+		errx(1, "usage: netload WORK SERVER_NETNS CLIENT_NETNS ADDRESS WARMUP COUNT"
+			" [PORT CALLED CALLED_PORT]");
 	load = find_load(argv[1]);
 	address = parse_address(argv[4]);
+	if (argc == 10)
+		set_port(&address, positive(argv[7]));
 	warmup = positive(argv[5]);
 	count = positive(argv[6]);
 	if (count < BLOCKS)
@@ -337,6 +351,10 @@ int main(int argc, char **argv)
 	}
 	close(fd);
 
+	if (argc == 10) {
+		address = parse_address(argv[8]);
+		set_port(&address, positive(argv[9]));
+	}
 	enter(argv[3]);
 	forget_closed_connections();
 	fd = load->ask == ask_crr ? -1 : open_client(&address, load->type);

@@ -38,7 +38,7 @@ packages() {
 	# UCX and MPI over it, and the tests of rdma-core itself (python3-pyverbs has them among its documentation)
 	echo ucx-utils openmpi-bin python3-mpi4py
 	# what benchmarks/ compares with
-	echo containernetworking-plugins iptables
+	echo containernetworking-plugins iptables ipvsadm
 	# the test kernel and its virtual machine
 	if ! kernel_has_rxe; then echo qemu-system-x86 busybox-static cpio zstd e2fsprogs; fi
 }

@@ -39,12 +39,17 @@ class Way:
     client: str
     addresses: Mapping[str, str]
 
-    def load(self, work: str, family: str, warmup: int, count: int) -> float:
+    def load(
+        self, work: str, family: str, warmup: int, count: int, *, port: int = 0, service: tuple[str, int] | None = None
+    ) -> float:
         """One run of netload (benchmarks/netload.c): nanoseconds for each transaction, or KiB of a stream.
 
-        CommandError with the program's words when it fails.
+        With ``service`` the client calls that address and port, and the server answers at ``port``. CommandError with
+        the program's words when it fails.
         """
         argv = [str(NETLOAD), work, self.server, self.client, self.addresses[family], str(warmup), str(count)]
+        if service is not None:
+            argv += [str(port), service[0], str(service[1])]
         return float(self.host.exec(argv, timeout_s=NETLOAD_TIMEOUT_S).stdout)
 
 

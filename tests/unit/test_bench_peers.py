@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from benchmarks.peers import namespaces, perftest
+from benchmarks.peers import kube_proxy, namespaces, perftest
 from benchmarks.peers.namespaces import End
 from benchmarks.peers.rdma_cm import connected_us
 from rdmanet.errors import NotFoundError
@@ -112,3 +112,30 @@ def test_gid_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stream_of_perftest_per_message(figures: list[float], each_us: float | None) -> None:
     found = perftest.each_us(perftest.TESTS["write-bw"], 65536, figures)
     assert found == (None if each_us is None else pytest.approx(each_us))
+
+
+def test_rules_of_services_are_those_of_kube_proxy() -> None:
+    """Names of chains as in Kubernetes' own tests (pkg/proxy/iptables/proxier_test.go: ns1/svc1:p80)."""
+    assert kube_proxy.chain("SVC", "ns1/svc1:p80", "tcp") == "KUBE-SVC-XPGD46QRK7WJZT7O"
+    assert kube_proxy.chain("SEP", "ns1/svc1:p80", "tcp", "10.180.0.1:80") == "KUBE-SEP-SXIVWICOYRO3J4NJ"
+
+
+@pytest.mark.parametrize("family", kube_proxy.FAMILIES)
+def test_the_called_service_is_in_the_middle_of_all_rules(family: str) -> None:
+    server = {"ipv4": "10.214.0.2", "ipv6": "fd72:646d:6170::2"}[family]
+    services = kube_proxy.listed(101, family, server)
+    assert len({service.address for service in services}) == 101
+    lines = kube_proxy.iptables_rules(services, family).split("\n")
+    portals = [line for line in lines if line.startswith("-A KUBE-SERVICES") and "KUBE-SVC-" in line]
+    assert len(portals) == 101
+    assert f"-d {kube_proxy.CALLED[family]}/" in portals[50]
+    end = f"[{server}]:8080" if family == "ipv6" else f"{server}:8080"
+    assert [line for line in lines if line.endswith(f"--to-destination {end}")]
+    last = [line for line in lines if line.startswith("-A KUBE-SERVICES")][-1]
+    assert last.endswith("-m addrtype --dst-type LOCAL -j KUBE-NODEPORTS")
+
+
+def test_of_many_endpoints_rules_have_no_comments() -> None:
+    few, many = (kube_proxy.iptables_rules(kube_proxy.listed(n, "ipv4", "10.214.0.2"), "ipv4") for n in (1000, 1001))
+    assert few.count("default/s7:http") == 5
+    assert "default/s7:http" not in many
