@@ -1,10 +1,10 @@
 """Leased transfers that account for every byte, and can be disturbed: a program for `testbed.peer`, one in each pod.
 
-Requests: ``hello``; ``serve`` {service}; ``begin`` {target, kinds, size, within_s}, which starts a stream of each kind
-("write", "send" or "pool"); ``reach`` {rounds, within_s} → {kind: rounds}, when every stream that still runs is so many
-further; ``end`` {within_s} → {kind: outcome}, once the streams have stopped; ``broken`` {within_s} → the same, after
-waiting until all have failed; ``connect`` {target, count} → {sentence, leased}, leasing until that is refused;
-``received`` {within_s} → {kind: what arrived}, when every connection has ended.
+Requests: ``hello``; ``serve`` {service}; ``begin`` {target, kinds, size, within_s, address}, which starts a stream of
+each kind ("write", "send" or "pool"), from this own address; ``reach`` {rounds, within_s} → {kind: rounds}, when every
+stream that still runs is so many further; ``end`` {within_s} → {kind: outcome}, once the streams have stopped;
+``broken`` {within_s} → the same, after waiting until all have failed; ``connect`` {target, count, address} → {sentence,
+leased}, leasing until that is refused; ``received`` {within_s} → {kind: what arrived}, when every connection has ended.
 
 A round of "write" is an RDMA WRITE of `size` random bytes and a message with their SHA-256, which the listener compares
 with its memory and answers; "pool" does the same on a queue pair of a pool each time. A round of "send" is one message
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdmanet import verbs
 from rdmanet.errors import RdmanetError
+from rdmanet.model import IPAddress
 from testbed.answering import Requests, answer_requests
 
 if TYPE_CHECKING:
@@ -94,6 +96,10 @@ class Stream:
         """Return when so many are done, or one has failed."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.outcome.rounds >= rounds or bool(self.outcome.error))
+
+
+def _parsed(address: str | None) -> IPAddress | None:
+    return None if address is None else ipaddress.ip_address(address)
 
 
 def _message(value: dict[str, Any]) -> bytes:
@@ -182,15 +188,18 @@ class Peer:
 
     # The connector's side
 
-    async def begin(self, target: str, kinds: list[str], size: int, within_s: float) -> dict[str, Any]:
+    async def begin(
+        self, target: str, kinds: list[str], size: int, within_s: float, address: str | None = None
+    ) -> dict[str, Any]:
+        own = _parsed(address)
         for kind in kinds:
             stream = self._streams[kind] = Stream()
             start = {"write": self._write, "send": self._send, "pool": self._pool}[kind]
-            stream.task = self._spawn(start(stream, target, size, within_s))
+            stream.task = self._spawn(start(stream, target, own, size, within_s))
         return {}
 
-    async def _write(self, stream: Stream, target: str, size: int, within_s: float) -> None:
-        async with await verbs.connect(target, timeout_s=CONNECT_TIMEOUT_S) as qp:
+    async def _write(self, stream: Stream, target: str, own: IPAddress | None, size: int, within_s: float) -> None:
+        async with await verbs.connect(target, address=own, timeout_s=CONNECT_TIMEOUT_S) as qp:
             await stream.run(await self._writing(qp, "write", size), within_s)
 
     async def _writing(self, qp: QueuePair, kind: str, size: int) -> Callable[[int], Awaitable[tuple[int, int]]]:
@@ -207,8 +216,8 @@ class Peer:
 
         return work
 
-    async def _send(self, stream: Stream, target: str, size: int, within_s: float) -> None:
-        async with await verbs.connect(target, timeout_s=CONNECT_TIMEOUT_S) as qp:
+    async def _send(self, stream: Stream, target: str, own: IPAddress | None, size: int, within_s: float) -> None:
+        async with await verbs.connect(target, address=own, timeout_s=CONNECT_TIMEOUT_S) as qp:
             await qp.send(_message({"kind": "send", "size": size}))
 
             async def work(number: int) -> tuple[int, int]:
@@ -218,10 +227,10 @@ class Peer:
 
             await stream.run(work, within_s)
 
-    async def _pool(self, stream: Stream, target: str, size: int, within_s: float) -> None:
+    async def _pool(self, stream: Stream, target: str, own: IPAddress | None, size: int, within_s: float) -> None:
         ready: dict[QueuePair, Callable[[int], Awaitable[tuple[int, int]]]] = {}
         async with verbs.Session() as session:
-            pool = await session.pool(target, size=POOL_SIZE, timeout_s=CONNECT_TIMEOUT_S)
+            pool = await session.pool(target, size=POOL_SIZE, address=own, timeout_s=CONNECT_TIMEOUT_S)
 
             async def work(number: int) -> tuple[int, int]:
                 async with pool.queue_pair() as qp:
@@ -259,14 +268,15 @@ class Peer:
                 stream.outcome.error = f"{type(failure).__name__}: {failure}"
         return {kind: asdict(stream.outcome) for kind, stream in streams.items()}
 
-    async def connect(self, target: str, count: int) -> dict[str, Any]:
+    async def connect(self, target: str, count: int, address: str | None = None) -> dict[str, Any]:
         """Lease until one is refused; gives all back."""
+        own = _parsed(address)
         qps: list[QueuePair] = []
         sentence = ""
         try:
             while not sentence and len(qps) < count:
                 try:
-                    qps.append(await verbs.connect(target, timeout_s=CONNECT_TIMEOUT_S))
+                    qps.append(await verbs.connect(target, address=own, timeout_s=CONNECT_TIMEOUT_S))
                 except verbs.LeaseRefusedError as error:
                     sentence = str(error)
         finally:
