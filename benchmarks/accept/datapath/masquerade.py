@@ -7,7 +7,7 @@ are looked up in the table, also after their pod was deleted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rdmanet.datapath.flows import Flow
 from rdmanet.tracking import alias_key, inside_key
@@ -23,8 +23,14 @@ FIRST_PORT, LAST_PORT = 61000, 65535
 #: Sixteen ports, of which the host listens at one and has a connection from another.
 FEW_FIRST, FEW_LAST = 61000, 61015
 LISTENING, CONNECTED = 61003, 61012
-CONFIG = {"masquerade": {"first_port": FIRST_PORT, "last_port": LAST_PORT}, "tracking": {"interval_s": 1.0}}
-FEW = {"masquerade": {"first_port": FEW_FIRST, "last_port": FEW_LAST}, "tracking": {"interval_s": 1.0}}
+CONFIG: Mapping[str, Mapping[str, object]] = {
+    "masquerade": {"first_port": FIRST_PORT, "last_port": LAST_PORT},
+    "tracking": {"interval_s": 1.0},
+}
+FEW: Mapping[str, Mapping[str, object]] = {
+    "masquerade": {"first_port": FEW_FIRST, "last_port": FEW_LAST},
+    "tracking": {"interval_s": 1.0},
+}
 SAME_PORT = 5000
 PROTOCOLS = {"tcp": 6, "udp": 17}
 ICMPS = {4: 1, 6: 58}

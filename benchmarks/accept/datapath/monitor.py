@@ -54,9 +54,9 @@ def measure() -> Figure:
     detail = (
         f"{len(reasons)} drop reasons and {flows} new flows, IPv4 and IPv6, each as often as it was provoked, with the"
         f" names of pods; {len(narrowed)} of them by `rdmanet monitor --pod`; metrics by pod, direction and reason"
-        f" counted the same, and `rdmanet flows` listed the same flows; of {FLOOD_FRAMES} drops at once {lost} were told"
-        f" as lost; while nobody watched {unseen} drops left the ring untouched (guard entries of RoCE are written here"
-        " as the broker does; no_node alone cannot be seen: nobody watches before there is an agent)"
+        f" counted the same, and `rdmanet flows` listed these flows; of {FLOOD_FRAMES} drops at once {lost} were said"
+        f" to be lost; while nobody watched {unseen} drops left the ring untouched (guard entries of RoCE are written"
+        " here as the broker does; no_node alone cannot be seen: nobody watches before there is an agent)"
     )
     return Figure(events, "events", detail, {"reasons": len(reasons), "flows": flows, "lost": lost})
 
