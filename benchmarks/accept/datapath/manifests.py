@@ -46,8 +46,8 @@ def measure() -> Figure:
     detail = (
         f"{len(whole)} objects of all kinds as clusters print them, applied, shown as YAML and JSON and applied again"
         f" unchanged; {mistakes} mistakes and {unknown} unknown fields, one in each mapping, refused by object and"
-        f" path, and {refused} of {refused + understood} spoilt documents (seeds {seeds[0]} and {seeds[1]}), nothing of their"
-        f" files kept, the others as they are; {joined} connections followed labels joined by Kubernetes' names,"
+        f" path, and {refused} of {refused + understood} spoilt documents (seeds {seeds[0]} and {seeds[1]}), nothing of"
+        f" their files kept, the others as they are; {joined} connections followed labels joined by Kubernetes' names,"
         f" {alone} those given through CNI; {deleted} deleted"
     )
     more = {"mistakes": mistakes, "unknown": unknown, "refused": refused, "understood": understood}
