@@ -34,10 +34,10 @@ from rdmanet.datapath.kept import NEXT, RUNNING, Kept, explained
 from rdmanet.datapath.migration import Move
 from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
 
-_PROGRAM_ARRAY = "programs"
-_NEW = "~new"
+_PROGRAM_ARRAY, _NEW = "programs", "~new"
 #: In such an order that who sees an answer is new before who lets flows begin: old ones do not look into new maps.
-_SLOTS = {hook: (CONTINUATIONS | HOOKS)[hook] for hook in ("monitor", "uplink", "outside", "host", "pod", "nodeport")}
+_ORDER = ("monitor", "parts", "uplink", "outside", "host", "pod", "nodeport")
+_SLOTS = dict(sorted((CONTINUATIONS | HOOKS).items(), key=lambda place: _ORDER.index(place[0])))
 
 
 @dataclass(slots=True)
@@ -418,7 +418,7 @@ def _load_programs(
     """Loads what does not run yet, or everything ``again``."""
     loaded = _Loaded([], {})
     found = {hook: _running(maps[_PROGRAM_ARRAY], slot) for hook, slot in _SLOTS.items()}
-    # Empty slots that others go on in come first; who goes on in another version's is replaced before it is emptied.
+    # Empty ones come first, which others go on in; who goes on in another version's is replaced before it is emptied.
     for hook, slot in sorted(_SLOTS.items(), key=lambda place: found[place[0]] is not None):
         if hook in artifact.programs:
             name = _slot_name(artifact, hook)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
@@ -166,6 +167,21 @@ def _layout(definition: MapDefinition) -> tuple[int, int, int, int, int]:
         definition.max_entries,
         definition.flags,
     )
+
+
+def test_every_slot_is_filled(artifact: Artifact, pins: Path) -> None:
+    """Those of continuations too, which nothing shows when they are empty."""
+    with Datapath.open(artifact, pins), contextlib.ExitStack() as stack:
+        programs = bpf.get(pins / "programs")
+        assert programs is not None
+        stack.callback(os.close, programs)
+        for hook, slot in (CONTINUATIONS | HOOKS).items():
+            number = bpf.lookup(programs, struct.pack("=I", slot), 4)
+            assert number is not None, f"the slot of {hook} is empty"
+            program = bpf.program_by_id(struct.unpack("=I", number)[0])
+            assert program is not None
+            stack.callback(os.close, program)
+            assert bpf.program_info(program).name == f"{hook}_{artifact.hash[:8]}"[:15]
 
 
 class Crash(BaseException):
