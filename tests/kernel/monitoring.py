@@ -75,7 +75,7 @@ class Stage:
             "multicast": self.frame(version, GROUP[version], packets.UDP, udp),
             "no_endpoint": self.frame(version, NOBODY[version], packets.UDP, udp),
             "nat_protocol": self.frame(version, FAR[version], SCTP, bytes(24)),
-            "fragment_unknown": packets.ethernet(GATEWAY_MAC, mac, TYPES[version], later),
+            "fragment_early": packets.ethernet(GATEWAY_MAC, mac, TYPES[version], later),
         }
 
     def flow(self, version: int, number: int) -> bytes:

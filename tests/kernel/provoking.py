@@ -24,7 +24,7 @@ from testbed.policies import labelled, policy
 from testbed.rows import need
 from testbed.services import CLUSTER_IP, NODE, NODE_PORT, PORT, TARGET_PORT, service, slices, start_caller
 from tests.bpf import packets
-from tests.kernel.monitoring import FAR, GATEWAY_MAC, TYPES, Stage
+from tests.kernel.monitoring import FAR, GATEWAY_MAC, NOBODY, TYPES, Stage
 from tests.kernel.world import PINS, Attached
 
 MAX_FLOWS, FLOWS_PER_POD = 1024, 256
@@ -38,7 +38,7 @@ GATEWAY = {4: GATEWAY_IPV4, 6: GATEWAY_IPV6}
 #: Where routes of the host lead that no pod can take (RFC 2544, RFC 3849).
 NOWHERE = {4: "198.18.1.1", 6: "2001:db8:901::1"}
 ELSEWHERE = {4: "198.18.2.1", 6: "2001:db8:902::1"}
-NARROW_IPV4, NARROW_BYTES = "203.0.113.77", 1300
+NARROW, NARROW_BYTES = {4: "203.0.113.77", 6: "2001:db8:200::77"}, 1300
 QPN = 77
 CLIENT_PORT = 5555
 #: What pods' own kernels send as well, unasked.
@@ -74,9 +74,15 @@ class Provoker:
             made.probers["host"] = world.prober("host", world.host)
             world.host.ip(
                 "link add odd0 type veth peer name odd1",
+                # Nothing goes out there unasked.
+                "link set odd0 addrgenmode none",
+                "link set odd1 addrgenmode none",
                 "link set odd0 up",
                 "link set odd1 up",
-                f"route add {NARROW_IPV4} via {GATEWAY_IPV4} dev {UPLINK} mtu lock {NARROW_BYTES}",
+                *(
+                    f"route add {NARROW[version]} via {GATEWAY[version]} dev {UPLINK} mtu lock {NARROW_BYTES}"
+                    for version in (4, 6)
+                ),
                 *(f"route add blackhole {NOWHERE[version]}" for version in (4, 6)),
                 *(f"route add {ELSEWHERE[version]} dev odd0" for version in (4, 6)),
             )
@@ -116,7 +122,7 @@ class Provoker:
 
     def _frames(self, version: int) -> None:
         stage = self.stage
-        peers = {"spoofed_mac": "two", "spoofed_address": "two", "fragment_unknown": "two"}
+        peers = {"spoofed_mac": "two", "spoofed_address": "two", "fragment_early": "two"}
         for reason, frame in stage.dropped(version).items():
             stage.send([frame] * 3)
             peer = peers.get(reason)
@@ -128,6 +134,14 @@ class Provoker:
         error = packets.icmp(3 if version == 4 else 1, 0, b"")[:8] + about
         stage.send([stage.frame(version, two, ICMP[version], error)])
         self.expect("icmp_unrelated", version, peer="two")
+        parts = [
+            bytes(packets.fragment(own, NOBODY[version], packets.udp(5000, 6000, bytes(64)), more=True)),
+            bytes(packets.fragment(own, NOBODY[version], bytes(64), offset=72)),
+        ]
+        # The first one is not let through.
+        stage.send([packets.ethernet(GATEWAY_MAC, mac, TYPES[version], part) for part in parts])
+        self.expect("no_endpoint", version)
+        self.expect("fragment_unknown", version)
         if version == 4:
             arp = packets.arp(1, mac, own, two)
             stage.send([packets.ethernet(b"\xff" * 6, mac, packets.ETHERTYPE_ARP, arp)])
@@ -144,10 +158,14 @@ class Provoker:
         for reason, destination in (("no_route", NOWHERE[version]), ("not_uplink", ELSEWHERE[version])):
             self.stage.send([self.stage.frame(version, destination, packets.UDP, udp)])
             self.expect(reason, version)
-        if version == 4:  # of IPv6 the stack tells the pod instead: no router makes fragments
-            large = packets.udp(5000, 6000, bytes(NARROW_BYTES))
-            self.stage.send([self.stage.frame(4, NARROW_IPV4, packets.UDP, large)])
-            self.expect("fragment", 4)
+        # Its first part is let through; a later one is larger than the way there.
+        own, mac = self.stage.one.address(version), bytes.fromhex(self.stage.one.mac.replace(":", ""))
+        parts = [
+            bytes(packets.fragment(own, NARROW[version], packets.udp(5000, 6000, bytes(64)), more=True)),
+            bytes(packets.fragment(own, NARROW[version], bytes(NARROW_BYTES), offset=72)),
+        ]
+        self.stage.send([packets.ethernet(GATEWAY_MAC, mac, TYPES[version], part) for part in parts])
+        self.expect("fragment", version)
 
     def _masquerade(self, version: int) -> None:
         many = OUTSIDE_PORTS + 5

@@ -42,7 +42,7 @@ def test_filters(stage: Stage) -> None:
         watching(host, pod="two") as by_pod,
         watching(host, pod="default/one", verdict="allowed") as by_verdict,
     ):
-        stage.send([frames["not_ip"], frames["no_endpoint"], frames["fragment_unknown"], stage.flow(4, 5000)])
+        stage.send([frames["not_ip"], frames["no_endpoint"], frames["fragment_early"], stage.flow(4, 5000)])
         by_reason.wait(bool, "no_endpoint was not shown")
         by_pod.wait(lambda events: any(event["verdict"] == "allowed" for event in events), "nothing of pod two")
         by_verdict.wait(lambda events: any(event["source_port"] == 25000 for event in events), "no flow of pod one")

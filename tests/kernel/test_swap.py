@@ -12,7 +12,7 @@ from rdmanet.datapath.artifact import Artifact
 from testbed.host import ARTIFACT
 from testbed.services import Scene
 from testbed.swapping import (
-    TRACKING,
+    SIZES,
     Traffic,
     be_refused,
     changed,
@@ -31,7 +31,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     one, other = Artifact.load(ARTIFACT), changed(tmp_path)
     assert {name for name in one.maps if one.maps[name] != other.maps[name]} == {"drops", "flows", "fragments"}
     offer(one, tmp_path)
-    config: dict[str, dict[str, Any]] = {"datapath": {"artifact_dir": str(tmp_path)}, "tracking": TRACKING}
+    config: dict[str, dict[str, Any]] = {"datapath": {"artifact_dir": str(tmp_path)}, **SIZES}
     with Scene.start("swap", ("one", "two"), config) as scene:
         with Traffic.start(scene, "one", "two") as traffic:
             first = running(scene)

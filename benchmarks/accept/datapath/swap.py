@@ -17,7 +17,7 @@ from testbed.host import ARTIFACT
 from testbed.rows import Figure, need
 from testbed.services import Scene
 from testbed.swapping import (
-    TRACKING,
+    SIZES,
     Traffic,
     be_refused,
     changed,
@@ -41,7 +41,7 @@ def measure() -> Figure:
         moved = sorted(name for name, definition in both[0].maps.items() if both[1].maps[name] != definition)
         need(bool(moved), "both artifacts have the same maps")
         offer(both[0], scratch)
-        config: dict[str, dict[str, Any]] = {"datapath": {"artifact_dir": directory}, "tracking": TRACKING}
+        config: dict[str, dict[str, Any]] = {"datapath": {"artifact_dir": directory}, **SIZES}
         with Scene.start("accept-swap", ("one", "two"), config) as scene:
             with Traffic.start(scene, "one", "two") as traffic:
                 names = [""]
