@@ -185,8 +185,12 @@ class Lab:
             pod.namespace.close()
         self.host.close()
         self.outside.close()
-        for descriptor in self.maps.values():
-            os.close(descriptor)
+        self.forget_maps()
+
+    def forget_maps(self) -> None:
+        """A swap may have made others in their place."""
+        while self.maps:
+            os.close(self.maps.popitem()[1])
 
     def map(self, name: str) -> int:
         """The descriptor of a pinned map; stays the lab's."""

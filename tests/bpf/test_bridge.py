@@ -12,8 +12,24 @@ import pytest
 from rdmanet.datapath import bpf, migration
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.flows import Flow
+from tests.bpf import lab
 from tests.bpf.bench import REDIRECT, Bench
 from tests.bpf.test_nat import FLOWS, VERSIONS, back, out, outside_port
+
+
+@pytest.fixture(scope="module")
+def own_bench() -> Iterator[Bench]:
+    """Swaps replace the map that the other tests' bench has open."""
+    lab.require_root()
+    with Bench.build(lab.artifact()) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(own_bench: Bench) -> Bench:
+    own_bench.lab.forget_maps()
+    own_bench.reset()
+    return own_bench
 
 
 def sized(artifact: Artifact, more: int) -> Artifact:
