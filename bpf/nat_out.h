@@ -14,7 +14,7 @@
 #include "rewrite.h"
 #include "track.h"
 
-#define PORT_TRIES	32
+#define PORT_TRIES	24
 #define TAKE_OVER_TRIES 4 /* of these, when all others were in vain */
 
 /* A socket of the host's own would answer to this outside port; those in TIME_WAIT too. */
