@@ -17,7 +17,11 @@ from testbed.rows import Row, measure, read, show, write
 from testbed.session import end_session
 
 #: Title of each proof, and the module whose ROWS it is.
-PROOFS = {"rdma": "benchmarks.accept.rdma", "datapath": "benchmarks.accept.datapath"}
+PROOFS = {
+    "rdma": "benchmarks.accept.rdma",
+    "datapath": "benchmarks.accept.datapath",
+    "reliability": "benchmarks.accept.reliability",
+}
 RESULTS = BUILD / "accept"
 #: All rows together take about an hour on two processors without hardware virtualisation.
 VM_TIMEOUT_S = 7200.0

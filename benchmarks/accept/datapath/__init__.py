@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
-from benchmarks.accept.proof import Claim, Place, Proof, Work
-from testbed.rows import Figure, need
+from benchmarks.accept.proof import Claim, Place, Proof, Work, later
 
 
 def _of(module: str) -> Work:
-    """A row's work; its module is imported when the row is carried out."""
-
-    def work() -> Figure:
-        name = f"{__name__}.{module}"
-        need(importlib.util.find_spec(name) is not None, f"nothing proves it yet: {module}.py is not written")
-        figure: Figure = importlib.import_module(name).measure()
-        return figure
-
-    return work
+    return later(__name__, module)
 
 
 _HERE = (Place.HOST,)
