@@ -29,11 +29,11 @@ from rdmanet.api import Api
 from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import PodView
+from rdmanet.calls import Calls
 from rdmanet.config import Config
 from rdmanet.connections import Connections
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.kept import Kept
-from rdmanet.datapath.layout import NodeEntry, UplinkEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.documents import Documents
@@ -41,23 +41,26 @@ from rdmanet.errors import BpfError, StateError, UnavailableError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
-from rdmanet.model import GATEWAY_MAC, AttachmentState, Device, NetnsId, address_key, address_of
+from rdmanet.model import AttachmentState, Device, NetnsId, address_of
 from rdmanet.monitor import Monitor
 from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
-from rdmanet.netlink.route import RouteSocket
+from rdmanet.nodesetup import NodeSetup
 from rdmanet.numbers import RdmaNumbers
 from rdmanet.objects.keeping import Objects
 from rdmanet.pods import Pods
 from rdmanet.policy.engine import Policy
 from rdmanet.rdma.cgroup import Cgroups
+from rdmanet.reconcile import Record
 from rdmanet.removal import Removals
-from rdmanet.routes import FlowsRoute, MonitorRoute, ObjectRoutes
+from rdmanet.repairs import Repairs
+from rdmanet.routes import FlowsRoute, MonitorRoute, ObjectRoutes, RepairRoute
 from rdmanet.services.disconnect import Sockets
 from rdmanet.services.engine import Services
 from rdmanet.status import About, Status
 from rdmanet.store import Store, owned
 from rdmanet.tracking import Tracking
+from rdmanet.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +121,9 @@ class Agent:
         self._devices, devices_missing = await self._blocking(find_devices, config, store)
 
         # The node: datapath, host link, uplinks.
-        network, self._datapath = await self._blocking(self._prepare)
+        setup, network = await self._blocking(self._prepare)
         stack.callback(self._datapath.close)
+        record = Record()
         addresses = NodeAddresses(self._datapath.policy, self._executor)
         await addresses.start()
         stack.push_async_callback(addresses.stop)
@@ -136,6 +140,8 @@ class Agent:
         hierarchy, hierarchy_missing = await self._blocking(find_hierarchy)
         self._limits = PodLimits(store, self._datapath, config.rdma, hierarchy, hierarchy_missing)
         services_missing = await self._blocking(self._attach_sockets, hierarchy)
+        if hierarchy is not None and services_missing is None:
+            setup.cgroup = hierarchy.root
         self._broker = BrokerServer(
             directory=self._pods,
             guard=self._datapath,
@@ -174,7 +180,7 @@ class Agent:
             flows = (tracking.entries, self._datapath.flows.max_entries)
             return {"flows": flows, "policy": policy["entries"], "prefixes": policy["prefixes"], **services.sizes()}
 
-        self._metrics = Metrics(store, self._datapath, self._broker, removals, self._limits, numbers, tables)
+        self._metrics = Metrics(store, self._datapath, self._broker, removals, self._limits, numbers, tables, record)
         attachments = Attachments(parts, removals, config.rdma, self._fault_point)
         await self._broker.start()
         stack.push_async_callback(self._broker.stop)
@@ -183,8 +189,16 @@ class Agent:
         await self._blocking(objects.tell_all)
         await self._blocking(attachments.recover)
         await self._broker.adopt()
+        # What somebody breaks is put right, in turn with CNI's calls.
+        calls = Calls()
+        repairs = Repairs(parts, attachments, setup, record, enabled=config.agent.repair, fault_point=self._fault_point)
+        self._watch = Watch(repairs, setup, record, store, parts.host_ends, calls, self._executor)
+        await self._watch.start()
+        stack.push_async_callback(self._watch.stop)
         if self._devices is not None:
-            health = Health(self._devices, self._pods, self._broker, self._executor, self._set_device)
+            health = Health(
+                self._devices, self._pods, self._broker, self._executor, self._set_device, self._watch.look_at
+            )
             await health.start()
             stack.push_async_callback(health.stop)
         tracking.start()
@@ -210,6 +224,7 @@ class Agent:
             self._policy,
             services,
             self._broker,
+            record,
         )
 
         # From here on the world may ask.
@@ -224,11 +239,13 @@ class Agent:
             observer=self._metrics,
             pending_dir=pending_dir,
             settled=removals.settled,
+            calls=calls,
         )
         application = api.application()
         ObjectRoutes(objects, self._executor).add_to(application)
         MonitorRoute(Monitor(self._datapath, self._names, self._executor)).add_to(application)
         FlowsRoute(Connections(lambda: self._datapath.flows, self._names, self._executor)).add_to(application)
+        RepairRoute(self._watch.ask).add_to(application)
         await self._listen(stack, application, api.metrics_application())
 
         async def call(variables: dict[str, str], body: bytes, still_wanted: Callable[[], bool]) -> int:
@@ -238,41 +255,15 @@ class Agent:
         if drained:
             log.info("carried out %d queued DEL(s)", drained)
 
-    def _prepare(self) -> tuple[node.NodeNetwork, Datapath]:
-        """The node's effects, in order; each recorded first (``rdmanet.node``)."""
+    def _prepare(self) -> tuple[NodeSetup, node.NodeNetwork]:
+        """The datapath, and the node's effects in order."""
         config, store = self._config, self._store
         kept = Kept(config.datapath_dir)
         artifact = kept.choose(Artifact.load(config.datapath.artifact_dir))
         node.prepare_bpffs(config.datapath.bpffs_dir, store)
-        datapath = Datapath.open(artifact, config.datapath.bpffs_dir, config.map_sizes(), config.datapath_dir)
-        with RouteSocket.here() as route:
-            uplinks = node.find_uplinks(config, route)
-            host, peer = node.prepare_host_link(config, store, route)
-            datapath.configure(
-                NodeEntry(
-                    gateway_mac=bytes.fromhex(GATEWAY_MAC.replace(":", "")),
-                    masquerade=config.masquerade.enabled,
-                    host_ifindex=host.index,
-                    first_port=config.masquerade.first_port,
-                    last_port=config.masquerade.last_port,
-                    maglev_size=config.services.maglev_size,
-                    max_flows_per_pod=config.tracking.max_flows_per_pod,
-                )
-            )
-            route.add_clsact(peer.index)
-            route.set_ingress_filter(peer.index, datapath.dispatcher("host"), "rdmanet/host")
-            for uplink in uplinks:
-                datapath.set_uplink(
-                    uplink.ifindex,
-                    UplinkEntry(
-                        ipv4=address_key(uplink.ipv4) if uplink.ipv4 else bytes(16),
-                        ipv6=address_key(uplink.ipv6) if uplink.ipv6 else bytes(16),
-                    ),
-                )
-                node.prepare_uplink(uplink, datapath.dispatcher("uplink"), store, route)
-            for ifindex in set(datapath.uplinks()) - {uplink.ifindex for uplink in uplinks}:
-                datapath.delete_uplink(ifindex)
-        return node.network(config, host, peer, uplinks), datapath
+        self._datapath = Datapath.open(artifact, config.datapath.bpffs_dir, config.map_sizes(), config.datapath_dir)
+        setup = NodeSetup(config, store, self._datapath)
+        return setup, setup.prepare()
 
     def _attach_sockets(self, hierarchy: Cgroups | None) -> str | None:
         """Lets the host's own sockets and those of pods reach services; returns why they cannot, which stops nothing
@@ -348,6 +339,7 @@ class Agent:
 
     async def status(self) -> dict[str, object]:
         """What ``GET /v1/status`` answers."""
+        await self._watch.glance()
         return await self._blocking(self._status.document, await self._broker.status())
 
     async def rdma(self) -> dict[str, object]:

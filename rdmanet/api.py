@@ -14,13 +14,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
 import logging
 import time
-import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -29,6 +27,7 @@ from aiohttp import web
 
 from rdmanet import pending
 from rdmanet.attach import Attachments
+from rdmanet.calls import Calls
 from rdmanet.cni import (
     BODY_MAX_BYTES,
     SUPPORTED_VERSIONS,
@@ -96,23 +95,6 @@ class Observer(Protocol):
     def cni_call(self, command: str, code: int, seconds: float) -> None: ...
 
 
-class KeyedLocks:
-    """A lock per key, kept only while somebody holds or awaits it."""
-
-    def __init__(self) -> None:
-        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-
-    @contextlib.asynccontextmanager
-    async def hold(self, key: str) -> AsyncIterator[None]:
-        """Holds the key's lock."""
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = asyncio.Lock()
-            self._locks[key] = lock
-        async with lock:
-            yield None
-
-
 class Api:
     """The handlers. ``executor`` runs what blocks."""
 
@@ -128,6 +110,7 @@ class Api:
         observer: Observer,
         pending_dir: Path,
         settled: Callable[[], Future[None]],
+        calls: Calls,
     ):
         self._attachments = attachments
         self._executor = executor
@@ -138,11 +121,7 @@ class Api:
         self._observer = observer
         self._pending = pending_dir
         self._settled = settled
-        self._locks = KeyedLocks()
-        # GC must not meet an ADD in the middle, and ADDs need not wait for each other: readers and a writer.
-        self._collecting = asyncio.Condition()
-        self._calls = 0
-        self._collector = False
+        self._calls = calls
 
     def application(self) -> web.Application:
         """The aiohttp application for the root-only unix socket."""
@@ -243,11 +222,11 @@ class Api:
         if call.command is Command.STATUS:
             return None  # an agent that answers is ready: it listens only then
         if call.command is Command.GC:
-            async with self._alone():
+            async with self._calls.alone():
                 valid = call.config.valid_attachments or ()
                 await self._blocking(self._attachments.collect, call.config.name, valid)
             return None
-        async with self._together(), self._locks.hold(call.container_id):
+        async with self._calls.of(call.container_id):
             if call.command is Command.ADD:
                 return call.answer(await self._blocking(self._add, call))
             if call.command is Command.CHECK:
@@ -260,32 +239,6 @@ class Api:
         if pending.superseded(self._pending, call.container_id, call.ifname):
             self._attachments.delete(call.container_id, call.ifname)
         return self._attachments.add(call)
-
-    @contextlib.asynccontextmanager
-    async def _together(self) -> AsyncIterator[None]:
-        async with self._collecting:
-            await self._collecting.wait_for(lambda: not self._collector)
-            self._calls += 1
-        try:
-            yield None
-        finally:
-            async with self._collecting:
-                self._calls -= 1
-                self._collecting.notify_all()
-
-    @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        async with self._collecting:
-            await self._collecting.wait_for(lambda: not self._collector)
-            self._collector = True
-        try:
-            async with self._collecting:
-                await self._collecting.wait_for(lambda: self._calls == 0)
-            yield None
-        finally:
-            async with self._collecting:
-                self._collector = False
-                self._collecting.notify_all()
 
 
 def _refusal(body: bytes, error: RdmanetError) -> tuple[int, dict[str, object] | None]:

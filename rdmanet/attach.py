@@ -6,14 +6,13 @@ id.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import ipaddress
 import logging
 import threading
 from collections.abc import Iterable, Iterator
 
-from rdmanet import adoption, ipam, steps
+from rdmanet import adoption, ipam, looking, steps
 from rdmanet.cni import CniCode, CniError, Interface, IpConfig, Request, Result, Route
 from rdmanet.config import RdmaConfig
 from rdmanet.errors import (
@@ -34,7 +33,6 @@ from rdmanet.model import (
     address_of,
 )
 from rdmanet.netlink import namespace
-from rdmanet.netlink.route import RouteSocket
 from rdmanet.removal import Removals
 
 log = logging.getLogger(__name__)
@@ -233,6 +231,11 @@ class Attachments:
         self._release(attachment)
         return True
 
+    def release(self, attachment: Attachment) -> None:
+        """Takes back an attachment whose pod is gone, as ``collect`` does."""
+        if not self._removals.pending(attachment.id):
+            self._release(attachment)
+
     def _release(self, attachment: Attachment) -> None:
         self._cut(attachment)
         self._removals.put(attachment)
@@ -240,22 +243,9 @@ class Attachments:
     def _cut(self, attachment: Attachment) -> None:
         self._fault_point("commit releasing")
         self._parts.store.set_state(attachment.id, AttachmentState.RELEASING)
-        with self._entered(attachment) as descriptor:
+        with namespace.entered(attachment.netns, attachment.netns_id) as descriptor:
             steps.cut(self._parts, attachment, descriptor, self._fault_point)
         log.debug("cut off %s of %s", attachment.host_ifname, attachment.pod)
-
-    @contextlib.contextmanager
-    def _entered(self, attachment: Attachment) -> Iterator[int | None]:
-        """The attachment's namespace, or None where its path leads nowhere or to another one."""
-        with contextlib.ExitStack() as stack:
-            descriptor: int | None
-            try:
-                descriptor = stack.enter_context(namespace.opened(attachment.netns))
-            except (NotFoundError, RequestError):
-                descriptor = None
-            if descriptor is not None and not steps.same_namespace(descriptor, attachment.netns_id):
-                descriptor = None
-            yield descriptor
 
     def collect(self, network: str, valid: Iterable[tuple[str, str]]) -> list[Attachment]:
         """CNI's GC: removes every attachment of the network that is not in ``valid`` (container id, interface name)."""
@@ -292,41 +282,8 @@ class Attachments:
 
     def problems(self, attachment: Attachment) -> Iterator[str]:
         """Sentences about what of a ready attachment is missing from the kernel."""
-        with self._entered(attachment) as descriptor:
-            if descriptor is None:
-                yield f"its network namespace {attachment.netns} is gone"
-                return
-            with RouteSocket.inside(descriptor) as pod:
-                link = pod.link(attachment.ifname)
-                if link is None:
-                    yield f"the interface {attachment.ifname} is missing from the pod"
-                    return
-                held = {address for _, address, _ in pod.addresses(link.index)}
-                for address in attachment.addresses:
-                    if address not in held:
-                        yield f"the address {address} is missing from {attachment.ifname}"
-                routed = {route.family for route in pod.default_routes() if route.ifindex == link.index}
-                for address in attachment.addresses:
-                    if address.version not in routed:
-                        yield f"the default route for IPv{address.version} is missing"
-            with RouteSocket.here() as host:
-                outer = host.link(attachment.host_ifname)
-                if outer is None:
-                    yield f"the host's end {attachment.host_ifname} is missing"
-                    return
-                if "rdmanet/pod" not in host.ingress_filter_names(outer.index):
-                    yield f"the filter on {attachment.host_ifname} is missing"
-            devices = self._parts.devices
-            if devices is not None and attachment.device is not None:
-                problem = devices.examine(attachment, attachment.device, descriptor).problem
-                if problem is not None:
-                    yield problem
-            own, endpoint = steps.entries(attachment, outer.index, self._parts.policy.of(attachment.id))
-            if self._parts.datapath.attachment(outer.index) != own:
-                yield "its entry in the datapath is missing or wrong"
-            for address in attachment.addresses:
-                if self._parts.datapath.endpoint(address_key(address)) != endpoint:
-                    yield f"the endpoint {address} is missing from the datapath"
+        for broken in looking.look(self._parts, attachment).broken():
+            yield broken.sentence
 
     # Start
 

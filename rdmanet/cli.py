@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rdmanet import __version__, config
 from rdmanet.client import ask
-from rdmanet.commands import flows, monitor, objects
+from rdmanet.commands import flows, monitor, objects, repair
 from rdmanet.errors import RdmanetError
 
 #: From one `rdmanet rdma --watch` to the next.
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     objects.add_to(commands, common)
     monitor.add_to(commands, common)
     flows.add_to(commands, common)
+    repair.add_to(commands, common)
 
     datapath = commands.add_parser("datapath", help="compile the eBPF artifact, or swap it under traffic")
     actions = datapath.add_subparsers(required=True, metavar="ACTION")

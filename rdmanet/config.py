@@ -33,6 +33,8 @@ class AgentConfig:
     state_dir: Path = Path("/var/lib/rdmanet")
     #: Loopback TCP port for /metrics; 0 means none (metrics are always on the unix socket).
     metrics_port: int = 0
+    #: Whether what somebody breaks is put right (`rdmanet status` shows it in any case).
+    repair: bool = True
     #: debug, info, warning or error.
     log_level: str = "info"
 

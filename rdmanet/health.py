@@ -45,7 +45,7 @@ class LeaseHolders(Protocol):
 
 class Health:
     """Runs on the event loop; what blocks runs in ``executor``, also ``keep``, which is told of a device that has come
-    back under another index."""
+    back under another index. ``report`` hears of attachments whose device cannot be used: it may be made again."""
 
     def __init__(
         self,
@@ -54,12 +54,14 @@ class Health:
         holders: LeaseHolders,
         executor: Executor,
         keep: Callable[[int, Device], None],
+        report: Callable[[int], None] = lambda attachment_id: None,
     ):
         self._devices = devices
         self._pods = pods
         self._holders = holders
         self._executor = executor
         self._keep = keep
+        self._report = report
         self._links = BatchSockets()
         self._sources: list[events.Source] = []
         self._due: set[int] = set()  # attachment ids
@@ -174,6 +176,8 @@ class Health:
                 return
             problem = f"the port of its RDMA device {found.device.name} is not active"
         self._looks.pop(attachment.id, None)
+        if problem is not None:
+            self._report(attachment.id)
         if found.device != attachment.device:
             log.info("%s: the RDMA device %s is device %d now", attachment.pod, found.device.name, found.device.index)
             attachment = replace(attachment, device=found.device)

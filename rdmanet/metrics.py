@@ -57,6 +57,12 @@ class Devices(Protocol):
 Tables = Callable[[], Mapping[str, tuple[int, int]]]
 
 
+class Repairs(Protocol):
+    """``rdmanet.reconcile.Record``; safe from any thread."""
+
+    def repairs(self) -> Mapping[tuple[str, str], int]: ...
+
+
 class _State(Collector):
     """Read at each scrape from the datapath, the store and the broker, so that nothing is counted twice."""
 
@@ -69,8 +75,10 @@ class _State(Collector):
         limits: PodLimits,
         devices: Devices,
         tables: Tables,
+        repairs: Repairs,
     ):
         self._tables = tables
+        self._repairs = repairs
         self._limits = limits
         self._devices = devices
         self._store = store
@@ -163,6 +171,14 @@ class _State(Collector):
             "Writes of guard entries that the kernel refused; of a lease that was to be revoked, packets still pass.",
             value=self._leases.guard_failures,
         )
+        repairs = CounterMetricFamily(
+            "rdmanet_repairs",
+            "What was found broken, by kind, and what came of it: repaired, collected, followed, failed or given_up.",
+            labels=["kind", "outcome"],
+        )
+        for repaired, times in self._repairs.repairs().items():
+            repairs.add_metric(repaired, times)
+        yield repairs
         yield from _devices(self._devices.devices())
 
     def _flows(self, names: Mapping[int, tuple[str, str]]) -> Iterable[Metric]:
@@ -249,9 +265,10 @@ class Metrics:
         limits: PodLimits,
         devices: Devices,
         tables: Tables,
+        repairs: Repairs,
     ):
         self._registry = CollectorRegistry()
-        self._registry.register(_State(store, datapath, leases, removals, limits, devices, tables))
+        self._registry.register(_State(store, datapath, leases, removals, limits, devices, tables, repairs))
         self._cni = Histogram(
             "rdmanet_cni_seconds",
             "Duration of CNI calls, by command and CNI error code (0: success).",

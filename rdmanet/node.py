@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 HOST_LINK = "rdmanet0"
 HOST_PEER = "rdmanet1"
+FAMILIES = ("ipv4", "ipv6")
 BPF_FS_MAGIC = 0xCAFE4A11
 #: In every new bpffs (kernel/bpf/inode.c, populate_bpffs).
 KERNELS_OWN_PINS = ("maps.debug", "progs.debug")
@@ -162,10 +163,25 @@ def prepare_host_link(config: Config, store: Store, route: RouteSocket) -> tuple
         gateway = ipam.gateway(network)
         route.add_address(host.index, gateway, network.max_prefixlen)
         route.add_route(network, host.index, source=gateway)
-    for family in ("ipv4", "ipv6"):
+    for family in FAMILIES:
         # bpf_fib_lookup answers only for a device that forwards (net/core/filter.c, bpf_ipv4_fib_lookup).
-        _write_sysctl(Path(f"/proc/sys/net/{family}/conf/{HOST_LINK}/forwarding"), "1")
+        _write_sysctl(_forwarding(family), "1")
     return host, peer
+
+
+def forwards() -> dict[str, bool]:
+    """Whether the host link does, by family."""
+    found = {}
+    for family in FAMILIES:
+        try:
+            found[family] = _forwarding(family).read_text(encoding="ascii").strip() == "1"
+        except OSError:
+            found[family] = False
+    return found
+
+
+def _forwarding(family: str) -> Path:
+    return Path(f"/proc/sys/net/{family}/conf/{HOST_LINK}/forwarding")
 
 
 def _refuse_overlap(ranges: tuple[ipam.IPNetwork, ...], route: RouteSocket, own: Link | None) -> None:
@@ -255,10 +271,11 @@ def prepare_uplink(uplink: Uplink, program: int, store: Store, route: RouteSocke
     route.set_ingress_filter(uplink.ifindex, program, "rdmanet/uplink")
 
 
-def _undo_uplinks(store: Store, route: RouteSocket) -> None:
+def release_uplinks(store: Store, route: RouteSocket, kept: Collection[str] = ()) -> None:
+    """Takes our filter from every link that it was put on, but for those that are ``kept``. Idempotent."""
     for effect, detail in store.effects().items():
         kind, _, name = effect.partition(":")
-        if kind != "uplink":
+        if kind != "uplink" or name in kept:
             continue
         link = route.link(name)
         if link is not None:
@@ -288,7 +305,7 @@ def network(config: Config, host: Link, peer: Link, uplinks: list[Uplink]) -> No
 def undo(store: Store, remove_pins: Callable[[], None]) -> None:
     """Takes everything back: uplinks first, so that no packet meets half a datapath. Idempotent."""
     with RouteSocket.here() as route:
-        _undo_uplinks(store, route)
+        release_uplinks(store, route)
         _undo_host_link(store, route)
     remove_pins()
     _undo_bpffs(store)

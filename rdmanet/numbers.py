@@ -5,14 +5,14 @@ Synchronous; called from worker threads.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rdmanet.errors import KernelError, NotFoundError, RequestError, UnavailableError
+from rdmanet.errors import KernelError, UnavailableError
 from rdmanet.limits import Usage
 from rdmanet.model import Attachment, Backend, Device
 from rdmanet.netlink import namespace
@@ -66,18 +66,9 @@ class DeviceNumbers:
         return self.device.backend is Backend.SHARED
 
 
-@contextlib.contextmanager
-def entered(attachment: Attachment) -> Iterator[int | None]:
+def entered(attachment: Attachment) -> AbstractContextManager[int | None]:
     """A descriptor of the attachment's namespace, or None where its path leads nowhere or to another one."""
-    with contextlib.ExitStack() as stack:
-        descriptor: int | None
-        try:
-            descriptor = stack.enter_context(namespace.opened(attachment.netns))
-        except (NotFoundError, RequestError):
-            descriptor = None
-        if descriptor is not None and namespace.identify(descriptor) != attachment.netns_id:
-            descriptor = None
-        yield descriptor
+    return namespace.entered(attachment.netns, attachment.netns_id)
 
 
 class RdmaNumbers:

@@ -116,6 +116,21 @@ def _results(results: list[Result]) -> bytes:
     return f'{{"objects": [{", ".join(lines)}]}}'.encode()
 
 
+class RepairRoute:
+    """``POST /v1/repair``: ?pod=namespace/name, or ?pod=node; without it all that was given up. {"left": [...]}: what
+    is broken afterwards."""
+
+    def __init__(self, ask: Callable[[str | None], Awaitable[list[dict[str, object]]]]):
+        self._ask = ask
+
+    def add_to(self, application: web.Application) -> None:
+        """Adds the route."""
+        application.router.add_post("/v1/repair", refusing(self._post))
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"left": await self._ask(request.query.get("pod"))})
+
+
 class _Streams:
     """Answers that are being written: a client that reads no more must not hold up the agent's end."""
 

@@ -7,6 +7,8 @@ from typing import Any
 
 #: Of an attachment, what is a sentence where something is wrong. That its cgroup is not known yet is not.
 PROBLEMS = ("degraded", "unhealthy", "not_limited")
+#: Of those that were done lately.
+SHOWN_REPAIRS = 10
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -51,6 +53,7 @@ def status(document: Mapping[str, Any]) -> str:
     failing = document["releasing"]["failing"]
     if failing:
         parts.append(table(("link", "not removed yet, tried again"), failing.items()))
+    parts += _repairs(document["repairs"])
     leases = document["leases"]
     if leases:
         parts.append(
@@ -76,6 +79,24 @@ def status(document: Mapping[str, Any]) -> str:
     if drops:
         parts.append(table(("pod", "drop reason", "packets"), drops))
     return "\n\n".join(parts)
+
+
+def _repairs(repairs: Mapping[str, Any]) -> list[str]:
+    """What is broken, what is left alone and what was done lately."""
+    parts = []
+    open_ = [(row["what"], row["kind"], row["sentence"]) for row in repairs["broken"]]
+    if open_:
+        parts.append(table(("broken", "kind", ""), open_))
+    given_up = [(row["what"], row["kind"], row["sentence"]) for row in repairs["given_up"]]
+    if given_up:
+        parts.append(table(("left alone", "kind", "`rdmanet repair` asks for it again"), given_up))
+    done = [
+        (row["what"], row["kind"], row["sentence"], row["outcome"], f"{row['ago_s']:.0f} s ago")
+        for row in repairs["done"][:SHOWN_REPAIRS]
+    ]
+    if done:
+        parts.append(table(("repairs", "kind", "what was broken", "outcome", "when"), done))
+    return parts
 
 
 def rdma(document: Mapping[str, Any], before: Mapping[str, Any] | None = None, seconds: float = 1.0) -> str:

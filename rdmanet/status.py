@@ -17,6 +17,7 @@ from rdmanet.numbers import RdmaNumbers
 from rdmanet.objects.keeping import Objects
 from rdmanet.pods import Pods
 from rdmanet.policy.engine import Policy
+from rdmanet.reconcile import Record
 from rdmanet.removal import Removals
 from rdmanet.services.engine import Services
 from rdmanet.store import Store
@@ -47,6 +48,7 @@ class Status(NamedTuple):
     policy: Policy
     services: Services
     broker: BrokerServer
+    repairs: Record
 
     def document(self, leases: list[dict[str, object]]) -> dict[str, object]:
         """``rdmanet status``."""
@@ -56,6 +58,7 @@ class Status(NamedTuple):
             "agent": self._agent(),
             "attachments": self._attachments(attachments),
             "releasing": self.removals.status(),
+            "repairs": self.repairs.document(),
             "leases": leases,
             "objects": self.objects.counts(),
             "policy": {name: {"used": used, "most": most} for name, (used, most) in self.policy.sizes().items()},

@@ -12,7 +12,7 @@ import ipaddress
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rdmanet import ipam
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
@@ -93,6 +93,10 @@ class HostEnds:
             self._index[attachment_id] = ifindex
             self._attachment[ifindex] = attachment_id
 
+    def owner(self, ifindex: int) -> int | None:
+        """Whose host's end has that index, or None."""
+        return self._attachment.get(ifindex)
+
     def get(self, attachment_id: int) -> int | None:
         """The index, or None where it is not known or another's by now."""
         with self._lock:
@@ -107,9 +111,10 @@ class HostEnds:
                 del self._attachment[ifindex]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Parts:
-    """What steps work with. ``host`` is rtnetlink of the host's namespace."""
+    """What steps work with. ``host`` is rtnetlink of the host's namespace; ``network`` becomes another one when the
+    node's links have changed (``rdmanet.nodesetup``)."""
 
     store: Store
     network: NodeNetwork
@@ -228,23 +233,38 @@ class AddressStep:
         return attachment
 
 
+class Way(NamedTuple):
+    """How one family of an attachment gets out of its pod: its address, the gateway, and routes through it by
+    destination, with the MTU that they carry."""
+
+    address: IPAddress
+    gateway: IPAddress
+    routes: dict[ipam.IPNetwork, int | None]
+
+
+def ways(network: NodeNetwork, attachment: Attachment) -> list[Way]:
+    """What an attachment has inside its pod, beside the interface."""
+    default_mtu = network.outside_mtu_bytes if attachment.mtu_bytes > network.outside_mtu_bytes else None
+    found = []
+    for address in attachment.addresses:
+        subnet = network.ipv4_range if address.version == 4 else network.ipv6_range
+        # Local pods get the interface's whole MTU, the outside no more than what fits through the uplink.
+        routes: dict[ipam.IPNetwork, int | None] = {} if default_mtu is None else {subnet: None}
+        routes[_EVERYTHING[0] if address.version == 4 else _EVERYTHING[1]] = default_mtu
+        found.append(Way(address, next_hop(subnet), routes))
+    return found
+
+
 def _inside(network: NodeNetwork, attachment: Attachment, index: int) -> list[messages.Message]:
     """What is sent inside the pod."""
     batch = [messages.set_up(LOOPBACK_INDEX), messages.set_up(index)]
-    default_mtu = network.outside_mtu_bytes if attachment.mtu_bytes > network.outside_mtu_bytes else None
-    for address in attachment.addresses:
-        subnet = network.ipv4_range if address.version == 4 else network.ipv6_range
-        gateway = next_hop(subnet)
+    for address, gateway, routes in ways(network, attachment):
         batch.append(messages.add_address(index, address, address.max_prefixlen))
         batch.append(messages.add_permanent_neighbour(index, gateway, GATEWAY_MAC))
-        # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound to
-        # another one (an RDMA device is) finds its own.
-        metric = index
-        if default_mtu is not None:
-            # Local pods get the interface's whole MTU, the outside no more than what fits through the uplink.
-            batch.append(messages.add_route(subnet, index, gateway=gateway, metric=metric))
-        everything = _EVERYTHING[0] if address.version == 4 else _EVERYTHING[1]
-        batch.append(messages.add_route(everything, index, gateway=gateway, mtu_bytes=default_mtu, metric=metric))
+        for destination, mtu_bytes in routes.items():
+            # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound to
+            # another one (an RDMA device is) finds its own.
+            batch.append(messages.add_route(destination, index, gateway=gateway, mtu_bytes=mtu_bytes, metric=index))
     return batch
 
 
@@ -420,8 +440,3 @@ def cut(parts: Parts, attachment: Attachment, descriptor: int | None, before: Fa
     for step in CUTS:
         before(f"undo {step.name}")
         step.undo(parts, attachment, descriptor)
-
-
-def same_namespace(descriptor: int, wanted: NetnsId) -> bool:
-    """Whether an open descriptor is the namespace that the attachment was made in, not a later one at its path."""
-    return namespace.identify(descriptor) == wanted

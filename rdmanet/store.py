@@ -193,6 +193,14 @@ class Store(Database):
             found = _attachment(rows[0], [row["address"] for row in self._rows(query, (rows[0]["id"],))])
             return dataclasses.replace(found, result=json.loads(rows[0]["result"]))
 
+    def get(self, attachment_id: int) -> Attachment | None:
+        """The attachment of that id without its result, or None."""
+        with self._lock:
+            rows = self._rows(f"SELECT {_COLUMNS} FROM attachments WHERE id = ?", (attachment_id,))
+            query = "SELECT address FROM addresses WHERE attachment_id = ?"
+            keys = [row["address"] for row in self._rows(query, (attachment_id,))]
+            return _attachment(rows[0], keys) if rows else None
+
     def attachments(self) -> list[Attachment]:
         """Every attachment, oldest first, without the results: there may be thousands."""
         with self._lock:  # rows and their addresses as of one moment

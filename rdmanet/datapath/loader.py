@@ -66,7 +66,7 @@ def open_pins(artifact: Artifact, directory: Path, kept: Kept | None = None) -> 
     ``directory`` is in no bpffs or eBPF is refused, StateError when a pinned map cannot be carried over.
     """
     _make_directory(directory)
-    with ExitStack() as undo, _locked(directory), explained(kept):
+    with ExitStack() as undo, locked(directory), explained(kept):
         pinned = Pinned(directory, artifact, {}, {}, kept)
         undo.callback(pinned.close)
         _finish(pinned)
@@ -81,7 +81,7 @@ def swap(pinned: Pinned, artifact: Artifact) -> None:
     Maps that only the new artifact has are made, those whose definition differs are made anew; StateError is raised
     where that cannot be, VerifierError where a program is refused, and nothing has changed. The dispatchers stay.
     """
-    with _locked(pinned.directory), explained(pinned.kept):
+    with locked(pinned.directory), explained(pinned.kept):
         _finish(pinned)
         _bring(pinned, artifact)
         pinned.artifact = artifact
@@ -128,7 +128,7 @@ def _make_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """One loader at a time; the lock goes with its descriptor, so a crash leaves none."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -438,7 +438,7 @@ def _load_programs(
 
 def attach_sockets(pinned: Pinned, cgroup: Path) -> None:
     """Attaches the socket programs to the root cgroup, as ``sockets.attach`` does; those that are stay. Idempotent."""
-    with _locked(pinned.directory), explained(pinned.kept), ExitStack() as loaded:
+    with locked(pinned.directory), explained(pinned.kept), ExitStack() as loaded:
         programs = {}
         for program in sockets.missing(pinned.directory, cgroup):
             programs[program] = _load_socket_program(pinned.artifact, program, pinned.maps)

@@ -27,6 +27,7 @@ from rdmanet.datapath.layout import (
     NodeEntry,
     UplinkEntry,
 )
+from rdmanet.datapath.pins import Pins
 from rdmanet.datapath.policy import PolicyMaps
 from rdmanet.datapath.ring import Events
 from rdmanet.datapath.services import ServiceMaps
@@ -115,6 +116,11 @@ class Datapath:
     def running(self) -> dict[str, str]:
         """Hook → kernel name of the program that runs there: the hook and 8 digits of its artifact's hash."""
         return loader.running(self._pinned)
+
+    @property
+    def pins(self) -> Pins:
+        """Whether everything is in its place still."""
+        return Pins(self._pinned)
 
     @property
     def policy(self) -> PolicyMaps:

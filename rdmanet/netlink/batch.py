@@ -18,14 +18,18 @@ from rdmanet.errors import ConflictError, NetlinkError, NotFoundError, RdmanetEr
 from rdmanet.netlink import namespace
 from rdmanet.netlink.messages import NLM_F_ACK, Message, attributes
 
-NLMSG_ERROR = 2
-NLM_F_ACK_TLVS = 0x200
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_ACK_TLVS, NLM_F_DUMP_INTR = 0x200, 0x10
 NLMSGERR_ATTR_MSG = 1
-SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
 #: The kernel answers before ``send`` returns: who waits for longer waits for ever.
 ANSWER_TIMEOUT_S = 10
 #: What is sent at once: replies wait in the socket's buffer (net.core.rmem_max, 208 KiB at least) until all are done.
 MAX_MESSAGES = 64
+#: A pod can have as many routes as it likes: so much of a dump is read.
+MAX_DUMP_BYTES = 1 << 20
+#: A table that changes while it is read may be read wrongly.
+_DUMPS = 3
 _FAMILIES = {0: "NETLINK_ROUTE", 20: "NETLINK_RDMA"}
 _HEADER = struct.Struct("=IHHII")
 _RECEIVE_BYTES = 1 << 16
@@ -129,6 +133,45 @@ class BatchSocket:
             else:
                 reply.payloads.append(payload)
         return False
+
+    def dump(self, message: Message) -> list[bytes]:
+        """The payloads of a dump. Raises as ``send``, and NetlinkError where there is too much."""
+        self._sock.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+        for _ in range(_DUMPS):
+            self._number += 1
+            header = _HEADER.pack(_HEADER.size + len(message.body), message.type, message.flags, self._number, 0)
+            payloads: list[bytes] = []
+            try:
+                self._sock.send(header + message.body)
+                whole = self._read_dump(message, payloads)
+            except OSError as error:
+                raise refused(message.operation, message.subject, error.errno or errno.EIO) from error
+            if whole:
+                break
+        return payloads
+
+    def _read_dump(self, message: Message, payloads: list[bytes]) -> bool:
+        """Takes everything; False where the table has changed meanwhile."""
+        whole, read_bytes = True, 0
+        while True:
+            data = self._sock.recv(_RECEIVE_BYTES)
+            read_bytes += len(data)
+            if read_bytes > MAX_DUMP_BYTES:
+                raise refused(message.operation, message.subject, errno.EFBIG, "there is too much of it")
+            offset = 0
+            while offset + _HEADER.size <= len(data):
+                length, kind, flags, number, _ = _HEADER.unpack_from(data, offset)
+                payload = data[offset + _HEADER.size : offset + length]
+                offset += (length + 3) & ~3
+                if number != self._number:
+                    continue
+                whole = whole and not flags & NLM_F_DUMP_INTR
+                if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    failed = -struct.unpack_from("=i", payload)[0] if len(payload) >= 4 else 0
+                    if failed:
+                        raise refused(message.operation, message.subject, failed)
+                    return whole
+                payloads.append(payload)
 
     def send(self, messages: Sequence[Message]) -> list[Reply]:
         """As ``exchange``; raises for the first message that was refused and does not accept that."""

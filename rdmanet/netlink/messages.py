@@ -22,13 +22,15 @@ NLM_F_ACK = 0x4
 NLM_F_REPLACE = 0x100
 NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
+NLM_F_DUMP = 0x300
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_DELADDR = 20, 21
-RTM_NEWROUTE = 24
-RTM_NEWNEIGH = 28
-RTM_NEWQDISC = 36
-RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTM_NEWQDISC, RTM_DELQDISC = 36, 37
+RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
+RTM_NEWNETCONF = 80
 
 IFF_UP = 0x1
 IFF_LOWER_UP = 0x10000
@@ -52,11 +54,12 @@ FILTER_HANDLE = 0x1
 _IFLA_ADDRESS, IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK = 1, 3, 4, 5
 _IFLA_LINKINFO, _IFLA_AF_SPEC, _IFLA_GROUP, _IFLA_NET_NS_FD = 18, 26, 27, 28
 _IFLA_EXT_MASK, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 29, 31, 32
+IFLA_LINK_NETNSID = 37
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_INET6_ADDR_GEN_MODE = 8
 _VETH_INFO_PEER = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
-_NDA_DST, _NDA_LLADDR = 1, 2
+_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 RTA_DST, RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS = 1, 4, 5, 6, 8
 _TCA_KIND, _TCA_OPTIONS = 1, 2
 _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_ID = 6, 7, 8, 11
@@ -80,8 +83,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What the agent needs to know of a netdev. ``peer_index`` is a veth's other end, as its own namespace counts;
-    ``carrier`` of a veth says that both ends are up."""
+    """What the agent needs to know of a netdev. ``peer_index`` is a veth's other end, as its own namespace counts, and
+    ``peer_namespace`` ours's number for that; ``carrier`` of a veth says that both ends are up."""
 
     index: int
     name: str
@@ -91,6 +94,7 @@ class Link:
     kind: str | None
     peer_index: int | None = None
     carrier: bool = False
+    peer_namespace: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +240,27 @@ def add_route(
     return Message(RTM_NEWROUTE, what, body, "RTM_NEWROUTE", str(destination))
 
 
+# Dumps of what one link has; the kernel filters (NETLINK_GET_STRICT_CHK)
+
+
+def get_addresses(index: int) -> Message:
+    """Asks for all of a link; ``address`` reads each reply."""
+    body = struct.pack("=BBBBI", 0, 0, 0, 0, index)
+    return Message(RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, body, "RTM_GETADDR", f"link {index}")
+
+
+def get_neighbours(index: int) -> Message:
+    """Asks for all of a link; ``permanent_neighbour`` reads each reply."""
+    body = struct.pack("=BxxxiHBB", 0, 0, 0, 0, 0) + number(_NDA_IFINDEX, index)
+    return Message(RTM_GETNEIGH, NLM_F_REQUEST | NLM_F_DUMP, body, "RTM_GETNEIGH", f"link {index}")
+
+
+def get_routes(version: int, index: int) -> Message:
+    """Asks for the unicast routes of one family through a link, in all tables; ``route`` reads each reply."""
+    body = struct.pack("=BBBBBBBBI", FAMILY[version], 0, 0, 0, 0, 0, 0, RTN_UNICAST, 0) + number(RTA_OIF, index)
+    return Message(RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP, body, "RTM_GETROUTE", f"link {index}")
+
+
 # tc
 
 
@@ -293,7 +318,7 @@ def link(payload: bytes) -> Link:
     found = dict(attributes(payload[16:]))
     info = dict(attributes(found.get(_IFLA_LINKINFO, b"")))
     kind = info.get(_IFLA_INFO_KIND)
-    peer = found.get(_IFLA_LINK)
+    peer, namespace = found.get(_IFLA_LINK), found.get(IFLA_LINK_NETNSID)
     return Link(
         index=index,
         name=_string(found[IFLA_IFNAME]),
@@ -303,7 +328,36 @@ def link(payload: bytes) -> Link:
         kind=None if kind is None else _string(kind),
         peer_index=None if peer is None else int(struct.unpack("=I", peer)[0]),
         carrier=bool(flags & IFF_LOWER_UP),
+        peer_namespace=None if namespace is None else int(struct.unpack("=i", namespace)[0]),
     )
+
+
+def address(payload: bytes) -> IPAddress | None:
+    """An address from the payload of RTM_NEWADDR."""
+    found = dict(attributes(payload[8:]))  # struct ifaddrmsg
+    packed = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS)
+    return None if packed is None else ipaddress.ip_address(packed)
+
+
+def permanent_neighbour(payload: bytes) -> tuple[IPAddress, str] | None:
+    """Address and MAC from the payload of RTM_NEWNEIGH; None where it is none that stays."""
+    (state,) = struct.unpack_from("=H", payload, 8)  # struct ndmsg
+    found = dict(attributes(payload[12:]))
+    packed, mac = found.get(_NDA_DST), found.get(_NDA_LLADDR)
+    if not state & NUD_PERMANENT or packed is None or mac is None:
+        return None
+    return ipaddress.ip_address(packed), mac.hex(":")
+
+
+def route(payload: bytes) -> tuple[IPNetwork, IPAddress] | None:
+    """Destination and gateway from the payload of RTM_NEWROUTE; None where there is no gateway."""
+    family, length = payload[0], payload[1]  # struct rtmsg
+    found = dict(attributes(payload[12:]))
+    gateway = found.get(_RTA_GATEWAY)
+    if gateway is None:
+        return None
+    packed = found.get(RTA_DST) or bytes(4 if family == FAMILY[4] else 16)
+    return ipaddress.ip_network((packed, length), strict=False), ipaddress.ip_address(gateway)
 
 
 def bpf_filter(payload: bytes) -> Filter:

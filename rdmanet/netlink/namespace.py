@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -65,6 +65,20 @@ def identify(descriptor: int) -> NetnsId:
     """Which namespace an open descriptor stands for."""
     status = os.fstat(descriptor)
     return NetnsId(dev=status.st_dev, ino=status.st_ino)
+
+
+@contextmanager
+def entered(path: str, identity: NetnsId) -> Iterator[int | None]:
+    """A descriptor of that namespace, or None where its path leads nowhere or to another one."""
+    with ExitStack() as stack:
+        descriptor: int | None
+        try:
+            descriptor = stack.enter_context(opened(path))
+        except (NotFoundError, RequestError):
+            descriptor = None
+        if descriptor is not None and identify(descriptor) != identity:
+            descriptor = None
+        yield descriptor
 
 
 def own() -> NetnsId:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -96,11 +96,14 @@ class Lending(Protocol):
 @dataclass(frozen=True, slots=True)
 class Condition:
     """How an attachment's device was found: the device as it is now, and whether its port is active. ``problem`` is a
-    sentence without its end: why it cannot be used, None where it can."""
+    sentence without its end: why it cannot be used, None where it can. ``gone``: nothing of it is left, ``leaving``:
+    nobody can open it any more."""
 
     device: Device
     problem: str | None
     port_active: bool = False
+    gone: bool = False
+    leaving: bool = False
 
 
 class DeviceBackend(Protocol):
@@ -151,12 +154,12 @@ def condition(rdma: RdmaNetlink, device: Device) -> Condition:
             rdma.character_device(device.index)
         except (KernelError, NotFoundError, UnavailableError):
             # Its removal waits for those who have it open (rxe of Linux 6.1); nobody can open it any more.
-            return missing
+            return replace(missing, leaving=True)
         return Condition(device, None, port.active)
     found = rdma.device(device.name)
     port = None if found is None else rdma.port(found.index)
     if found is None or port is None:
-        return missing
+        return replace(missing, gone=found is None, leaving=found is not None)
     again = describe(rdma, found, device.backend, device.mode)
     if (again.uverbs, again.major, again.minor) != (device.uverbs, device.major, device.minor):
         return Condition(

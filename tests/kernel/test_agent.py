@@ -25,6 +25,13 @@ def world() -> Iterator[World]:
         yield world
 
 
+@pytest.fixture(scope="module")
+def unrepaired() -> Iterator[World]:
+    """What is broken stays so, for CHECK to find (rdmanet.watch would be quicker)."""
+    with World.start("unrepaired", {"network": {"mtu_bytes": 9000}, "agent": {"repair": False}}) as world:
+        yield world
+
+
 def shown(world: World, attached: Attached) -> dict[str, Any]:
     """The attachment's row of `rdmanet status`."""
     rows = [row for row in world.status()["attachments"] if row["container_id"] == attached.pod.container_id]
@@ -217,7 +224,9 @@ def without_namespace(world: World, attached: Attached) -> None:
         (without_address(6), "the address fd72:646d:616e::"),
         (in_netns("route", "del", "default"), "the default route for IPv4 is missing"),
         (in_netns("-6", "route", "del", "default"), "the default route for IPv6 is missing"),
-        (in_netns("link", "set", "eth0", "down"), "is missing"),
+        (in_netns("neigh", "del", GATEWAYS[4], "dev", "eth0"), "the neighbour 10.213.0.1 is missing from eth0"),
+        (in_netns("route", "del", "10.213.0.0/20"), "the route to 10.213.0.0/20 for IPv4 is missing"),
+        (in_netns("link", "set", "eth0", "down"), "the interface eth0 is down"),
         (in_netns("link", "set", "lo", "down"), None),
         (without_host_end, "the interface eth0 is missing from the pod"),
         (without_filter, "the filter on rn-"),
@@ -227,7 +236,8 @@ def without_namespace(world: World, attached: Attached) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_check_notices(world: World, change: Callable[[World, Attached], None], words: str | None) -> None:
+def test_check_notices(unrepaired: World, change: Callable[[World, Attached], None], words: str | None) -> None:
+    world = unrepaired
     attached = world.add()
     succeeded(world.check(attached))
     change(world, attached)

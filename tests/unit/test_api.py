@@ -20,6 +20,7 @@ from aiohttp import web
 from rdmanet import api as module
 from rdmanet import errors
 from rdmanet.api import Api
+from rdmanet.calls import Calls
 from rdmanet.cni import HEADERS, CniCode, CniError, Interface, IpConfig, Request, Result, pending_name
 from rdmanet.errors import NotFoundError, RdmanetError
 from testbed.cni_spec import validate_error, validate_result
@@ -128,6 +129,7 @@ def api(attached: Attached, observed: Observed, pending_dir: Path, removals: lis
             observer=observed,
             pending_dir=pending_dir,
             settled=settled,
+            calls=Calls(),
         )
 
 

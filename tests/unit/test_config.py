@@ -40,6 +40,7 @@ SECTIONS = "agent, datapath, masquerade, network, policy, rdma, services, tracki
 OTHER: dict[str, tuple[str, object]] = {
     "agent.socket": ('"/run/other.sock"', Path("/run/other.sock")),
     "agent.state_dir": ('"/srv/rdmanet"', Path("/srv/rdmanet")),
+    "agent.repair": ("false", False),
     "agent.metrics_port": ("9742", 9742),
     "agent.log_level": ('"debug"', "debug"),
     "network.ipv4_range": ('"10.40.0.0/22"', ipaddress.IPv4Network("10.40.0.0/22")),

@@ -36,6 +36,7 @@ class Numbers:
         self.guard_failures = 2
         self.dropped_connections = {"unread": 4}
         self.used: dict[int, Usage] = {}
+        self.repaired: dict[tuple[str, str], int] = {}
         self.found: list[DeviceNumbers] = []
 
     def counters(self) -> dict[tuple[int, str, str], Count]:
@@ -67,6 +68,9 @@ class Numbers:
     def usage(self) -> dict[int, Usage]:
         return self.used
 
+    def repairs(self) -> dict[tuple[str, str], int]:
+        return self.repaired
+
     def devices(self) -> list[DeviceNumbers]:
         return self.found
 
@@ -93,6 +97,7 @@ def metrics(store: Store, numbers: Numbers) -> Metrics:
         numbers,
         numbers,
         lambda: numbers.tables,
+        numbers,
     )
 
 
@@ -117,6 +122,7 @@ def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
     assert {name for name in names if not name.endswith("_created")} == {
         "rdmanet_attachments",
         "rdmanet_removals_failed",
+        "rdmanet_repairs",
         "rdmanet_pod_packets",
         "rdmanet_pod_bytes",
         "rdmanet_drops",
@@ -219,6 +225,13 @@ def test_tables_and_lost_events(metrics: Metrics) -> None:
         ("rdmanet_table_entries_max", labels(table="policy")): 50,
     }
     assert found["rdmanet_events_lost_total", labels()] == 12
+
+
+def test_repairs(numbers: Numbers, metrics: Metrics) -> None:
+    numbers.repaired = {("link", "repaired"): 3, ("link", "given_up"): 1}
+    found = samples(metrics)
+    assert found["rdmanet_repairs_total", labels(kind="link", outcome="repaired")] == 3
+    assert found["rdmanet_repairs_total", labels(kind="link", outcome="given_up")] == 1
 
 
 def test_leases(numbers: Numbers, metrics: Metrics) -> None:

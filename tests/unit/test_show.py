@@ -20,7 +20,12 @@ AGENT: dict[str, Any] = {
 
 def document(**changes: Any) -> dict[str, Any]:
     releasing = {"count": 0, "failing": {}}
-    return {"agent": AGENT, "attachments": [], "leases": [], "drops": [], "releasing": releasing, **changes}
+    parts = {"attachments": [], "leases": [], "drops": [], "releasing": releasing, "repairs": repairs()}
+    return {"agent": AGENT, **parts, **changes}
+
+
+def repairs(**changes: Any) -> dict[str, Any]:
+    return {"broken": [], "given_up": [], "done": [], **changes}
 
 
 def attachment(pod: str, **changes: Any) -> dict[str, Any]:
@@ -128,6 +133,19 @@ def test_a_link_that_cannot_be_removed_is_shown_with_the_reason() -> None:
     lines = show.status(document(releasing={"count": 2, "failing": {"rn-7": "The kernel refused RTM_DELLINK."}}))
     assert "\n\nLINK  NOT REMOVED YET, TRIED AGAIN\nrn-7  The kernel refused RTM_DELLINK.\n" in lines
     assert "NOT REMOVED" not in show.status(document(releasing={"count": 2, "failing": {}}))
+
+
+def test_what_is_broken_left_alone_and_done() -> None:
+    web = {"what": "jobs/web-0 eth0", "kind": "link"}
+    open_ = {**web, "sentence": "the interface eth0 is missing from the pod"}
+    given_up = {**web, "kind": "route", "sentence": "the default route for IPv4 is missing; it has broken 5 times"}
+    done = {**web, "sentence": "the interface eth0 is missing", "outcome": "repaired", "ago_s": 3.2, "took_s": 0.1}
+    lines = show.status(document(repairs=repairs(broken=[open_], given_up=[given_up], done=[done] * 20)))
+    assert "\n\nBROKEN           KIND\njobs/web-0 eth0  link  the interface eth0 is missing from the pod\n" in lines
+    assert (
+        "\n\nLEFT ALONE       KIND   `RDMANET REPAIR` ASKS FOR IT AGAIN\njobs/web-0 eth0  route  the default" in lines
+    )
+    assert lines.count("repaired  3 s ago") == show.SHOWN_REPAIRS
 
 
 def counts(packets: int) -> dict[str, int]:
