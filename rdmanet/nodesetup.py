@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,9 +87,15 @@ class NodeSetup:
         store, datapath = self._store, self._datapath
         host, peer = node.prepare_host_link(self._config, store, route)
         self._wanted = self._entry(host)
-        present = datapath.node() if self._network is not None else None
-        # Somebody may be watching; what an earlier agent left of that is nobody's.
-        datapath.configure(replace(self._wanted, monitor=present is not None and present.monitor))
+        if self._network is None:
+            # That somebody was watching an earlier agent is over.
+            datapath.configure(self._wanted)
+        else:
+            present = datapath.node()
+            # Where the epoch is lost it must be none that a flow was judged in.
+            epoch = secrets.randbits(31) if present is None else present.epoch
+            monitor = present is not None and present.monitor
+            datapath.configure(replace(self._wanted, monitor=monitor, epoch=epoch))
         route.add_clsact(peer.index)
         route.set_ingress_filter(peer.index, datapath.dispatcher("host"), "rdmanet/host")
         for uplink in uplinks:

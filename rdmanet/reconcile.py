@@ -205,13 +205,12 @@ def broken_node(wanted: NodeFacts, seen: NodeFacts) -> Iterator[Broken]:
     if missing:
         yield Broken(Kind.LINK, f"the link {missing[0]} is missing")
         return
-    for name, up in seen.links_up.items():
-        if not up:
-            yield Broken(Kind.INTERFACE, f"the link {name} is down")
-    for address in sorted(wanted.addresses - seen.addresses, key=str):
-        yield Broken(Kind.ADDRESS, f"the address {address} is missing from {HOST_LINK}")
-    for route in sorted(wanted.routes - seen.routes, key=str):
-        yield Broken(Kind.ROUTE, f"the route to {route} through {HOST_LINK} is missing")
+    down = [name for name, up in seen.links_up.items() if not up]
+    if down:
+        # Addresses and routes go with it.
+        yield Broken(Kind.INTERFACE, f"the link {down[0]} is down")
+    else:
+        yield from _broken_addresses(wanted, seen)
     for family, on in wanted.forwarding.items():
         if seen.forwarding.get(family) != on:
             yield Broken(Kind.FORWARDING, f"{HOST_LINK} does not forward {family}")
@@ -220,6 +219,15 @@ def broken_node(wanted: NodeFacts, seen: NodeFacts) -> Iterator[Broken]:
             yield Broken(Kind.FILTER, f"the filter on {name} is missing")
     if wanted.node != seen.node:
         yield Broken(Kind.ENTRY, "the node's entry in the datapath is missing or wrong")
+
+
+def _broken_addresses(wanted: NodeFacts, seen: NodeFacts) -> Iterator[Broken]:
+    gone = wanted.addresses - seen.addresses
+    for address in sorted(gone, key=str):
+        yield Broken(Kind.ADDRESS, f"the address {address} is missing from {HOST_LINK}")
+    for route in sorted(wanted.routes - seen.routes, key=str):
+        if not any(address in route for address in gone):
+            yield Broken(Kind.ROUTE, f"the route to {route} through {HOST_LINK} is missing")
 
 
 def _named(what: str, names: Sequence[str]) -> str:

@@ -128,8 +128,10 @@ class Repairs:
             devices.create(attachment, making.descriptor)
 
     def glance(self) -> list[int]:
-        """Attachments whose entries in the datapath are not as they should be, of which nobody announces anything."""
+        """Places whose entries in the datapath are not as they should be: of these nobody announces anything."""
         parts, found = self._parts, []
+        if parts.datapath.node() is None or parts.datapath.pins.empty_slots():
+            found.append(NODE)
         attachments = [one for one in parts.store.attachments() if one.state is AttachmentState.READY]
         own, endpoints = parts.datapath.attachments(), parts.datapath.endpoints()
         for attachment in attachments:

@@ -141,10 +141,12 @@ class Datapath:
 
     def configure(self, node: NodeEntry) -> None:
         """Sets the node's options; before the first time everything is dropped as ``no_node``. The epoch stays as it
-        is."""
+        is, where there is one."""
         with self._lock:
             before = self.node()
-            self._update("node", layout.U32.pack(0), replace(node, epoch=before.epoch if before else 0).encode())
+            self._update(
+                "node", layout.U32.pack(0), replace(node, epoch=before.epoch if before else node.epoch).encode()
+            )
 
     def change_node(self, change: Callable[[NodeEntry], NodeEntry]) -> None:
         """Changes some of the node's options, once they have been set."""
