@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from rdmanet import inotify
@@ -195,7 +196,7 @@ class Watch:
                 self._make_due(int(host_end[1]))
         elif change.default or change.index in self._setup.indexes:
             self._make_due(NODE)
-        elif (owner := self._host_ends.owner(change.index)) is not None:
+        elif change.filters and (owner := self._host_ends.owner(change.index)) is not None:
             self._make_due(owner)
 
     def _vanished(self) -> None:
@@ -226,11 +227,14 @@ class Watch:
     async def _meet_new(self) -> None:
         new, self._new = self._new, set()
         found = await self._blocking(lambda: {number: self._store.get(number) for number in new})
-        for number, attachment in found.items():
-            if attachment is not None:
-                self._know(attachment)
-            else:
-                self._forget(number)
+        known = [attachment for attachment in found.values() if attachment is not None]
+        for attachment in known:
+            self._know(attachment)
+        for number in new - {attachment.id for attachment in known}:
+            self._forget(number)
+        # What vanished before its folder was watched is not announced.
+        for number in await self._blocking(lambda: [one.id for one in known if not Path(one.netns).exists()]):
+            self._make_due(number)
 
     def _know(self, attachment: Attachment) -> None:
         known = self._known.setdefault(attachment.id, _Known())

@@ -32,7 +32,7 @@ from rdmanet.datapath.artifact import (
 )
 from rdmanet.datapath.kept import NEXT, RUNNING, Kept, explained
 from rdmanet.datapath.migration import Move
-from rdmanet.errors import BpfError, NotFoundError, StateError, UnavailableError
+from rdmanet.errors import BpfError, StateError, UnavailableError
 
 _PROGRAM_ARRAY, _NEW = "programs", "~new"
 #: In such an order that who sees an answer is new before who lets flows begin: old ones do not look into new maps.
@@ -487,14 +487,6 @@ def load(
 
 
 def running(pinned: Pinned) -> dict[str, str]:
-    """Hook → name of the program in its slot (``HOOK_HASH``: the first 8 digits of its artifact's hash).
-
-    Raises NotFoundError for an empty slot.
-    """
-    names = {}
-    for hook, slot in HOOKS.items():
-        name = _running(pinned.maps[_PROGRAM_ARRAY], slot)
-        if name is None:
-            raise NotFoundError(f"The slot for the {hook} program is empty; start the agent to fill it.", subject=hook)
-        names[hook] = name
-    return names
+    """Hook → name of the program in its slot, if any: ``HOOK_HASH``, the first 8 digits of its artifact's hash."""
+    found = {hook: _running(pinned.maps[_PROGRAM_ARRAY], slot) for hook, slot in HOOKS.items()}
+    return {hook: name for hook, name in found.items() if name is not None}

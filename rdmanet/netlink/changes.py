@@ -60,7 +60,7 @@ POD_TYPES = (RTM_DELLINK, RTM_DELADDR, RTM_DELROUTE, RTM_DELNEIGH)
 class Change:
     """Something about the link with this index (0: not known) in the host's namespace, or in the one that has a number
     for us. ``name`` of links alone; ``new`` is one that has just been made, with the number of its peer's namespace;
-    ``default`` tells a default route of the host."""
+    ``default`` tells a default route of the host, ``filters`` that it is about the link's filters."""
 
     index: int
     namespace: int | None = None
@@ -68,6 +68,7 @@ class Change:
     new: bool = False
     peer_namespace: int | None = None
     default: bool = False
+    filters: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ def host_change(data: bytes, number: int | None) -> Change | None:
     if kind in (RTM_NEWADDR, RTM_DELADDR):
         return Change(_index(payload))
     if kind in (RTM_DELQDISC, RTM_DELTFILTER):
-        return Change(_index(payload))  # struct tcmsg has it there, too
+        return Change(_index(payload), filters=True)  # struct tcmsg has it there, too
     if kind in (RTM_NEWROUTE, RTM_DELROUTE):
         table = payload[4]  # struct rtmsg
         return Change(_route_index(payload), default=payload[1] == 0) if table == RT_TABLE_MAIN else None

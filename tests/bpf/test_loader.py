@@ -22,7 +22,7 @@ from rdmanet.datapath.artifact import (
     Program,
 )
 from rdmanet.datapath.maps import AttachmentEntry, Count, Datapath, EndpointEntry, NodeEntry, UplinkEntry
-from rdmanet.errors import BpfError, ExhaustedError, InputError, NotFoundError, StateError, UnavailableError
+from rdmanet.errors import BpfError, ExhaustedError, InputError, StateError, UnavailableError
 from rdmanet.model import GuardEntry, GuardState, address_key
 from tests.bpf import lab, packets
 from tests.bpf.bench import SHOT, UNSPEC
@@ -281,11 +281,42 @@ def test_dispatchers_with_empty_slots(artifact: Artifact, pins: Path) -> None:
             bpf.delete(programs, layout.U32.pack(slot))
         os.close(programs)
         verdicts = {hook: bpf.run_program(datapath.dispatcher(hook), FRAME).verdict for hook in HOOKS}
-        with pytest.raises(NotFoundError, match="slot for the pod program is empty"):
-            datapath.running()
+        assert datapath.running() == {}
+        assert datapath.pins.empty_slots() >= set(HOOKS)
+        datapath.pins.fill_slots()
+        assert datapath.running() == names(artifact)
+        assert datapath.pins.empty_slots() == set()
     assert verdicts == {"pod": SHOT, "host": SHOT, "uplink": UNSPEC}
     with Datapath.open(artifact, pins) as datapath:
         assert datapath.running() == names(artifact)
+
+
+def test_pins_that_are_gone_are_made_again(artifact: Artifact, pins: Path) -> None:
+    """From what is open: entries stay, and filters are those that they were."""
+    entry = EndpointEntry(ifindex=7, mac=bytes(6), attachment_id=3, device=False, enforce=False)
+    key = address_key("10.213.0.9")
+    with Datapath.open(artifact, pins) as datapath:
+        assert datapath.pins.missing(None) == set()
+        datapath.set_endpoint(key, entry)
+        dispatcher = datapath.dispatcher_id("pod")
+        (pins / "endpoints").unlink()
+        (pins / "dispatch_pod").unlink()
+        (pins / "flows").rename(pins / "fragments")
+        assert datapath.pins.missing(None) == {"endpoints", "dispatch_pod", "flows", "fragments"}
+        datapath.pins.restore(None)
+        assert datapath.pins.missing(None) == set()
+        for path in pins.iterdir():
+            path.unlink()
+        pins.rmdir()
+        assert datapath.pins.missing(None) == {path for path in artifact.maps if path != DEVICE_MAP} | {
+            f"dispatch_{hook}" for hook in HOOKS
+        }
+        pins.mkdir()
+        datapath.pins.restore(None)
+        assert datapath.pins.missing(None) == set()
+    with Datapath.open(artifact, pins) as datapath:
+        assert datapath.endpoint(key) == entry
+        assert datapath.dispatcher_id("pod") == dispatcher
 
 
 def _slots(pins: Path) -> dict[str, int]:

@@ -154,10 +154,9 @@ def test_a_namespace_that_goes_with_its_process(world: World) -> None:
     with world.unchanged():
         pod = world.pod()
         process = world.host.popen(["unshare", "--net", "sleep", "infinity"], stdout=subprocess.PIPE)
-        own = world.host.exec(["readlink", "/proc/1/ns/net"]).stdout
         path = f"/proc/{process.pid}/ns/net"
-        mine = world.host.exec(["readlink", "/proc/self/ns/net"]).stdout
-        until(lambda: world.host.exec(["readlink", path]).stdout not in (own, mine), "the process has no namespace")
+        hosts = world.host.exec(["readlink", "/proc/self/ns/net"]).stdout
+        until(lambda: world.host.exec(["readlink", path]).stdout != hosts, "the process has no namespace")
         outcome = world.host.cni("ADD", pod, config({}), netns=path)
         assert outcome.returncode == 0, outcome.sentence
         assert pod.container_id in {row["container_id"] for row in world.status()["attachments"]}
@@ -287,12 +286,11 @@ def test_a_new_address_of_the_uplink_is_masqueraded_behind() -> None:
         old = {version: seen_as(world, attached, version) for version in FAMILIES}
         new = {4: "198.51.100.77", 6: "2001:db8:100::77"}
         host = world.host
-        # The new one first: without an address the default route goes.
         host.ip(
-            f"address add {new[4]}/24 dev {UPLINK}",
-            f"address add {new[6]}/64 dev {UPLINK} nodad",
             f"address delete {old[4]}/24 dev {UPLINK}",
             f"address delete {old[6]}/64 dev {UPLINK}",
+            f"address add {new[4]}/24 dev {UPLINK}",
+            f"address add {new[6]}/64 dev {UPLINK} nodad",
             f"route replace default via {GATEWAY_IPV4} dev {UPLINK}",
             f"route replace ::/0 via {GATEWAY_IPV6} dev {UPLINK}",
         )
