@@ -14,6 +14,7 @@ from rdmanet.datapath.maps import Datapath
 from rdmanet.model import address_key
 from testbed.host import ARTIFACT, Host
 from testbed.outside import FAR_IPV4, FAR_IPV6, UPLINK
+from testbed.pod import Pod
 from testbed.rows import need
 
 PINS = "/sys/fs/bpf/rdmanet"
@@ -62,7 +63,12 @@ class Break:
 
 def _inside(kind: str, *words: str) -> Break:
     def work(target: Target) -> None:
-        place = {"ifname": target.ifname, "ipv4": target.addresses[4], "ipv6": target.addresses[6]}
+        place = {
+            "ifname": target.ifname,
+            "ipv4": target.addresses[4],
+            "ipv6": target.addresses[6],
+            "device": f"rxe_{target.host_ifname.replace('-', '')}",
+        }
         target.inside(*(word.format(**place) for word in words))
 
     return Break(kind, work)
@@ -146,6 +152,10 @@ BREAKS: dict[str, Break] = {
 }
 
 
+#: Where pods have devices of their own.
+RDMA_BREAKS: dict[str, Break] = {"rxe-device": _inside("device", "rdma", "link", "delete", "{device}")}
+
+
 def repairs(host: Host) -> dict[str, Any]:
     """What `rdmanet status` says of them. Asking makes the agent look for what nobody announces."""
     found: dict[str, Any] = host.api("GET", "/v1/status")["repairs"]
@@ -163,7 +173,7 @@ class Repaired:
 
 def break_and_wait(target: Target, name: str) -> Repaired:
     """Breaks it, and returns when `rdmanet status` says that it is whole again. StepError where that does not come."""
-    broken = BREAKS[name]
+    broken = (BREAKS | RDMA_BREAKS)[name]
     what = NODE if broken.node else target.name
     begun = time.monotonic()
     broken.work(target)
@@ -182,6 +192,15 @@ def break_and_wait(target: Target, name: str) -> Repaired:
     raise AssertionError(f"{name} is not repaired after {PATIENCE_S:g} s: {repairs(target.host)}")
 
 
-def forgive(host: Host) -> None:
+def forgive(host: Host, *pods: str) -> None:
     """Forgets how often things broke: one after another is broken here, more often than is repaired."""
-    host.api("POST", "/v1/repair?pod=node")
+    for name in ("node", *pods):
+        host.api("POST", f"/v1/repair?pod={name}", timeout_s=PATIENCE_S)
+
+
+def target_of(host: Host, pod: Pod) -> Target:
+    """The pod's attachment, as `rdmanet status` shows it."""
+    rows = host.api("GET", "/v1/status")["attachments"]
+    (row,) = [one for one in rows if (one["container_id"], one["ifname"]) == (pod.container_id, pod.ifname)]
+    addresses = {4: row["ipv4"], 6: row["ipv6"]}
+    return Target(host, row["pod"], pod.netns, pod.ifname, row["host_ifname"], addresses)

@@ -48,9 +48,7 @@ def pair(world: World) -> Iterator[tuple[Attached, Attached]]:
 
 
 def target(world: World, attached: Attached) -> Target:
-    addresses = {version: attached.address(version) for version in FAMILIES}
-    pod = attached.pod
-    return Target(world.host, f"{pod.namespace}/{pod.name}", pod.netns, pod.ifname, attached.host_ifname, addresses)
+    return breaking.target_of(world.host, attached.pod)
 
 
 def until(done: Callable[[], Any], sentence: str) -> Any:

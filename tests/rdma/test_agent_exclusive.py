@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,9 @@ def world(rdma_mode: RdmaMode) -> Iterator[World]:
         pytest.skip(f"the RDMA subsystem's namespace mode here is {rdma_mode}, not exclusive")
     if os.environ.get("RDMANET_IN_VM") != "1":
         pytest.skip("in exclusive mode the agent needs the initial network namespace, which is not the tests' here")
-    with World.start("exclusive", {"network": {"mtu_bytes": 9000}}, agent=False, machine=True) as world:
+    # What is broken stays so for a while, to be seen: test_reconcile.py has the other side.
+    configuration: dict[str, dict[str, Any]] = {"network": {"mtu_bytes": 9000}, "agent": {"repair": False}}
+    with World.start("exclusive", configuration, agent=False, machine=True) as world:
         yield world
 
 

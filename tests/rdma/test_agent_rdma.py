@@ -53,7 +53,9 @@ def stage(rdma_mode: RdmaMode) -> Iterator[Stage]:
     if rdma_mode is not RdmaMode.SHARED:
         pytest.skip(f"the RDMA subsystem's namespace mode here is {rdma_mode}, not shared")
     machine = os.environ.get("RDMANET_IN_VM") == "1"
-    with World.start("rdma", {"network": {"mtu_bytes": 9000}}, agent=False, machine=machine) as world:
+    # What is broken stays so for a while, to be seen: tests/rdma/test_reconcile.py has the other side.
+    configuration: dict[str, dict[str, Any]] = {"network": {"mtu_bytes": 9000}, "agent": {"repair": False}}
+    with World.start("rdma", configuration, agent=False, machine=machine) as world:
         before = world.host.dump()
         # The agent that the tests can tell to fail.
         world.start_agent("-m", PROGRAM, ORDER, RECORD)
