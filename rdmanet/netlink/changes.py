@@ -129,7 +129,7 @@ def _socket(groups: Iterable[int], types: Collection[int], *, all_namespaces: bo
         sock = namespace.netlink_socket(socket.NETLINK_ROUTE)
         try:
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
-            _filter(sock, types)
+            _filter(sock, program(types, new=not all_namespaces))
             if all_namespaces:
                 sock.setsockopt(SOL_NETLINK, events.NETLINK_LISTEN_ALL_NSID, 1)
             for group in groups:
@@ -147,32 +147,36 @@ def _socket(groups: Iterable[int], types: Collection[int], *, all_namespaces: bo
     return sock
 
 
-def program(types: Collection[int]) -> bytes:
+def program(types: Collection[int], *, new: bool) -> bytes:
     """A classic BPF program (struct sock_filter) that lets through announcements of these types, and of links those
-    that are new or whose flags have changed."""
-    load_half, load_word, equal, end = 0x28, 0x20, 0x15, 0x06
-    type_at, change_at = 4, 28  # struct nlmsghdr; struct ifinfomsg behind it
+    that have gone down, with ``new`` those that are new as well."""
+    load_half, load_word, equal, any_bit, end = 0x28, 0x20, 0x15, 0x45, 0x06
+    type_at, flags_at, change_at = 4, 24, 28  # struct nlmsghdr; struct ifinfomsg behind it
 
-    def swapped(number: int) -> int:
+    def swapped(code: str, number: int) -> int:
         # It loads in the network's order.
-        return int.from_bytes(struct.pack("=H", number), "big")
+        return int.from_bytes(struct.pack(code, number), "big")
 
+    up = swapped("=I", IFF_UP)
     wanted = sorted(types)
     code = [(load_half, 0, 0, type_at)]
+    # Offsets count from the next instruction; the last two are what all others lead to.
     for place, number in enumerate(wanted):
-        code.append((equal, len(wanted) - place + 3, 0, swapped(number)))
+        code.append((equal, len(wanted) - place + 6, 0, swapped("=H", number)))
     code += [
-        (equal, 0, 2, swapped(RTM_NEWLINK)),
+        (equal, 0, 5, swapped("=H", RTM_NEWLINK)),
         (load_word, 0, 0, change_at),
-        (equal, 0, 1, 0),
+        (equal, 4 if new else 3, 0, _NEW),
+        (any_bit, 0, 2, up),
+        (load_word, 0, 0, flags_at),
+        (any_bit, 0, 1, up),
         (end, 0, 0, 0),
         (end, 0, 0, 0xFFFFFFFF),
     ]
     return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
-def _filter(sock: socket.socket, types: Collection[int]) -> None:
-    code = program(types)
+def _filter(sock: socket.socket, code: bytes) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer)))
 

@@ -104,17 +104,21 @@ def verdict(program: bytes, data: bytes) -> bool:
             accumulator = load[what](number)
         elif what == 0x15:
             place += if_true if accumulator == number else if_false
+        elif what == 0x45:
+            place += if_true if accumulator & number else if_false
         else:
             assert what == 0x06
             return bool(number)
 
 
-@pytest.mark.parametrize("types", [HOST_TYPES, POD_TYPES], ids=["host", "pod"])
-def test_the_kernel_drops_what_nobody_reacts_to(types: tuple[int, ...]) -> None:
-    program = changes.program(types)
+@pytest.mark.parametrize(("types", "new"), [(HOST_TYPES, True), (POD_TYPES, False)], ids=["host", "pod"])
+def test_the_kernel_drops_what_nobody_reacts_to(types: tuple[int, ...], new: bool) -> None:
+    program = changes.program(types, new=new)
     for kind in range(16, 128):
         passes = verdict(program, message(kind, bytes(64)))
         assert passes == (kind in types), f"type {kind}"
     assert verdict(program, link(messages.RTM_NEWLINK, DOWN, 1))
-    assert verdict(program, link(messages.RTM_NEWLINK, UP, NEW))
-    assert not verdict(program, link(messages.RTM_NEWLINK, UP, QUIET))
+    for flags in (UP, DOWN):
+        assert verdict(program, link(messages.RTM_NEWLINK, flags, NEW)) == new
+        assert not verdict(program, link(messages.RTM_NEWLINK, flags, QUIET))
+    assert not verdict(program, link(messages.RTM_NEWLINK, UP, 1))
