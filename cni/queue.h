@@ -99,11 +99,35 @@ static long queue_count_others(struct queue *queue, const char *name)
 	return count;
 }
 
+/* The whole entry on disk, or false with errno set and nothing there. */
+static bool queue_write(struct queue *queue, const char *name, const struct request *request)
+{
+	/* One temporary name for all is enough under the lock, and a crash leaves at most one
+	 * behind. */
+	int fd = openat(queue->directory, ".new",
+			O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
+	int error = 0;
+
+	if (fd < 0)
+		return false;
+	if (!write_all(fd, request->head, request->head_size) ||
+	    !write_all(fd, request->body, request->body_size) || fsync(fd))
+		error = errno;
+	if (close(fd) && !error)
+		error = errno;
+	if (!error &&
+	    (renameat(queue->directory, ".new", queue->directory, name) || fsync(queue->directory)))
+		error = errno;
+	if (error)
+		unlinkat(queue->directory, ".new", 0);
+	errno = error;
+	return !error;
+}
+
 /* Store the request under the lock; it is on disk when this returns true. False with why set. */
 static bool queue_store(struct queue *queue, const char *name, const struct request *request)
 {
 	long others = queue_count_others(queue, name);
-	int fd;
 	bool stored;
 
 	if (others < 0)
@@ -116,18 +140,15 @@ static bool queue_store(struct queue *queue, const char *name, const struct requ
 	if (request->head_size + request->body_size > QUEUE_ENTRY_SIZE_MAX)
 		return queue_fail(queue, CNI_TRY_AGAIN_LATER,
 				  "a DEL of more than 64 KiB is not queued");
-	/* One temporary name for all is enough under the lock, and a crash leaves at most one
-	 * behind. */
-	fd = openat(queue->directory, ".new", O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC,
-		    0600);
-	if (fd < 0)
-		return queue_fail(queue, CNI_IO_FAILURE, "cannot be written to");
-	stored = write_all(fd, request->head, request->head_size) &&
-		 write_all(fd, request->body, request->body_size) && !fsync(fd);
-	if (close(fd))
-		stored = false;
-	if (!stored || renameat(queue->directory, ".new", queue->directory, name) ||
-	    fsync(queue->directory))
+	stored = queue_write(queue, name, request);
+	/* The disk is full: what the agent keeps for this (rdmanet/reserve.py) is given up. */
+	if (!stored && errno == ENOSPC) {
+		if (!unlinkat(queue->directory, "../reserve", 0))
+			stored = queue_write(queue, name, request);
+		else
+			errno = ENOSPC;
+	}
+	if (!stored)
 		return queue_fail(queue, CNI_IO_FAILURE, "cannot be written to");
 	return true;
 }

@@ -6,20 +6,51 @@ One question of each kind for all of them, as there may be a thousand: 1,000 pod
 from __future__ import annotations
 
 import logging
+import re
+import socket
 from collections.abc import Mapping, Sequence
 
-from rdmanet import steps
+from rdmanet import alias, steps
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
-from rdmanet.errors import NotFoundError
-from rdmanet.model import Attachment, NetnsId, address_key
+from rdmanet.errors import DamagedError, NotFoundError
+from rdmanet.model import GATEWAY_MAC, Attachment, NetnsId, address_key
 from rdmanet.netlink import messages, namespace
-from rdmanet.netlink.batch import accepted
+from rdmanet.netlink.batch import BatchSocket, accepted
 from rdmanet.netlink.namespace import Listening
 
 log = logging.getLogger(__name__)
 
 #: The kernel's answers to so many are held in memory at a time.
 AT_ONCE = 100
+#: ``Attachment.host_ifname``.
+HOST_END = re.compile(r"rn-([1-9][0-9]*)", re.ASCII)
+
+
+def strangers(attachments: Sequence[Attachment]) -> list[messages.Link]:
+    """Host ends of ours that belong to none of these attachments: rows are committed before links are made, and
+    forgotten after they are gone."""
+    known = {one.host_ifname for one in attachments}
+    names = [name for _, name in socket.if_nameindex() if HOST_END.fullmatch(name) and name not in known]
+    if not names:
+        return []
+    with BatchSocket() as host:
+        replies = host.exchange([messages.get_link(name) for name in names])
+    links = [messages.link(reply.payloads[0]) for reply in replies if not reply.errno]
+    return [link for link in links if link.kind == "veth" and link.mac == GATEWAY_MAC]
+
+
+def refuse_strangers(attachments: Sequence[Attachment], database: str) -> None:
+    """Raises DamagedError where pods have network that the rows know nothing of: their addresses would be given to
+    others."""
+    unknown = strangers(attachments)
+    if unknown:
+        names = ", ".join(link.name for link in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise DamagedError(
+            f"The agent's database {database} has lost rows: this host has {len(unknown)} attachment(s) that it does"
+            f" not know ({names}). `rdmanet repair --database` writes them from the kernel's state.",
+            operation="open",
+            subject=database,
+        )
 
 
 def adopt(parts: steps.Parts, attachments: Sequence[Attachment]) -> set[int]:
@@ -69,11 +100,16 @@ def _adopt(
 def _links(parts: steps.Parts, attachments: Sequence[Attachment]) -> dict[int, messages.Link]:
     """The host's ends that are there, by attachment id."""
     replies = parts.host.exchange([messages.get_link(one.host_ifname) for one in attachments])
-    found = {}
+    found, unnamed = {}, []
     for attachment, reply in zip(attachments, replies, strict=True):
         if not reply.errno:
-            found[attachment.id] = messages.link(reply.payloads[0])
-            parts.host_ends.set(attachment.id, found[attachment.id].index)
+            found[attachment.id] = link = messages.link(reply.payloads[0])
+            parts.host_ends.set(attachment.id, link.index)
+            wanted = alias.of_attachment(attachment)
+            if link.alias != wanted:  # an older version's
+                unnamed.append(messages.set_alias(attachment.host_ifname, wanted))
+    if unnamed:
+        parts.host.send(unnamed)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -23,7 +24,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from rdmanet import node, pending, steps
+from rdmanet import adoption, node, pending, steps
 from rdmanet.addresses import NodeAddresses
 from rdmanet.api import Api
 from rdmanet.attach import Attachments
@@ -54,10 +55,12 @@ from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.reconcile import Record
 from rdmanet.removal import Removals
 from rdmanet.repairs import Repairs
+from rdmanet.reserve import Reserve
 from rdmanet.routes import FlowsRoute, MonitorRoute, ObjectRoutes, RepairRoute
 from rdmanet.services.disconnect import Sockets
 from rdmanet.services.engine import Services
 from rdmanet.status import About, Status
+from rdmanet.store import FILE as STATE
 from rdmanet.store import Store, owned
 from rdmanet.tracking import Tracking
 from rdmanet.watch import Watch
@@ -112,12 +115,15 @@ class Agent:
         stack.callback(self._executor.shutdown)
 
         # Read everything of ours before anything is written to the kernel.
-        store = await self._blocking(Store, config.agent.state_dir / "state.db")
+        reserve = Reserve(config.agent.state_dir)
+        reserve.give_up_if_full()
+        store = await self._blocking(Store, config.agent.state_dir / STATE, reserve)
         stack.callback(store.close)
         self._store = store
         documents = await self._blocking(Documents.beside, config.agent.state_dir)
         stack.callback(documents.close)
         await self._blocking(store.begin, node.boot_id())
+        await self._blocking(lambda: adoption.refuse_strangers(store.attachments(), str(store.path)))
         self._devices, devices_missing = await self._blocking(find_devices, config, store)
 
         # The node: datapath, host link, uplinks.
@@ -165,6 +171,7 @@ class Agent:
             services,
             host,
             host_ends=steps.HostEnds(),
+            reserve=reserve,
         )
         removals = Removals(parts, self._fault_point)
         numbers = RdmaNumbers(self._devices, self._pods, self._limits, self._datapath)
@@ -227,6 +234,8 @@ class Agent:
             record,
         )
 
+        await self._blocking(reserve.make)
+
         # From here on the world may ask.
         pending_dir = config.agent.state_dir / "pending"
         api = Api(
@@ -263,7 +272,9 @@ class Agent:
         node.prepare_bpffs(config.datapath.bpffs_dir, store)
         self._datapath = Datapath.open(artifact, config.datapath.bpffs_dir, config.map_sizes(), config.datapath_dir)
         setup = NodeSetup(config, store, self._datapath)
-        return setup, setup.prepare()
+        network = setup.prepare()
+        store.effects_changed = functools.partial(node.describe_effects, store)
+        return setup, network
 
     def _attach_sockets(self, hierarchy: Cgroups | None) -> str | None:
         """Lets the host's own sockets and those of pods reach services; returns why they cannot, which stops nothing

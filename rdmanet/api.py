@@ -220,7 +220,9 @@ class Api:
 
     async def _run(self, call: Request, still_wanted: Callable[[], bool]) -> dict[str, object] | None:
         if call.command is Command.STATUS:
-            return None  # an agent that answers is ready: it listens only then
+            # An agent that answers is ready, as it listens only then; but its disk may be full.
+            await self._blocking(self._attachments.ready)
+            return None
         if call.command is Command.GC:
             async with self._calls.alone():
                 valid = call.config.valid_attachments or ()

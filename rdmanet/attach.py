@@ -21,6 +21,7 @@ from rdmanet.errors import (
     NotFoundError,
     RdmanetError,
     RequestError,
+    StateError,
     UnavailableError,
 )
 from rdmanet.model import (
@@ -70,6 +71,7 @@ class Attachments:
         removed in time. Leaves nothing behind on failure.
         """
         self._removals.linger()
+        self._parts.reserve.require()
         wants_rdma = request.wants_rdma
         if wants_rdma and self._parts.devices is None:
             raise UnavailableError(
@@ -127,11 +129,7 @@ class Attachments:
                 self._fault_point("commit ready")
                 self._parts.store.set_ready(attachment.id, result.to_json("1.1.0"))
             except BaseException:
-                try:
-                    self._release(attachment)
-                except RdmanetError as error:
-                    # The row stays, and the next DEL, GC or start finishes it.
-                    log.error("%s is left half-made: %s", attachment.host_ifname, error)
+                self._take_back(attachment)
                 raise
         self._removals.linger()
         log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
@@ -218,6 +216,27 @@ class Attachments:
             routes=tuple(routes),
         )
 
+    def _take_back(self, attachment: Attachment) -> None:
+        """What an ADD has made that has failed. Its row says ``adding``: if that cannot be changed now, a start takes
+        it for what it is, and the background goes on trying to remove it."""
+        try:
+            self._commit_releasing(attachment)
+        except StateError as error:
+            log.warning("%s: %s", attachment.host_ifname, error)
+        try:
+            self._undo(attachment)
+            self._removals.put(attachment)
+        except RdmanetError as error:
+            # The row stays, and the next DEL, GC or start finishes it.
+            log.error("%s is left half-made: %s", attachment.host_ifname, error)
+
+    def ready(self) -> None:
+        """CNI's STATUS: raises CniError (50) while no ADD can be served."""
+        try:
+            self._parts.reserve.require()
+        except StateError as error:
+            raise CniError(error.sentence, CniCode.NOT_AVAILABLE) from error
+
     # DEL and GC
 
     def delete(self, container_id: str, ifname: str) -> bool:
@@ -241,8 +260,14 @@ class Attachments:
         self._removals.put(attachment)
 
     def _cut(self, attachment: Attachment) -> None:
+        self._commit_releasing(attachment)
+        self._undo(attachment)
+
+    def _commit_releasing(self, attachment: Attachment) -> None:
         self._fault_point("commit releasing")
         self._parts.store.set_state(attachment.id, AttachmentState.RELEASING)
+
+    def _undo(self, attachment: Attachment) -> None:
         with namespace.entered(attachment.netns, attachment.netns_id) as descriptor:
             steps.cut(self._parts, attachment, descriptor, self._fault_point)
         log.debug("cut off %s of %s", attachment.host_ifname, attachment.pod)

@@ -36,7 +36,7 @@ CREATE TABLE objects (
 ) STRICT, WITHOUT ROWID;
 """
     VERSION = 1
-    ADVICE = "stop the agent, move the file away, and apply the objects again"
+    ADVICE = "run `rdmanet repair --database`, which moves it aside, and apply the objects again"
 
     @classmethod
     def beside(cls, state_dir: Path) -> Documents:

@@ -11,6 +11,7 @@
     ├── ExhaustedError          a bound was reached: addresses, leases, map entries
     ├── UnavailableError        this host or this moment cannot do it (no RDMA, agent away, kernel too old)
     ├── StateError              the agent's own database or files are not usable
+    │   └── DamagedError        a database is damaged, or has lost rows; `rdmanet repair --database` writes it anew
     ├── KernelError             the kernel refused; errno says why
     │   ├── NetlinkError        rtnetlink or RDMA netlink
     │   ├── BpfError            bpf(2)
@@ -88,6 +89,10 @@ class UnavailableError(RdmanetError):
 
 class StateError(RdmanetError):
     """The agent's own database or files are not usable."""
+
+
+class DamagedError(StateError):
+    """A database is damaged, or has lost rows."""
 
 
 class KernelError(RdmanetError):

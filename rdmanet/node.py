@@ -15,10 +15,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdmanet import ipam
+from rdmanet import alias, ipam
 from rdmanet.config import Config
-from rdmanet.errors import ConfigError, KernelError, NotFoundError, UnavailableError
+from rdmanet.errors import ConfigError, DamagedError, KernelError, NotFoundError, RdmanetError, UnavailableError
 from rdmanet.model import GATEWAY_MAC, IPAddress
+from rdmanet.netlink import messages
+from rdmanet.netlink.batch import BatchSocket
 from rdmanet.netlink.route import Link, RouteSocket
 from rdmanet.store import Store
 
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 HOST_LINK = "rdmanet0"
 HOST_PEER = "rdmanet1"
 FAMILIES = ("ipv4", "ipv6")
+#: Names of effects on the host.
+HOST_EFFECT, UPLINK_EFFECT = "host-link", "uplink:"
+UPLINK_FILTER = "rdmanet/uplink"
 BPF_FS_MAGIC = 0xCAFE4A11
 #: In every new bpffs (kernel/bpf/inode.c, populate_bpffs).
 KERNELS_OWN_PINS = ("maps.debug", "progs.debug")
@@ -140,16 +145,16 @@ def prepare_host_link(config: Config, store: Store, route: RouteSocket) -> tuple
     """rdmanet0 and rdmanet1, up, with the gateways' addresses and the routes to the ranges. Idempotent."""
     ranges: tuple[ipam.IPNetwork, ...] = (config.network.ipv4_range, config.network.ipv6_range)
     existing = route.link(HOST_LINK)
-    if existing is not None and "host-link" not in store.effects():
+    if existing is not None and HOST_EFFECT not in store.effects():
         raise ConfigError(
-            f"A netdev {HOST_LINK} exists that this agent did not make; remove it (`ip link delete {HOST_LINK}`),"
-            f" or run"
-            " `rdmanet uninstall` with the state directory that made it.",
+            f"A netdev {HOST_LINK} exists that this agent did not make. Where its database was lost, run"
+            f" `rdmanet repair --database`; else remove it (`ip link delete {HOST_LINK}`), or run `rdmanet uninstall`"
+            " with the state directory that made it.",
             subject=HOST_LINK,
         )
     _refuse_overlap(ranges, route, existing)
     if existing is None:
-        store.record_effect("host-link", HOST_LINK)
+        store.record_effect(HOST_EFFECT, HOST_LINK)
         route.add_veth(HOST_LINK, GATEWAY_MAC, LOOPBACK_MTU_BYTES, peer_name=HOST_PEER, peer_mac=GATEWAY_MAC)
     host, peer = route.link(HOST_LINK), route.link(HOST_PEER)
     if host is None or peer is None:
@@ -211,9 +216,9 @@ def _write_sysctl(path: Path, value: str) -> None:
 
 
 def _undo_host_link(store: Store, route: RouteSocket) -> None:
-    if "host-link" in store.effects():
+    if HOST_EFFECT in store.effects():
         route.delete_link(HOST_LINK)
-        store.forget_effect("host-link")
+        store.forget_effect(HOST_EFFECT)
 
 
 # Uplinks
@@ -263,19 +268,19 @@ def find_uplinks(config: Config, route: RouteSocket) -> list[Uplink]:
 
 def prepare_uplink(uplink: Uplink, program: int, store: Store, route: RouteSocket) -> None:
     """Puts our filter on an uplink's ingress, beside whatever others have there."""
-    effect = f"uplink:{uplink.name}"
+    effect = UPLINK_EFFECT + uplink.name
     if effect not in store.effects():
         clsact = "theirs" if "clsact" in route.qdisc_kinds(uplink.ifindex) else "ours"
         store.record_effect(effect, json.dumps({"clsact": clsact}))
     route.add_clsact(uplink.ifindex)
-    route.set_ingress_filter(uplink.ifindex, program, "rdmanet/uplink")
+    route.set_ingress_filter(uplink.ifindex, program, UPLINK_FILTER)
 
 
 def release_uplinks(store: Store, route: RouteSocket, kept: Collection[str] = ()) -> None:
     """Takes our filter from every link that it was put on, but for those that are ``kept``. Idempotent."""
     for effect, detail in store.effects().items():
-        kind, _, name = effect.partition(":")
-        if kind != "uplink" or name in kept:
+        name = effect.removeprefix(UPLINK_EFFECT)
+        if not effect.startswith(UPLINK_EFFECT) or name in kept:
             continue
         link = route.link(name)
         if link is not None:
@@ -284,6 +289,47 @@ def release_uplinks(store: Store, route: RouteSocket, kept: Collection[str] = ()
             if ours and not route.has_filters(link.index):
                 route.delete_clsact(link.index)
         store.forget_effect(effect)
+
+
+# What the kernel keeps of it, where the database is lost
+
+
+def describe_effects(store: Store) -> None:
+    """Writes the effects on the host into the alias of rdmanet0, where that is there already."""
+    kept = {name: detail for name, detail in store.effects().items() if name != HOST_EFFECT}
+    try:
+        with BatchSocket() as host:
+            host.send([messages.set_alias(HOST_LINK, alias.of_effects(kept))])
+    except RdmanetError as error:
+        # It is needed where the database is lost, and for nothing else.
+        log.warning("What was done to the host is not noted at %s: %s", HOST_LINK, error)
+
+
+def refuse_lost_effects(store: Store) -> None:
+    """Raises DamagedError where there is a rdmanet0 of ours that no effect speaks of: it would stay."""
+    if HOST_EFFECT not in store.effects() and find_effects():
+        raise DamagedError(
+            f"The agent's database {store.path} has lost what was done to this host. `rdmanet repair --database` writes"
+            " it from the kernel's state.",
+            operation="open",
+            subject=str(store.path),
+        )
+
+
+def find_effects() -> dict[str, str]:
+    """Effects on the host as the kernel shows them, by name with details; none where there is no rdmanet0."""
+    with BatchSocket() as host:
+        (reply,) = host.exchange([messages.get_link(HOST_LINK)])
+    if reply.errno or (link := messages.link(reply.payloads[0])).mac != GATEWAY_MAC:
+        return {}
+    found = {HOST_EFFECT: HOST_LINK, **alias.effects(link.alias)}
+    with RouteSocket.here() as route:
+        for other in route.links():
+            name = UPLINK_EFFECT + other.name
+            if name not in found and UPLINK_FILTER in route.ingress_filter_names(other.index):
+                # Nobody knows whose the clsact is: it stays at an uninstall.
+                found[name] = json.dumps({"clsact": "theirs"})
+    return found
 
 
 # All of it

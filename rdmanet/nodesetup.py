@@ -104,6 +104,7 @@ class NodeSetup:
         for ifindex in set(datapath.uplinks()) - {uplink.ifindex for uplink in uplinks}:
             datapath.delete_uplink(ifindex)
         node.release_uplinks(store, route, {uplink.name for uplink in uplinks})
+        node.describe_effects(store)
         self._uplinks = uplinks
         self._network = node.network(self._config, host, peer, uplinks)
         return self._network

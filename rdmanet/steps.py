@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from rdmanet import ipam
+from rdmanet import alias, ipam
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import ConflictError, NotFoundError, UnavailableError
@@ -25,6 +25,7 @@ from rdmanet.netlink.namespace import Listening
 from rdmanet.node import NodeNetwork
 from rdmanet.policy.values import PodPolicy
 from rdmanet.rdma.backend import DeviceBackend
+from rdmanet.reserve import Reserve
 from rdmanet.store import Store
 
 LOOPBACK_INDEX = 1
@@ -126,6 +127,7 @@ class Parts:
     services: LocalBackends
     host: BatchSockets
     host_ends: HostEnds
+    reserve: Reserve
 
 
 @dataclass(slots=True)
@@ -177,11 +179,12 @@ class LinkStep:
                 peer_mac=attachment.mac,
                 peer_namespace=making.descriptor,
             ),
+            messages.set_alias(name, alias.of_attachment(attachment)),
             messages.get_link(name),
         )
         try:
             try:
-                _, reply = parts.host.send(batch)
+                *_, reply = parts.host.send(batch)
             except ConflictError:
                 (left,) = parts.host.exchange([messages.get_link(name)])
                 if not left.errno:
@@ -189,7 +192,7 @@ class LinkStep:
                     parts.host.send([messages.delete_link(name)])
                 elif not making.make_room():
                     raise
-                _, reply = parts.host.send(batch)
+                *_, reply = parts.host.send(batch)
         except ConflictError as error:
             raise ConflictError(
                 f"The interface {attachment.ifname} exists already in {attachment.netns}.",

@@ -14,7 +14,7 @@ import ipaddress
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from rdmanet.model import (
     pod_mac,
 )
 
+FILE = "state.db"
 SCHEMA_VERSION = 3
 
 _SCHEMA = """
@@ -99,7 +100,10 @@ class Store(Database):
     SCHEMA = _SCHEMA
     VERSION = SCHEMA_VERSION
     MIGRATIONS = _MIGRATIONS
-    ADVICE = "stop the agent, move the file away, and let the runtime re-create the pods"
+    ADVICE = "run `rdmanet repair --database`, which writes it anew from the kernel's state"
+
+    #: Called after each change of the effects on the host, in the thread that made it.
+    effects_changed: Callable[[], None] = staticmethod(lambda: None)
 
     # Attachments
 
@@ -109,41 +113,12 @@ class Store(Database):
         ``attachment.id`` is ignored; a MAC of "" is replaced by one made from the id. Raises
         ConflictError where the attachment or an address exists.
         """
+        wanted = dataclasses.replace(attachment, state=AttachmentState.ADDING)
         try:
             with self._transaction() as db:
-                cursor = db.execute(
-                    "INSERT INTO attachments (container_id, ifname, network, netns, netns_dev, netns_ino,"
-                    " pod_namespace,"
-                    " pod_name, state, mac, mtu_bytes, wants_rdma, guard, max_leases, traffic_class, service_level,"
-                    " pod_uid, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        attachment.container_id,
-                        attachment.ifname,
-                        attachment.network,
-                        attachment.netns,
-                        attachment.netns_id.dev,
-                        attachment.netns_id.ino,
-                        attachment.pod.namespace,
-                        attachment.pod.name,
-                        AttachmentState.ADDING,
-                        attachment.mac,
-                        attachment.mtu_bytes,
-                        int(attachment.wants_rdma),
-                        attachment.guard,
-                        attachment.max_leases,
-                        attachment.traffic_class,
-                        attachment.service_level,
-                        attachment.pod_uid,
-                        json.dumps(dict(attachment.labels)),
-                    ),
-                )
-                number = int(cursor.lastrowid or 0)
+                number = _insert(db, wanted, None)
                 mac = attachment.mac or pod_mac(number)
                 db.execute("UPDATE attachments SET mac = ? WHERE id = ?", (mac, number))
-                db.executemany(
-                    "INSERT INTO addresses (address, attachment_id) VALUES (?, ?)",
-                    [(address_key(address), number) for address in attachment.addresses],
-                )
         except sqlite3.IntegrityError as error:
             raise ConflictError(
                 f"Container {attachment.container_id} has an interface {attachment.ifname} already, or its address"
@@ -151,12 +126,23 @@ class Store(Database):
                 operation="reserve",
                 subject=f"{attachment.container_id}/{attachment.ifname}",
             ) from error
-        return dataclasses.replace(attachment, id=number, mac=mac, state=AttachmentState.ADDING)
+        return dataclasses.replace(wanted, id=number, mac=mac)
+
+    def restore(self, attachments: Iterable[Attachment], effects: Mapping[str, str], last_id: int) -> None:
+        """Commits what was found in the kernel, all of it or nothing: attachments with their ids and states, effects.
+        Ids up to ``last_id`` are used up."""
+        with self._transaction() as db:
+            for attachment in attachments:
+                _insert(db, attachment, attachment.id)
+            for effect in effects.items():
+                db.execute("INSERT OR REPLACE INTO host_effects (name, detail) VALUES (?, ?)", effect)
+            used = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'attachments'").fetchone()[0] or 0
+            db.execute("DELETE FROM sqlite_sequence WHERE name = 'attachments'")
+            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('attachments', ?)", (max(used, last_id),))
 
     def set_state(self, attachment_id: int, state: AttachmentState) -> None:
         """Commits a new state."""
-        with self._transaction() as db:
-            db.execute("UPDATE attachments SET state = ? WHERE id = ?", (state, attachment_id))
+        self._take_back(lambda db: db.execute("UPDATE attachments SET state = ? WHERE id = ?", (state, attachment_id)))
 
     def set_device(self, attachment_id: int, device: Device | None) -> None:
         """Commits what device the attachment has."""
@@ -167,8 +153,7 @@ class Store(Database):
     def set_cgroup(self, attachment_id: int, cgroup: PodCgroup | None) -> None:
         """Commits in which cgroup the attachment's limits are about to hold; None: in none any more."""
         text = json.dumps(dataclasses.asdict(cgroup)) if cgroup else None
-        with self._transaction() as db:
-            db.execute("UPDATE attachments SET cgroup = ? WHERE id = ?", (text, attachment_id))
+        self._take_back(lambda db: db.execute("UPDATE attachments SET cgroup = ? WHERE id = ?", (text, attachment_id)))
 
     def set_ready(self, attachment_id: int, result: dict[str, object]) -> None:
         """Commits state ``ready`` together with the result that ADD returned."""
@@ -180,8 +165,8 @@ class Store(Database):
 
     def forget(self, *attachment_ids: int) -> None:
         """Removes rows and frees their addresses, in one commit."""
-        with self._transaction() as db:
-            db.executemany("DELETE FROM attachments WHERE id = ?", [(number,) for number in attachment_ids])
+        numbers = [(number,) for number in attachment_ids]
+        self._take_back(lambda db: db.executemany("DELETE FROM attachments WHERE id = ?", numbers))
 
     def find(self, container_id: str, ifname: str) -> Attachment | None:
         """The attachment of that key, or None."""
@@ -190,7 +175,7 @@ class Store(Database):
             if not rows:
                 return None
             query = "SELECT address FROM addresses WHERE attachment_id = ?"
-            found = _attachment(rows[0], [row["address"] for row in self._rows(query, (rows[0]["id"],))])
+            found = self._read(rows[0], [row["address"] for row in self._rows(query, (rows[0]["id"],))])
             return dataclasses.replace(found, result=json.loads(rows[0]["result"]))
 
     def get(self, attachment_id: int) -> Attachment | None:
@@ -208,7 +193,13 @@ class Store(Database):
             for row in self._rows("SELECT attachment_id, address FROM addresses"):
                 keys.setdefault(row["attachment_id"], []).append(row["address"])
             rows = self._rows(f"SELECT {_COLUMNS} FROM attachments ORDER BY id")
-            return [_attachment(row, keys.get(row["id"], [])) for row in rows]
+            return [self._read(row, keys.get(row["id"], [])) for row in rows]
+
+    def _read(self, row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
+        try:
+            return _attachment(row, keys)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._damaged(f"the row of attachment {row['id']} cannot be read") from error
 
     def taken(self) -> Container[bytes]:
         """The address keys in use, asked for one by one: there may be thousands."""
@@ -223,26 +214,65 @@ class Store(Database):
         ``releasing``, and effects are forgotten, so that none is ever taken back from somebody who made the same
         since (a bpffs that systemd mounted, say).
         """
-        with self._transaction() as db:
+
+        def change(db: sqlite3.Connection) -> None:
             known = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
             if known is not None and known["value"] != boot_id:
                 db.execute("UPDATE attachments SET state = ?, cgroup = NULL", (AttachmentState.RELEASING,))
                 db.execute("DELETE FROM host_effects")
             db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('boot_id', ?)", (boot_id,))
 
+        self._take_back(change)
+
     def record_effect(self, name: str, detail: str = "") -> None:
         """Commits that an effect on the host is about to be made."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO host_effects (name, detail) VALUES (?, ?)", (name, detail))
+        self.effects_changed()
 
     def forget_effect(self, name: str) -> None:
         """Commits that the effect has been taken back."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM host_effects WHERE name = ?", (name,))
+        self._take_back(lambda db: db.execute("DELETE FROM host_effects WHERE name = ?", (name,)))
+        self.effects_changed()
 
     def effects(self) -> dict[str, str]:
         """Effects on the host that were recorded and not taken back."""
         return {row["name"]: row["detail"] for row in self._rows("SELECT name, detail FROM host_effects")}
+
+
+def _insert(db: sqlite3.Connection, attachment: Attachment, number: int | None) -> int:
+    """A row with its addresses, under this id or the next; returns the id."""
+    device = json.dumps(dataclasses.asdict(attachment.device)) if attachment.device else None
+    values = {
+        "id": number,
+        "container_id": attachment.container_id,
+        "ifname": attachment.ifname,
+        "network": attachment.network,
+        "netns": attachment.netns,
+        "netns_dev": attachment.netns_id.dev,
+        "netns_ino": attachment.netns_id.ino,
+        "pod_namespace": attachment.pod.namespace,
+        "pod_name": attachment.pod.name,
+        "state": attachment.state,
+        "mac": attachment.mac,
+        "mtu_bytes": attachment.mtu_bytes,
+        "wants_rdma": int(attachment.wants_rdma),
+        "guard": attachment.guard,
+        "device": device,
+        "max_leases": attachment.max_leases,
+        "traffic_class": attachment.traffic_class,
+        "service_level": attachment.service_level,
+        "pod_uid": attachment.pod_uid,
+        "labels": json.dumps(dict(attachment.labels)),
+    }
+    names, places = ", ".join(values), ", ".join("?" * len(values))
+    cursor = db.execute(f"INSERT INTO attachments ({names}) VALUES ({places})", tuple(values.values()))
+    made = int(cursor.lastrowid or 0)
+    db.executemany(
+        "INSERT INTO addresses (address, attachment_id) VALUES (?, ?)",
+        [(address_key(address), made) for address in attachment.addresses],
+    )
+    return made
 
 
 class _Taken(Container[bytes]):

@@ -6,19 +6,23 @@ import contextlib
 import logging
 from collections.abc import Sequence
 
-from rdmanet import limits, node
+from rdmanet import adoption, limits, node
 from rdmanet.config import Config
 from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.devices import undo as undo_devices
+from rdmanet.documents import FILE as OBJECTS
 from rdmanet.errors import NotFoundError, RequestError
 from rdmanet.model import Attachment
 from rdmanet.netlink import namespace
 from rdmanet.netlink.batch import BatchSockets
 from rdmanet.rdma.backend import DeviceBackend
 from rdmanet.rdma.cgroup import Cgroups
+from rdmanet.rebuild import files_aside
 from rdmanet.removal import MAX_TOGETHER, remove_links
+from rdmanet.reserve import FILE as RESERVE
+from rdmanet.store import FILE as STATE
 from rdmanet.store import Store, owned
 
 log = logging.getLogger(__name__)
@@ -28,9 +32,13 @@ def uninstall(config: Config) -> None:
     """Takes back everything that agents with this configuration did to the host. Idempotent; refused while one runs."""
     state_dir = config.agent.state_dir
     with owned(state_dir):
-        store = Store(state_dir / "state.db")
+        # Everything goes, and first what may be needed for that.
+        (state_dir / RESERVE).unlink(missing_ok=True)
+        store = Store(state_dir / STATE)
         try:
             store.begin(node.boot_id())
+            adoption.refuse_strangers(store.attachments(), str(store.path))
+            node.refuse_lost_effects(store)
             devices, _ = find_devices(config, store)
             hierarchy, _ = limits.find_hierarchy()
             attachments = store.attachments()
@@ -72,8 +80,9 @@ def _remove(
 def _remove_files(config: Config) -> None:
     """Removes what agents wrote, by name: the directories are the configuration's and may hold other people's files."""
     state_dir = config.agent.state_dir
-    databases = [f"{name}{suffix}" for name in ("state.db", "objects.db") for suffix in ("", "-wal", "-shm")]
-    files = [config.agent.socket, *(state_dir / name for name in databases)]
+    databases = [f"{name}{suffix}" for name in (STATE, OBJECTS) for suffix in ("", "-wal", "-shm")]
+    files = [config.agent.socket, *(state_dir / name for name in databases), *files_aside(state_dir)]
+    files.append(state_dir / f"{RESERVE}.part")
     if (state_dir / "pending").is_dir():
         files += (state_dir / "pending").iterdir()
     for path in (*files, state_dir / "agent.lock"):

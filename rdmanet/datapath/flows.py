@@ -85,6 +85,15 @@ class FlowMaps:
         """Every entry, as ``entries`` gives them."""
         return entries(self._pinned.maps["flows"])
 
+    def attachments(self) -> set[int]:
+        """Ids of all attachments that flows speak of."""
+        found: set[int] = set()
+        for flow in self.all():
+            # Outside's half of a service's flow has the service's id as its origin.
+            if not (flow.is_alias and flow.flags & SERVICE):
+                found |= {flow.origin, flow.target}
+        return found
+
     def find(self, key: bytes) -> Flow | None:
         """One entry as it is now."""
         value = bpf.lookup(self._pinned.maps["flows"], key, FLOW.size)

@@ -7,6 +7,7 @@ are compressed and written in one step.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import zlib
@@ -121,13 +122,23 @@ class Kept:
         return self._directory / f"{name}{_SUFFIX}"
 
     def _write(self, path: Path, content: bytes) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = path.with_name(f"{path.name}.part")
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise StateError(
+                f"The datapath cannot be kept in {self._directory}: {error.strerror}. Free space, and try again.",
+                operation="write",
+                subject=str(path),
+                errno=error.errno,
+            ) from error
 
 
 @contextmanager

@@ -31,6 +31,7 @@ RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWQDISC, RTM_DELQDISC = 36, 37
 RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 RTM_NEWNETCONF = 80
+RTM_GETNSID = 90
 
 IFF_UP = 0x1
 IFF_LOWER_UP = 0x10000
@@ -52,9 +53,10 @@ FILTER_PRIORITY = 0x7D0A
 FILTER_HANDLE = 0x1
 
 _IFLA_ADDRESS, IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK = 1, 3, 4, 5
-_IFLA_LINKINFO, _IFLA_AF_SPEC, _IFLA_GROUP, _IFLA_NET_NS_FD = 18, 26, 27, 28
+_IFLA_LINKINFO, IFLA_IFALIAS, _IFLA_AF_SPEC, _IFLA_GROUP, _IFLA_NET_NS_FD = 18, 20, 26, 27, 28
 _IFLA_EXT_MASK, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 29, 31, 32
 IFLA_LINK_NETNSID = 37
+_NETNSA_NSID, _NETNSA_FD = 1, 3
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_INET6_ADDR_GEN_MODE = 8
 _VETH_INFO_PEER = 1
@@ -95,6 +97,7 @@ class Link:
     peer_index: int | None = None
     carrier: bool = False
     peer_namespace: int | None = None
+    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,19 @@ def no_link_local(index: int) -> Message:
     mode = attribute(_IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
     body = _ifinfo(index) + _nested(_IFLA_AF_SPEC, _nested(FAMILY[6], mode))
     return Message(RTM_SETLINK, NLM_F_REQUEST, body, "RTM_SETLINK", f"link {index}")
+
+
+def set_alias(name: str, alias: str) -> Message:
+    """Gives a link, if it is there, an alias of 255 bytes at most. One that is being made takes none
+    (net/core/rtnetlink.c, rtnl_create_link)."""
+    body = _ifinfo() + text(IFLA_IFNAME, name) + text(IFLA_IFALIAS, alias)
+    return Message(RTM_SETLINK, NLM_F_REQUEST, body, "RTM_SETLINK", f"alias of {name}", (errno.ENODEV,))
+
+
+def get_nsid(namespace: int) -> Message:
+    """Asks which number our namespace has for another, by a descriptor; ``nsid`` reads the reply."""
+    body = struct.pack("=Bxxx", 0) + number(_NETNSA_FD, namespace)
+    return Message(RTM_GETNSID, NLM_F_REQUEST, body, "RTM_GETNSID", f"descriptor {namespace}")
 
 
 def set_group(name: str, group: int) -> Message:
@@ -329,6 +345,7 @@ def link(payload: bytes) -> Link:
         peer_index=None if peer is None else int(struct.unpack("=I", peer)[0]),
         carrier=bool(flags & IFF_LOWER_UP),
         peer_namespace=None if namespace is None else int(struct.unpack("=i", namespace)[0]),
+        alias=_string(found.get(IFLA_IFALIAS, b"")),
     )
 
 
@@ -358,6 +375,13 @@ def route(payload: bytes) -> tuple[IPNetwork, IPAddress] | None:
         return None
     packed = found.get(RTA_DST) or bytes(4 if family == FAMILY[4] else 16)
     return ipaddress.ip_network((packed, length), strict=False), ipaddress.ip_address(gateway)
+
+
+def nsid(payload: bytes) -> int | None:
+    """A namespace's number from the payload of RTM_NEWNSID; None where it has none yet."""
+    value = dict(attributes(payload[4:])).get(_NETNSA_NSID)
+    found = -1 if value is None else int(struct.unpack("=i", value)[0])
+    return None if found < 0 else found
 
 
 def bpf_filter(payload: bytes) -> Filter:

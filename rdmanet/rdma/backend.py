@@ -115,6 +115,9 @@ class DeviceBackend(Protocol):
     def create(self, attachment: Attachment, descriptor: int) -> Device:
         """Gives the attachment a device. Leaves nothing behind on failure."""
 
+    def find(self, attachment: Attachment, descriptor: int) -> Device | None:
+        """The device that ``create`` gave it, by what the kernel shows; for a database that was lost."""
+
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
         """Takes it away, also half-made; ``descriptor`` is None where the pod's namespace is gone. Idempotent."""
 

@@ -85,6 +85,12 @@ class RxeBackend:
             raise NotFoundError(f"The new RDMA device {name} is not there.", operation="NLDEV_GET", subject=name)
         return describe(pod, device, self.name, self.mode)
 
+    def find(self, attachment: Attachment, descriptor: int) -> Device | None:
+        """See ``DeviceBackend``."""
+        with self._seeing(descriptor) as rdma:
+            found = rdma.device(attachment.device_name)
+            return None if found is None else describe(rdma, found, self.name, self.mode)
+
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
         """See ``DeviceBackend``. Without the pod's namespace the device is gone with it, unless it never left ours."""
         with self._lock:

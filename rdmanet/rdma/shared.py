@@ -108,6 +108,12 @@ class SharedBackend:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
+    def find(self, attachment: Attachment, descriptor: int) -> Device | None:
+        """See ``DeviceBackend``."""
+        with self._namespaces.here() as rdma:
+            found = rdma.device(self._device)
+            return None if found is None else describe(rdma, found, self.name, self.mode)
+
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
         """See ``DeviceBackend``."""
         with self._lock:

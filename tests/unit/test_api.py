@@ -54,6 +54,10 @@ class Attached:
         if self.failure is not None:
             raise self.failure
 
+    def ready(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
     def hold(self, what: str) -> threading.Event:
         return self.gates.setdefault(what, threading.Event())
 
@@ -221,6 +225,7 @@ CODES: dict[type[RdmanetError], tuple[int, int]] = {
     errors.ExhaustedError: (101, 507),
     errors.UnavailableError: (102, 503),
     errors.StateError: (104, 500),
+    errors.DamagedError: (104, 500),
     errors.KernelError: (103, 500),
     errors.NetlinkError: (103, 500),
     errors.BpfError: (103, 500),

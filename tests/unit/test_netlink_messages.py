@@ -10,6 +10,7 @@ import pytest
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
+from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
@@ -172,3 +173,14 @@ def test_the_first_refusal_that_is_not_accepted_is_raised() -> None:
     assert len(accepted([fine, wrong], [Reply(19), Reply(0)])) == 2
     with pytest.raises(NetlinkError, match="second"):
         accepted([fine, wrong], [Reply(19), Reply(1)])
+
+
+def test_alias_and_the_number_of_a_namespace() -> None:
+    found = decoded(messages.set_alias("rn-7", "ä note"), ifinfmsg)
+    assert (found.get_attr("IFLA_IFNAME"), found.get_attr("IFLA_IFALIAS")) == ("rn-7", "ä note")
+    asked = decoded(messages.get_nsid(33), nsidmsg)
+    assert asked.get_attr("NETNSA_FD") == 33
+    for value, expected in ((5, 5), (-1, None)):
+        answer = bytes(4) + messages.attribute(1, value.to_bytes(4, "little", signed=True))
+        assert messages.nsid(answer) == expected
+    assert messages.nsid(bytes(4)) is None

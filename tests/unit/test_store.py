@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rdmanet import store as module
-from rdmanet.errors import ConflictError, StateError
+from rdmanet.errors import ConflictError, DamagedError, StateError
 from rdmanet.model import (
     Attachment,
     AttachmentState,
@@ -322,10 +322,10 @@ def test_a_newer_schema_is_refused_and_left_as_it_is(store: Store, path: Path) -
 def test_a_garbage_file_is_refused_with_what_to_do(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(StateError) as caught:
+    with pytest.raises(DamagedError) as caught:
         Store(path)
-    assert caught.value.sentence.startswith(f"The agent's database {path} is not usable: ")
-    assert caught.value.sentence.endswith("move the file away, and let the runtime re-create the pods.")
+    assert caught.value.sentence.startswith(f"The agent's database {path} is damaged: ")
+    assert "run `rdmanet repair --database`" in caught.value.sentence
     assert path.read_bytes() == content
 
 
