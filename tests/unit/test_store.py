@@ -32,6 +32,7 @@ from rdmanet.model import (
 )
 from rdmanet.store import SCHEMA_VERSION, Store, owned
 from testbed.paths import REPOSITORY
+from testbed.upgrades import SCHEMAS, create
 
 DEVICE = Device(
     name="rxe_rn1", backend=Backend.RXE, mode=RdmaMode.SHARED, index=7, uverbs="uverbs3", major=231, minor=195
@@ -240,43 +241,64 @@ def test_the_same_boot_changes_nothing_and_another_ends_everything(store: Store)
     assert taken(store), "addresses are free only once the attachment is undone"
 
 
-#: What the first version's file had, and its one row.
-FIRST_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE attachments (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, container_id TEXT NOT NULL, ifname TEXT NOT NULL, network TEXT NOT NULL,
-    netns TEXT NOT NULL, netns_dev INTEGER NOT NULL, netns_ino INTEGER NOT NULL, pod_namespace TEXT NOT NULL,
-    pod_name TEXT NOT NULL, state TEXT NOT NULL, mac TEXT NOT NULL, mtu_bytes INTEGER NOT NULL,
-    wants_rdma INTEGER NOT NULL, guard TEXT NOT NULL, device TEXT, result TEXT NOT NULL DEFAULT '{}',
-    UNIQUE (container_id, ifname)
-) STRICT;
-CREATE TABLE addresses (
-    address BLOB PRIMARY KEY,
-    attachment_id INTEGER NOT NULL REFERENCES attachments (id) ON DELETE CASCADE
-) STRICT;
-CREATE INDEX addresses_by_attachment ON addresses (attachment_id);
-CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
-INSERT INTO attachments VALUES (7, 'c7', 'eth0', 'net', '/run/netns/c7', 4, 5, 'default', 'pod-7', 'ready',
-    '02:72:00:00:00:07', 1500, 1, 'enforce', NULL, '{}');
-PRAGMA user_version=1;
+#: One of its rows, by the columns that every version has.
+ROW = """
+INSERT INTO attachments (id, container_id, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name,
+    state, mac, mtu_bytes, wants_rdma, guard) VALUES (7, 'c7', 'eth0', 'net', '/run/netns/c7', 4, 5, 'default', 'pod-7',
+    'ready', '02:72:00:00:00:07', 1500, 1, 'enforce');
+INSERT INTO addresses VALUES (x'00000000000000000000ffff0ad50007', 7);
+INSERT INTO host_effects VALUES ('bpffs', '/sys/fs/bpf');
 """
 
 
-def test_the_first_versions_file_is_read_and_gets_defaults(path: Path) -> None:
-    path.parent.mkdir()
+def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Name, type, whether NULL is refused, default and key of each table's columns."""
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript(FIRST_SCHEMA)
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        return {
+            table: sorted(tuple(row[1:]) for row in database.execute(f"PRAGMA table_info({table})")) for table in tables
+        }
+
+
+def test_every_older_schema_is_known() -> None:
+    assert sorted(SCHEMAS) == list(range(1, SCHEMA_VERSION))
+
+
+@pytest.mark.parametrize("version", SCHEMAS)
+def test_an_older_versions_file_is_read_and_gets_defaults(path: Path, version: int) -> None:
+    path.parent.mkdir()
+    create(path, version)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(ROW)
     for _ in range(2):
         store = Store(path)
         (found,) = store.attachments()
         assert (found.id, found.guard, found.wants_rdma) == (7, GuardMode.ENFORCE, True)
+        assert found.addresses == (ipaddress.IPv4Address("10.213.0.7"),)
         assert (found.max_leases, found.traffic_class, found.service_level) == (256, 0, 0)
         assert (found.pod_uid, found.cgroup, found.labels) == (None, None, {})
+        assert store.effects() == {"bpffs": "/sys/fs/bpf"}
         store.close()
     store = Store(path)
     store.set_cgroup(7, PodCgroup("/kubepods/pod7", 42))
     assert store.reserve(wanted(8)).id == 8
     store.close()
+    fresh = path.with_name("fresh.db")
+    Store(fresh).close()
+    assert columns(path) == columns(fresh)
+
+
+@pytest.mark.parametrize("version", SCHEMAS)
+def test_a_migration_that_fails_leaves_the_file_as_it_was(
+    path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    create(path, version)
+    monkeypatch.setattr(Store, "MIGRATIONS", {**Store.MIGRATIONS, version + 1: "ALTER TABLE nowhere RENAME TO x;"})
+    with pytest.raises(StateError):
+        Store(path)
+    monkeypatch.undo()
+    Store(path).close()
 
 
 def test_limits_and_the_cgroup_are_kept(store: Store) -> None:
