@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from rdmanet import adoption, node, pending, steps
+from rdmanet import adoption, node, notify, pending, steps
 from rdmanet.addresses import NodeAddresses
 from rdmanet.api import Api
 from rdmanet.attach import Attachments
@@ -38,7 +38,7 @@ from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.documents import Documents
-from rdmanet.errors import BpfError, StateError, UnavailableError
+from rdmanet.errors import BpfError, RdmanetError, StateError, UnavailableError
 from rdmanet.health import Health
 from rdmanet.limits import PodLimits, find_hierarchy
 from rdmanet.metrics import Metrics
@@ -78,8 +78,12 @@ REMOVAL_STOP_S = 10.0
 def run(config: Config) -> int:
     """Runs the agent until SIGTERM or SIGINT."""
     logging.basicConfig(level=config.agent.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    with owned(config.agent.state_dir):
-        asyncio.run(Agent(config).serve())
+    try:
+        with owned(config.agent.state_dir):
+            asyncio.run(Agent(config).serve())
+    except RdmanetError as error:
+        notify.notify(notify.status(f"cannot start: {error.sentence}"))
+        raise
     return 0
 
 
@@ -106,8 +110,14 @@ class Agent:
             gc.freeze()
             log.info("ready after %.0f ms", (time.monotonic() - started) * 1000)
             print("ready", flush=True)
+            notify.notify(notify.READY, notify.status("ready"))
+            watchdog_s = notify.watchdog_s()
+            if watchdog_s is not None:
+                feeding = asyncio.create_task(notify.feed(self._executor, watchdog_s))
+                stack.callback(feeding.cancel)
             await stop.wait()
             log.info("stopping; pods keep their network")
+            notify.notify(notify.STOPPING, notify.status("stopping; pods keep their network"))
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         loop = asyncio.get_running_loop()

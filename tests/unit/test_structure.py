@@ -42,6 +42,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verbs": NOUNS | {"lease", "memlock"},
     "pending": {"cni", "errors"},
     "reserve": {"errors"},
+    "notify": set(),
     "node": NOUNS | {"alias", "config", "ipam", "netlink", "store"},
     "devices": NOUNS | {"config", "node", "netlink", "rdma", "store"},
     "metrics": NOUNS | {"broker", "datapath", "limits", "numbers", "store"},
