@@ -21,6 +21,7 @@ NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHRO
 SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE
 MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE
 """
+NAMES = tuple(_NAMES.split())
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_MDWE = 24, 38, 65
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -45,8 +46,7 @@ def program(*capabilities: str) -> tuple[str, ...]:
 
 def main() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    names = _NAMES.split()
-    kept = {names.index(name) for name in sys.argv[1].split(",") if name}
+    kept = {NAMES.index(name) for name in sys.argv[1].split(",") if name}
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
     for number in set(range(last + 1)) - kept:
         if libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0):

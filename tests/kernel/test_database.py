@@ -3,23 +3,22 @@ the kernel's state, and no pod notices."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from testbed.container import CommandError
 from testbed.damage import DAMAGES, damage
 from testbed.host import Dump, diff
-from testbed.outside import FAR_IPV4
-from testbed.peer import Peer
+from testbed.outside import FAR_IPV4, FAR_IPV6
 from testbed.policies import labelled, policy
 from testbed.services import CLUSTER_IP, service, slices
+from testbed.streams import streams
 from tests.kernel.world import DATABASE, Attached, World, succeeded
 
 OBJECTS = "/var/lib/rdmanet/objects.db"
-WITHIN_S = 30.0
 #: What is nowhere in the kernel: the answer that ADD gave, which nothing reads, and labels from CNI args.
 NOT_KEPT = ("result", "labels")
 LONG_NAME = "a" * 60
@@ -31,28 +30,10 @@ def world() -> Iterator[World]:
         yield world
 
 
-@contextlib.contextmanager
-def streams(world: World, one: Attached, two: Attached) -> Iterator[list[Peer]]:
-    """TCP from one pod to the other in both families, and to the outside; whole at the end."""
+def sinks(world: World, *attached: Attached) -> list[tuple[Any, list[str]]]:
+    """Pods and the outside, with their addresses."""
     assert world.host.outside is not None
-    inside = world.traffic("two", two.pod.running)
-    outside = world.traffic("outside", world.host.outside)
-    begun = []
-    for number, (sink, address) in enumerate(((inside, two.address(4)), (inside, two.address(6)), (outside, FAR_IPV4))):
-        port = sink.ask("serve", address=address)["port"]
-        stream = world.traffic(f"one-{number}", one.pod.running)
-        stream.ask("stream_begin", address=address, port=port, pause_s=0.002)
-        begun.append(stream)
-    yield begun
-    for stream in begun:
-        assert stream.ask("stream_end")["equal"], "bytes were lost or changed"
-
-
-def go_on(begun: list[Peer]) -> None:
-    """Each has done a few rounds more."""
-    for stream in begun:
-        done = stream.ask("stream_reach", rounds=0, within_s=WITHIN_S)["rounds"]
-        stream.ask("stream_reach", rounds=done + 20, within_s=WITHIN_S)
+    return [*((one.pod.running, one.addresses) for one in attached), (world.host.outside, [FAR_IPV4, FAR_IPV6])]
 
 
 def known(world: World) -> Dump:
@@ -82,19 +63,19 @@ def test_damaged_under_live_pods(world: World, how: str) -> None:
     forbidding = [labelled("three", app="server"), policy("nobody")]
     world.host.api("PUT", "/v1/objects", {"documents": forbidding})
     before = known(world)
-    with streams(world, one, two) as begun:
+    with streams(world.host, one.pod.running, sinks(world, two)) as begun:
         world.host.kill_agent()
         damage(world.host, DATABASE, how)
         for _ in range(2):
             with pytest.raises(CommandError, match=r"ended before it was ready: .*`rdmanet repair --database`"):
                 world.start_agent()
-        go_on(begun)
+        begun.go_on()
         said = repair(world)
         assert "wrote 3 attachment(s)" in said[-1] or how == "rows lost", said
         assert repair(world) == ["the databases are whole; nothing was done"]
-        go_on(begun)
+        begun.go_on()
         world.start_agent()
-        go_on(begun)
+        begun.go_on()
     assert diff(before, known(world)) == []
     for attached in (one, two, three):
         succeeded(world.check(attached))

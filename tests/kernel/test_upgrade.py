@@ -15,8 +15,9 @@ import pytest
 from rdmanet.store import SCHEMA_VERSION
 from testbed.container import CommandError
 from testbed.host import diff
+from testbed.streams import streams
 from testbed.upgrades import OTHER_SIZES, SCHEMAS, downgrade_on, other_artifact
-from tests.kernel.test_database import go_on, streams
+from tests.kernel.test_database import sinks
 from tests.kernel.test_restart import lost
 from tests.kernel.world import DATABASE, World, succeeded
 
@@ -49,20 +50,20 @@ def test_there_and_back_under_load(world: World, how: str, tmp_path: Path) -> No
     for attached in (one, two):
         attached.pod.start()
     before, ours = world.snapshot(), programs(world)
-    with streams(world, one, two) as begun:
+    with streams(world.host, one.pod.running, sinks(world, two)) as begun:
         pings = [
             one.pod.popen(["ping", "-q", "-i", "0.02", address], stdout=subprocess.PIPE) for address in two.addresses
         ]
-        go_on(begun)
+        begun.go_on()
         for _ in range(2):
             replaced(world, how, other)
-            go_on(begun)
+            begun.go_on()
             assert len(programs(world)) == 1
             assert not programs(world) & ours
             for attached in (one, two):
                 succeeded(world.check(attached))
             replaced(world, how)
-            go_on(begun)
+            begun.go_on()
             assert programs(world) == ours
         for pinging in pings:
             sent, missing = lost(pinging)
@@ -78,12 +79,12 @@ def test_from_each_older_schema(world: World, version: int) -> None:
     for attached in (one, two):
         attached.pod.start()
     before = world.snapshot()
-    with streams(world, one, two) as begun:
+    with streams(world.host, one.pod.running, sinks(world, two)) as begun:
         world.host.kill_agent()
         downgrade_on(world.host, DATABASE, version)
-        go_on(begun)
+        begun.go_on()
         world.start_agent()
-        go_on(begun)
+        begun.go_on()
     assert world.sql("PRAGMA user_version") == [[[SCHEMA_VERSION]]]
     assert diff(before, world.snapshot()) == []
     three = world.add()
