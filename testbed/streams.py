@@ -29,9 +29,11 @@ class Streams:
 
 
 @contextlib.contextmanager
-def streams(host: Host, source: Any, sinks: Sequence[tuple[Any, Sequence[str]]]) -> Iterator[Streams]:
-    """From one container, or the host, to each of the sinks at each of its addresses; AssertionError at the end where
-    bytes were lost or changed."""
+def streams(
+    host: Host, source: Any, sinks: Sequence[tuple[Any, Sequence[str]]], *, pause_s: float = PAUSE_S
+) -> Iterator[Streams]:
+    """From one container, or the host, to each of the sinks at each of its addresses, with a pause after each round;
+    AssertionError at the end where bytes were lost or changed."""
     with contextlib.ExitStack() as stack:
         running: list[Peer] = []
         for number, (sink, addresses) in enumerate(sinks):
@@ -40,7 +42,7 @@ def streams(host: Host, source: Any, sinks: Sequence[tuple[Any, Sequence[str]]])
                 port = server.ask("serve", address=address)["port"]
                 name = f"{host.name}-stream-{len(running)}"
                 running.append(stack.enter_context(Peer.traffic(name, source.popen)))
-                running[-1].ask("stream_begin", address=address, port=port, pause_s=PAUSE_S)
+                running[-1].ask("stream_begin", address=address, port=port, pause_s=pause_s)
         found = Streams(running)
         yield found
         for stream in running:

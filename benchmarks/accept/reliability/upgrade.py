@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.accept.rdma import faults
 from benchmarks.accept.rdma.faults import CONFIGURATION, LEASES, WITHIN_S, Scene
@@ -24,6 +25,9 @@ from testbed.upgrades import OTHER_SIZES, SCHEMAS, Tree, downgrade_on, older_tre
 STATE_DATABASE = "/var/lib/rdmanet/state.db"
 #: An emulated machine is busy with the start of an agent for half a minute.
 STREAM_WITHIN_S = 240.0
+#: There the streams leave it some of its time, and it may take minutes all the same.
+PAUSE_S = 0.05
+READY_TIMEOUT_S = 600.0
 
 
 @dataclass
@@ -59,19 +63,23 @@ def measure() -> Figure:
     tree = older_tree()
     with _loaded(tree) as upgrades, tempfile.TemporaryDirectory() as directory:
         host = upgrades.host
-        other = {**CONFIGURATION, **OTHER_SIZES, "datapath": {"artifact_dir": other_artifact(Path(directory))}}
+        other: dict[str, Any] = {
+            **CONFIGURATION,
+            **OTHER_SIZES,
+            "datapath": {"artifact_dir": other_artifact(Path(directory))},
+        }
         if tree is not None:
-            upgrades.replaced("this version", lambda: host.start_agent(CONFIGURATION))
+            upgrades.replaced("this version", lambda: _start(host))
             if tree.schema == SCHEMA_VERSION:
                 upgrades.replaced(f"back to {tree.commit}", lambda: _start(host, tree))
-                upgrades.replaced("this version again", lambda: host.start_agent(CONFIGURATION), kill=True)
-        upgrades.replaced("another datapath and other sizes", lambda: host.start_agent(other))
-        upgrades.replaced("this datapath and its sizes", lambda: host.start_agent(CONFIGURATION), kill=True)
+                upgrades.replaced("this version again", lambda: _start(host), kill=True)
+        upgrades.replaced("another datapath and other sizes", lambda: _start(host, configuration=other))
+        upgrades.replaced("this datapath and its sizes", lambda: _start(host), kill=True)
         for schema in SCHEMAS:
 
             def from_older(version: int = schema) -> None:
                 downgrade_on(host, STATE_DATABASE, version)
-                host.start_agent(CONFIGURATION)
+                _start(host)
 
             upgrades.replaced(f"from schema {schema}", from_older)
         at = upgrades.at
@@ -89,10 +97,14 @@ def measure() -> Figure:
     return Figure(float(result["lost_bytes"]), "bytes", detail, more)
 
 
-def _start(host: Host, tree: Tree | None) -> float:
+def _start(
+    host: Host, tree: Tree | None = None, *, configuration: Mapping[str, Mapping[str, Any]] = CONFIGURATION
+) -> float:
     if tree is None:
-        return host.start_agent(CONFIGURATION)
-    return host.start_agent(CONFIGURATION, program=tree.program, environment=tree.environment)
+        return host.start_agent(configuration, timeout_s=READY_TIMEOUT_S)
+    return host.start_agent(
+        configuration, timeout_s=READY_TIMEOUT_S, program=tree.program, environment=tree.environment
+    )
 
 
 @contextlib.contextmanager
@@ -103,7 +115,7 @@ def _loaded(tree: Tree | None) -> Iterator[Upgrades]:
         with faults.scene(host, "upgrade") as at:
             client, server = at.ends
             sinks = [(server.pod.running, list(server.addresses.values()))]
-            with streams(host, client.pod.running, sinks) as running:
+            with streams(host, client.pod.running, sinks, pause_s=PAUSE_S) as running:
                 faults.begin(at)
                 yield Upgrades(host, at, running, [])
         host.stop_agent()
