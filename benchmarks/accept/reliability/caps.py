@@ -40,7 +40,7 @@ def measure() -> Figure:
     needed = {name: _without(name) for name in granted()}
     detail = (
         f"{', '.join(granted())}: with these ADD, CHECK, traffic, swap"
-        + (f", {leases} leased transfers on Soft-RoCE" if leases else "")
+        + (f", transfers over {leases} leases on Soft-RoCE" if leases else "")
         + ", DEL, GC and uninstall; without "
         + "; without ".join(f"{name}: {sentence}" for name, sentence in needed.items())
     )
@@ -89,8 +89,9 @@ def _leases(host: Host) -> int:
         faults.begin(at)
         outcomes = at.client.ask("end", within_s=faults.WITHIN_S, timeout_s=faults.WITHIN_S + 30)
         received = at.server.ask("received", within_s=faults.WITHIN_S, timeout_s=faults.WITHIN_S + 30)
-    faults.verdict("caps", True, outcomes, received)
-    return len(outcomes)
+    result = faults.verdict("caps", True, outcomes, received)
+    need(not any(result["told"].values()), f"somebody was told of an error: {result['told']}")
+    return faults.LEASES
 
 
 def _is_roots(world: World) -> None:
