@@ -21,6 +21,7 @@ PROOFS = {
     "rdma": "benchmarks.accept.rdma",
     "datapath": "benchmarks.accept.datapath",
     "reliability": "benchmarks.accept.reliability",
+    "ml-jobs": "benchmarks.accept.ml_jobs",
 }
 RESULTS = BUILD / "accept"
 #: All rows together take about an hour on two processors without hardware virtualisation.
