@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ from rdmanet.model import DEFAULT_MAX_LEASES, Backend, GuardMode, is_prime
 DEFAULT_PATH = Path("/etc/rdmanet/rdmanet.toml")
 DEFAULT_IPV4_RANGE = ipaddress.IPv4Network("10.213.0.0/20")
 DEFAULT_IPV6_RANGE = ipaddress.IPv6Network("fd72:646d:616e::/64")
+#: What kubelet's list of devices stays small with; a host's range of addresses holds more pods than that.
+MAX_SLOTS = 4096
+#: What is an extended resource for Kubernetes and vendor/class for CDI (specification 0.5, "kind").
+_VENDOR = r"[a-z][a-z0-9-]*(\.[a-z0-9-]*[a-z0-9])+"
+_CLASS = r"[A-Za-z]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_RESOURCE = re.compile(f"(?!requests\\.){_VENDOR}/{_CLASS}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +166,29 @@ class ServicesConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KubernetesConfig:
+    """``[kubernetes]``"""
+
+    #: Slots that kubelet may give to containers, each the right to one RDMA device; 0: kubelet has nothing to do with
+    #: devices.
+    slots: int = 0
+    #: Name of the resource that containers ask for; also the kind of the CDI devices.
+    resource: str = "rdmanet.io/rdma"
+    #: Kubelet's directory for sockets of device plugins.
+    plugin_dir: Path = Path("/var/lib/kubelet/device-plugins")
+    #: Whether an ADD asks kubelet which slot its pod has; false where Multus says it (deviceID).
+    ask_kubelet: bool = True
+    #: Kubelet's socket for that question.
+    pod_resources: Path = Path("/var/lib/kubelet/pod-resources/kubelet.sock")
+    #: Seconds that an ADD waits for kubelet's answer.
+    timeout_s: float = 5.0
+    #: Whether the runtime reads CDI files (podman, CRI-O, containerd 1.7).
+    cdi: bool = True
+    #: Where it reads them.
+    cdi_dir: Path = Path("/var/run/cdi")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole file."""
 
@@ -170,6 +200,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     services: ServicesConfig = field(default_factory=ServicesConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
     @property
     def datapath_dir(self) -> Path:
@@ -326,3 +357,14 @@ def _check(config: Config, source: str) -> None:
         refuse("services.max_outside_services", "must be from 1 to 65536")
     if services.map_sizes()["maglev"] > 2**27:
         refuse("services.max_outside_services", f"times maglev_size must be at most {2**26} (512 MiB of the kernel's)")
+    if not 0 <= config.kubernetes.slots <= MAX_SLOTS:
+        refuse("kubernetes.slots", f"must be from 0 (none) to {MAX_SLOTS}")
+    vendor = config.kubernetes.resource.partition("/")[0]
+    if not _RESOURCE.fullmatch(config.kubernetes.resource) or vendor.endswith("kubernetes.io"):
+        refuse(
+            "kubernetes.resource",
+            "must be a domain and a name such as rdmanet.io/rdma, which both begin with a letter; domains that end in"
+            " kubernetes.io are Kubernetes' own",
+        )
+    if not 0.1 <= config.kubernetes.timeout_s <= 60:
+        refuse("kubernetes.timeout_s", "must be from 0.1 to 60 seconds")

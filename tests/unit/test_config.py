@@ -36,7 +36,7 @@ TYPE_NAMES: dict[object, str] = {
 }
 
 #: A value other than the default for every key, as TOML, and what it becomes.
-SECTIONS = "agent, datapath, masquerade, network, policy, rdma, services, tracking"
+SECTIONS = "agent, datapath, kubernetes, masquerade, network, policy, rdma, services, tracking"
 OTHER: dict[str, tuple[str, object]] = {
     "agent.socket": ('"/run/other.sock"', Path("/run/other.sock")),
     "agent.state_dir": ('"/srv/rdmanet"', Path("/srv/rdmanet")),
@@ -73,6 +73,14 @@ OTHER: dict[str, tuple[str, object]] = {
     "services.max_services": ("1000", 1000),
     "services.max_backends": ("2000", 2000),
     "services.max_outside_services": ("64", 64),
+    "kubernetes.slots": ("32", 32),
+    "kubernetes.resource": ('"example.com/roce"', "example.com/roce"),
+    "kubernetes.plugin_dir": ('"/srv/kubelet/device-plugins"', Path("/srv/kubelet/device-plugins")),
+    "kubernetes.ask_kubelet": ("false", False),
+    "kubernetes.pod_resources": ('"/srv/kubelet/pods.sock"', Path("/srv/kubelet/pods.sock")),
+    "kubernetes.timeout_s": ("2.5", 2.5),
+    "kubernetes.cdi": ("false", False),
+    "kubernetes.cdi_dir": ('"/etc/cdi"', Path("/etc/cdi")),
 }
 
 
@@ -148,8 +156,8 @@ def test_a_wrong_type_names_the_key_and_the_value(key: str, kind: object) -> Non
         ("[network]\nmtu = 9000\n", "c: unknown key network.mtu; did you mean mtu_bytes?."),
         ("[rdma]\nGuard = 'observe'\n", "c: unknown key rdma.Guard; did you mean guard?."),
         (
-            "mtu_bytes = 9000\n",
-            f"c: unknown section [mtu_bytes]; known are {SECTIONS}.",
+            "mtu = 9000\n",
+            f"c: unknown section [mtu]; known are {SECTIONS}.",
         ),
         ("network = 5\n", "c: [network] must be a section, not a value."),
         ("[network]\nuplinks = ['a', 1]\n", "c: network.uplinks must be a list of texts, not ['a', 1]."),
@@ -198,6 +206,22 @@ def test_sentences(text: str, sentence: str) -> None:
         ("services.max_services", ["1", "4194304"], ["0", "4194305"]),
         ("services.max_backends", ["4", "4194304"], ["3", "4194305"]),
         ("services.max_outside_services", ["1", "65536"], ["0", "65537"]),
+        ("kubernetes.slots", ["0", "4096"], ["-1", "4097"]),
+        (
+            "kubernetes.resource",
+            ["'a.b/c'", "'rdma-1.example.com/RoCE_v2'"],
+            [
+                "'rdma'",
+                "'1a.b/c'",
+                "'a.b/1c'",
+                "'a.b/c/d'",
+                "'a.b/c='",
+                "'k.kubernetes.io/c'",
+                "'requests.a.b/c'",
+                "''",
+            ],
+        ),
+        ("kubernetes.timeout_s", ["0.1", "60"], ["0", "61", "nan"]),
     ],
 )
 def test_bounds(key: str, inside: list[str], outside: list[str]) -> None:
