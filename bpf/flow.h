@@ -24,6 +24,7 @@ struct flow_key {
 #define FLOW_TRANSLATED	    0x04 /* translated is what outside sees in the pod's place */
 #define FLOW_SERVICE	    0x08 /* began outside, at a NodePort or an external IP */
 #define FLOW_ALIAS	    0x10 /* outside's half: translated is the pod's address and port */
+#define FLOW_BY_STACK	    0x20 /* forwarded by the host's stack, which may have translated it */
 
 /* struct flow_entry.closing: who has sent FIN; both after RST. */
 #define FLOW_CLOSING_ORIGIN 0x01
@@ -219,6 +220,12 @@ static __always_inline void flow_give_back(__u32 slot)
 }
 
 #define FLOW_EXISTS -1
+
+/*
+ * Not a drop reason: what the host's stack has forwarded (a port mapping of iptables) it has to see
+ * the answers to.
+ */
+#define FLOW_TO_STACK -2
 
 /*
  * Enters what the caller has charged; 0, FLOW_EXISTS when another CPU was faster, or

@@ -60,6 +60,9 @@ int host(struct __sk_buff *skb)
 	} else {
 		reason = flow_pass(skb, config, packet, &from, &to, epoch);
 	}
+	/* Back where it came from. */
+	if (reason == FLOW_TO_STACK)
+		reason = DROP_NO_ROUTE;
 	if (reason)
 		return drop(skb, endpoint->attachment, reason);
 	fragment_keep(packet);

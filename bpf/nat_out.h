@@ -190,7 +190,8 @@ static __always_inline bool nat_can_translate(const struct packet *packet)
 }
 
 /*
- * Tracks and judges what a pod sends to the host or through an uplink: 0 or a drop reason. On 0
+ * Tracks and judges what a pod sends to the host or through an uplink: 0, FLOW_TO_STACK or a drop
+ * reason. On 0
  * `seen` is what the other end sees in the pod's place, or stays zero: the pod itself.
  * `masquerade`: flows that begin are translated, behind `own`; zero: this family has none.
  */
@@ -237,6 +238,8 @@ static __always_inline int nat_outbound(struct __sk_buff *skb, const struct pack
 		if (flow->epoch != epoch)
 			flow->epoch = epoch;
 		flow_touch(flow, packet, from_origin, now_ns);
+		if (flow_answers_stack(flow, from_origin, from))
+			return FLOW_TO_STACK;
 		if (flow->flags & FLOW_TRANSLATED) {
 			seen->address = flow->translated;
 			seen->port = flow->translated_port;
@@ -283,7 +286,7 @@ static __always_inline int nat_outbound(struct __sk_buff *skb, const struct pack
 
 /*
  * An ICMP error that a pod sends about a flow with the host or somebody outside, as that one knows
- * the flow; 0 or a drop reason.
+ * the flow; 0, FLOW_TO_STACK or a drop reason.
  */
 static __always_inline int nat_outbound_error(struct __sk_buff *skb, const struct packet *packet,
 					      const struct flow_end *from, __u32 epoch)
@@ -318,6 +321,8 @@ static __always_inline int nat_outbound_error(struct __sk_buff *skb, const struc
 		if (reason)
 			return reason;
 	}
+	if (flow_answers_stack(flow, !from_origin, from))
+		return FLOW_TO_STACK;
 	if (!(flow->flags & FLOW_TRANSLATED))
 		return 0;
 	seen.address = flow->translated;

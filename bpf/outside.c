@@ -118,8 +118,8 @@ static __always_inline int pod_roce(const struct packet *packet, const struct no
 }
 
 /*
- * Judged, tracked, and with the source that the other end sees: 0 or a drop reason. `uplink` is
- * NULL for what goes to the host.
+ * Judged, tracked, and with the source that the other end sees: 0, FLOW_TO_STACK or a drop reason.
+ * `uplink` is NULL for what goes to the host.
  */
 static __always_inline int pod_pass(struct __sk_buff *skb, const struct packet *packet,
 				    const struct node_entry *config,
@@ -144,11 +144,11 @@ static __always_inline int pod_pass(struct __sk_buff *skb, const struct packet *
 		own = packet->family == 4 ? uplink->ipv4 : uplink->ipv6;
 	}
 	reason = nat_outbound(skb, packet, config, &from, masquerade, &own, epoch, &seen);
-	if (reason)
+	if (reason && reason != FLOW_TO_STACK)
 		return reason;
 	fragment_keep(packet);
-	if (address_is_zero(&seen.address))
-		return 0;
+	if (reason || address_is_zero(&seen.address))
+		return reason;
 	return rewrite(skb, packet, true, &seen);
 }
 
@@ -199,9 +199,9 @@ static __always_inline int pod_route(struct __sk_buff *skb, const struct packet 
 	}
 
 	reason = pod_pass(skb, packet, config, attachment, uplink, epoch);
-	if (reason)
+	if (reason && reason != FLOW_TO_STACK)
 		return drop(skb, attachment->id, reason);
-	if (!uplink)
+	if (!uplink || reason)
 		return pod_to_host(skb, packet, config, attachment);
 	if (decrement_hop_limit(skb, packet))
 		return drop(skb, attachment->id, DROP_MALFORMED);

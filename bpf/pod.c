@@ -53,9 +53,13 @@ static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet
 	} else {
 		reason = flow_pass(skb, config, packet, &from, &to, epoch);
 	}
-	if (reason)
+	if (reason && reason != FLOW_TO_STACK)
 		return drop(skb, drop_attachment(reason, &from, &to), reason);
 	fragment_keep(packet);
+	if (reason) {
+		count(skb, attachment->slot, FROM_POD, false);
+		return deliver_to_host(skb, config, attachment->id, attachment->mac);
+	}
 	count(skb, attachment->slot, FROM_POD, roce);
 	count(skb, endpoint->slot, TO_POD, roce);
 	return deliver(skb, config, endpoint);

@@ -115,6 +115,21 @@ static __always_inline bool policy_allows(__u32 set, __u32 identity,
 }
 
 /*
+ * The policies of who begins. What the host's stack forwards from a pod, by a port mapping, is held
+ * to that pod's own as well; to the target it is an address, which might be anybody's.
+ */
+static __always_inline __u32 policy_egress_set(const struct flow_end *origin,
+					       const struct address_key *address)
+{
+	struct endpoint_entry *endpoint;
+
+	if (origin->attachment)
+		return origin->egress_set;
+	endpoint = endpoints.lookup((struct address_key *)address);
+	return endpoint ? endpoint->egress_set : 0;
+}
+
+/*
  * Judges a flow that begins, from its origin to its target: 0, DROP_POLICY_EGRESS (the origin's
  * policies) or DROP_POLICY_INGRESS (the target's).
  */
@@ -124,8 +139,8 @@ static __always_inline int policy_judge(const struct flow_end *origin,
 					const struct address_key *target_address, __u8 protocol,
 					__be16 target_port)
 {
-	if (!policy_allows(origin->egress_set, target->identity, target_address, protocol,
-			   target_port))
+	if (!policy_allows(policy_egress_set(origin, origin_address), target->identity,
+			   target_address, protocol, target_port))
 		return DROP_POLICY_EGRESS;
 	if (!policy_allows(target->ingress_set, origin->identity, origin_address, protocol,
 			   target_port))

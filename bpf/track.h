@@ -27,6 +27,8 @@ static __always_inline int flow_begin(struct __sk_buff *skb, const struct node_e
 
 	entry.slot = origin->slot == FLOW_NO_SLOT ? target->slot : origin->slot;
 	entry.flags = from_high ? FLOW_ORIGIN_IS_HIGH : 0;
+	if (!origin->attachment && !node_addresses.lookup((struct address_key *)&packet->source))
+		entry.flags |= FLOW_BY_STACK;
 	flow_touch(&entry, packet, true, now_ns);
 	reason = flow_charge(config, entry.slot);
 	if (reason)
@@ -66,6 +68,17 @@ static __always_inline int flow_judge(const struct packet *packet, bool from_ori
 }
 
 /*
+ * Whether a packet against the flow's direction has to go to the host's stack: a pod answers. One
+ * that comes from there, of no pod, is such an answer that the stack did not know any more.
+ */
+static __always_inline bool flow_answers_stack(const struct flow_entry *flow, bool from_origin,
+					       const struct flow_end *from)
+{
+	return (flow->flags & FLOW_BY_STACK) && !from_origin &&
+	       (!from->attachment || flow->target == from->attachment);
+}
+
+/*
  * The policy's epoch. Read it before the ends are: what changes after that has another, and is
  * judged again.
  */
@@ -77,10 +90,28 @@ static __always_inline __u32 policy_epoch(const struct node_entry *config)
 	return epoch;
 }
 
+/* FLOW_TO_STACK, or why the answer is dropped. To policy the one that began is an address. */
+static __always_inline int flow_answer_stack(struct flow_entry *flow, const struct packet *packet,
+					     const struct flow_end *from, __u32 epoch, __u64 now_ns)
+{
+	struct flow_end stack;
+	int reason;
+
+	if (flow->epoch != epoch) {
+		end_outside(&stack);
+		reason = flow_judge(packet, false, from, &stack);
+		if (reason)
+			return reason;
+		flow->epoch = epoch;
+	}
+	flow_touch(flow, packet, false, now_ns);
+	return FLOW_TO_STACK;
+}
+
 /*
- * Tracks and judges a packet: 0, or why it is dropped. A flow that policy forbids by now stays in
- * the table until it is stale: else its next packet from the other end would begin it the other way
- * round.
+ * Tracks and judges a packet: 0, FLOW_TO_STACK, or why it is dropped. A flow that policy forbids by
+ * now stays in the table until it is stale: else its next packet from the other end would begin it
+ * the other way round.
  */
 static __always_inline int flow_pass(struct __sk_buff *skb, const struct node_entry *config,
 				     const struct packet *packet, const struct flow_end *from,
@@ -97,6 +128,9 @@ static __always_inline int flow_pass(struct __sk_buff *skb, const struct node_en
 	begins = !flow;
 	if (flow) {
 		from_origin = flow_from_origin(flow, from_high);
+		if (flow_answers_stack(flow, from_origin, from) && !flow_opens(packet) &&
+		    !flow_is_stale(flow, packet->protocol, now_ns))
+			return flow_answer_stack(flow, packet, from, epoch, now_ns);
 		/* The same ends connect anew, or the other way round. */
 		begins = !flow_is_between(flow, from_origin, from, to) ||
 			 flow_is_stale(flow, packet->protocol, now_ns) ||
@@ -120,7 +154,7 @@ static __always_inline int flow_pass(struct __sk_buff *skb, const struct node_en
 
 /*
  * An ICMP error about a tracked flow between the same two ends passes against the direction of the
- * packet that it quotes: 0, or why it is dropped.
+ * packet that it quotes: 0, FLOW_TO_STACK, or why it is dropped.
  */
 static __always_inline int flow_pass_error(struct __sk_buff *skb, const struct node_entry *config,
 					   const struct packet *packet, const struct flow_end *from,
@@ -140,6 +174,8 @@ static __always_inline int flow_pass_error(struct __sk_buff *skb, const struct n
 	if (!flow)
 		return DROP_ICMP_UNRELATED;
 	from_origin = flow_from_origin(flow, from_origin);
+	if (flow_answers_stack(flow, !from_origin, from))
+		return FLOW_TO_STACK;
 	if (!flow_is_between(flow, from_origin, to, from))
 		return DROP_ICMP_UNRELATED;
 	if (flow->epoch == config->epoch)
