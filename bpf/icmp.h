@@ -9,6 +9,20 @@
 #define QUOTED_BYTES 8
 
 /*
+ * The checksum of a whole ICMPv6 message behind its pseudo header, in a multiple of 4 bytes, 512 at
+ * most. bcc takes what the helper returns for an int, and the kernel folds it only from 6.13 on: as
+ * a signed number it would be folded wrong.
+ */
+static __always_inline __u16 icmp_checksum(void *covered, __u32 bytes)
+{
+	__u32 sum = bpf_csum_diff(NULL, 0, covered, bytes, 0);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/*
  * Destination unreachable (fragmentation needed too), time exceeded, parameter problem; ICMPv6's
  * types 1 to 4. Not a redirect: that is no error, and a pod's routes are ours.
  */

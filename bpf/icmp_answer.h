@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* ICMPv6 errors of the node's own, and what makes the host's stack send IPv4's. */
 #include "address.h"
+#include "icmp.h"
 #include "packet.h"
 
 /*
@@ -32,7 +33,6 @@ static __always_inline int icmp_answer(struct __sk_buff *skb, const struct addre
 	struct icmp_answer *answer = icmp_answers.lookup(&zero);
 	struct ipv6hdr ip = {.version = 6, .nexthdr = IPPROTO_ICMPV6, .hop_limit = 255};
 	__u32 message;
-	__s64 sum;
 
 	if (!answer)
 		return -1;
@@ -54,10 +54,7 @@ static __always_inline int icmp_answer(struct __sk_buff *skb, const struct addre
 	answer->protocol = bpf_htonl(IPPROTO_ICMPV6);
 	answer->type = type;
 	answer->mtu_bytes = bpf_htonl(mtu_bytes);
-	sum = bpf_csum_diff(NULL, 0, (__be32 *)answer, sizeof(*answer), 0);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	answer->checksum = ~sum;
+	answer->checksum = icmp_checksum(answer, sizeof(*answer));
 
 	ip.payload_len = bpf_htons(message);
 	__builtin_memcpy(&ip.saddr, &answer->source, 16);

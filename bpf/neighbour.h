@@ -162,7 +162,6 @@ static __always_inline int neighbour_discovery(struct __sk_buff *skb, struct pac
 	struct nd_neighbour *message = &covered.message;
 	__be16 payload_bytes = bpf_htons(sizeof(*message));
 	__u32 bytes;
-	__s64 sum;
 
 	if (parse_network(skb, packet))
 		return drop(skb, attachment->id, DROP_MALFORMED);
@@ -203,10 +202,7 @@ static __always_inline int neighbour_discovery(struct __sk_buff *skb, struct pac
 	covered.destination = packet->source;
 	covered.bytes = bpf_htonl(sizeof(*message));
 	covered.protocol = bpf_htonl(IPPROTO_ICMPV6);
-	sum = bpf_csum_diff(NULL, 0, (__be32 *)&covered, sizeof(covered), 0);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	message->checksum = ~sum;
+	message->checksum = icmp_checksum(&covered, sizeof(covered));
 	if (bpf_skb_change_tail(skb, AFTER_IPV6 + sizeof(*message), 0) ||
 	    bpf_skb_store_bytes(skb, NETWORK_OFFSET + offsetof(struct ipv6hdr, payload_len),
 				&payload_bytes, 2, 0) ||
