@@ -29,6 +29,8 @@ def policy_of(document: dict[str, object], metadata: Metadata) -> NetworkPolicy:
     ingress = tuple(_rule(rule, "from") for rule in spec.mappings("ingress", _INGRESS))
     egress = tuple(_rule(rule, "to") for rule in spec.mappings("egress", _EGRESS))
     types = spec.texts("policyTypes")
+    if len(types) > 2:
+        wrong(spec.at("policyTypes"), f"has {len(types)} entries; 2 at most are taken")
     for number, name in enumerate(types):
         if name not in ("Ingress", "Egress"):
             wrong(spec.at(f"policyTypes[{number}]"), f"is {shown(name)}; it can be Ingress, Egress")

@@ -90,6 +90,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
         " ingress: [{ports: [{port: 90, endPort: 80}]}]}}",
         "spec.ingress[0].ports[0].endPort: is 80, less than port, 90",
     ),
+    "policy types": (
+        "{kind: NetworkPolicy, apiVersion: networking.k8s.io/v1, metadata: {name: a}, spec: {podSelector: {},"
+        " policyTypes: [Ingress, Egress, Egress]}}",
+        "spec.policyTypes: has 3 entries; 2 at most are taken",
+    ),
     "empty peer": (
         "{kind: NetworkPolicy, apiVersion: networking.k8s.io/v1, metadata: {name: a}, spec: {podSelector: {},"
         " ingress: [{from: [{}]}]}}",

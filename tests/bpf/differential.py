@@ -24,7 +24,8 @@ from testbed.semantics.iptables import PolicyTable
 from testbed.semantics.network_policy import Flow, Judgement, PolicyPod, PolicyWorld
 from tests.bpf.bench import REDIRECT, SHOT, host_frame, pod_frame
 from tests.bpf.lab import FAR, GATEWAYS, OUTSIDE, UPLINK, Lab
-from tests.bpf.wire import Router, Wire, flow_packet, lab_wire
+from tests.bpf.packets import Ip
+from tests.bpf.wire import Router, Wire, answer_packet, flow_packet, lab_wire, question_back
 
 PODS = 6
 NODE = frozenset(ipaddress.ip_address(text) for texts in (GATEWAYS, UPLINK) for text in texts.values())
@@ -93,9 +94,13 @@ class PolicyLab:
         world, spaces = random_policies.world(random, self.addresses, NODE, ABROAD)
         for pod in self.lab.pods:
             self.policy.leave(pod.id)
-        objects: dict[ObjectKey, Object] = {ObjectKey(Kind.NAMESPACE, "", name): n for name, n in spaces.items()}
+        # What has nothing to say may have no object: a pod without labels, a namespace with its name alone.
+        objects: dict[ObjectKey, Object] = {
+            ObjectKey(Kind.NAMESPACE, "", name): space for name, space in spaces.items() if len(space.labels) > 1
+        }
         for one in world.pods:
-            objects[ObjectKey(Kind.POD, one.namespace, one.name)] = random_policies.pod_object(one)
+            if one.labels or one.ports:
+                objects[ObjectKey(Kind.POD, one.namespace, one.name)] = random_policies.pod_object(one)
         for policy in world.policies:
             objects[ObjectKey(Kind.NETWORK_POLICY, policy.namespace, policy.name)] = policy
         # Some changes meet pods that are there, others come first.
@@ -127,13 +132,30 @@ class PolicyLab:
                 flows.append(flow)
         return flows
 
-    def run(self, flows: list[Flow]) -> list[str]:
-        """What the programs say to each flow's first packet: allowed, or the drop reason."""
-        return self.lab.host.run(lambda: [self._verdict(flow) for flow in flows])
+    def compare_programs(self, tally: Tally, world: PolicyWorld, flows: list[Flow]) -> None:
+        """What the programs say to each flow's first packet, to its answer, and to a question back."""
 
-    def _verdict(self, flow: Flow) -> str:
-        pod = next((p for p in self.lab.pods if str(flow.source) in p.addresses.values()), None)
-        ip = flow_packet(flow, next(self._numbers) % 40_000)
+        def compare() -> None:
+            for flow in flows:
+                self._compare_flow(tally, world, flow)
+
+        self.lab.host.run(compare)
+
+    def _compare_flow(self, tally: Tally, world: PolicyWorld, flow: Flow) -> None:
+        number = next(self._numbers) % 40_000
+        wanted = world.judge(flow)
+        tally.compare("programs", wanted, self._verdict(flow_packet(flow, number)), flow)
+        answer = answer_packet(flow, number)
+        if wanted is Judgement.ALLOWED:
+            tally.compare("answers", wanted, self._verdict(answer), flow)
+        question = question_back(flow, number)
+        if question is not None:
+            packet, back = question
+            tally.compare("questions back", world.judge(back), self._verdict(packet), back)
+
+    def _verdict(self, ip: Ip) -> str:
+        """Allowed, or the drop reason."""
+        pod = next((p for p in self.lab.pods if ip.source in p.addresses.values()), None)
         context = bytearray(192)  # struct __sk_buff
         hook, ifindex = ("host", self.lab.peer_ifindex) if pod is None else ("pod", pod.ifindex)
         struct.pack_into("=I", context, 40, ifindex)
@@ -171,8 +193,7 @@ class PolicyLab:
         self.forget_drops()
         self.forget_flows()
         tested = self.flows(random, world, flows)
-        for flow, found in zip(tested, self.run(tested), strict=True):
-            tally.compare("programs", world.judge(flow), found, flow)
+        self.compare_programs(tally, world, tested)
         for source, destination in itertools.permutations(world.pods, 2):
             for near, far in zip(source.addresses, destination.addresses, strict=True):
                 lease = world.judge(Flow(near, far, LEASE_PROTOCOL, LEASE_PORT))

@@ -47,17 +47,44 @@ class Station:
 
 def flow_packet(flow: Flow, number: int) -> packets.Ip:
     """The flow's first packet, marked with its number."""
-    mark = MARK + struct.pack("!I", number)
-    source, port = FIRST_SOURCE_PORT + number, flow.port or 0
+    ports = FIRST_SOURCE_PORT + number, flow.port or 0
+    return _packet(flow, ports, packets.SYN, ECHO[flow.source.version][1], MARK + struct.pack("!I", number))
+
+
+def answer_packet(flow: Flow, number: int) -> packets.Ip:
+    """What its other end would send back."""
+    ports = flow.port or 0, FIRST_SOURCE_PORT + number
+    reply = {4: 0, 6: 129}[flow.source.version]
+    if flow.port is None:
+        ports = ports[1], 0  # the request's identifier
+    return _packet(_back(flow), ports, packets.SYN | packets.ACK, reply, b"answer")
+
+
+def question_back(flow: Flow, number: int) -> tuple[packets.Ip, Flow] | None:
+    """What would begin a flow the other way with the same ports or the same identifier; None where it looks like an
+    answer."""
+    own = FIRST_SOURCE_PORT + number
+    if flow.protocol not in (packets.TCP, packets.ICMP, packets.ICMPV6):
+        return None
+    ports = (own, 0) if flow.port is None else (flow.port, own)
+    back = _back(flow, None if flow.port is None else own)
+    return _packet(back, ports, packets.SYN, ECHO[flow.source.version][1], b"question"), back
+
+
+def _back(flow: Flow, port: int | None = None) -> Flow:
+    return Flow(flow.destination, flow.source, flow.protocol, port)
+
+
+def _packet(flow: Flow, ports: tuple[int, int], flags: int, echo: int, data: bytes) -> packets.Ip:
     match flow.protocol:
         case packets.TCP:
-            payload = packets.tcp(source, port, packets.SYN, mark)
+            payload = packets.tcp(*ports, flags, data)
         case packets.UDP:
-            payload = packets.udp(source, port, mark)
+            payload = packets.udp(*ports, data)
         case packets.ICMP | packets.ICMPV6:
-            payload = packets.icmp(ECHO[flow.source.version][1], source, mark)
+            payload = packets.icmp(echo, ports[0], data)
         case _:  # ports where SCTP has them, then its tag and checksum, which nobody on the way looks at
-            payload = struct.pack("!HHII", source, port, 0, 0) + mark
+            payload = struct.pack("!HHII", *ports, 0, 0) + data
     return packets.Ip(str(flow.source), str(flow.destination), flow.protocol, payload)
 
 
