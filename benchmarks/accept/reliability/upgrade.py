@@ -18,6 +18,7 @@ from benchmarks.accept.rdma import faults
 from benchmarks.accept.rdma.faults import CONFIGURATION, LEASES, WITHIN_S, Scene
 from rdmanet.store import SCHEMA_VERSION
 from testbed.host import Host
+from testbed.progress import say
 from testbed.rows import Figure, need
 from testbed.streams import Streams, streams
 from testbed.upgrades import OTHER_SIZES, SCHEMAS, Tree, downgrade_on, older_tree, other_artifact
@@ -26,7 +27,8 @@ STATE_DATABASE = "/var/lib/rdmanet/state.db"
 #: An emulated machine is busy with the start of an agent for half a minute.
 STREAM_WITHIN_S = 240.0
 #: There the streams leave it some of its time, and it may take minutes all the same.
-PAUSE_S = 0.05
+PAUSE_S = 0.5
+ROUNDS = 3
 READY_TIMEOUT_S = 600.0
 
 
@@ -41,6 +43,7 @@ class Upgrades:
 
     def replaced(self, name: str, start: Callable[[], object], *, kill: bool = False) -> None:
         """The agent ends, something else comes, and everything goes on."""
+        say(f"upgrade: {name}")
         if kill:
             self.host.kill_agent()
         elif self.host.agent is not None:
@@ -54,8 +57,8 @@ class Upgrades:
 
     def go_on(self) -> None:
         """Every stream has done some rounds more."""
-        self.running.go_on(within_s=STREAM_WITHIN_S)
-        self.at.run_on()
+        self.running.go_on(ROUNDS, within_s=STREAM_WITHIN_S)
+        self.at.run_on(ROUNDS)
 
 
 def measure() -> Figure:
