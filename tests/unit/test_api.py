@@ -229,6 +229,7 @@ CODES: dict[type[RdmanetError], tuple[int, int]] = {
     errors.KernelError: (103, 500),
     errors.NetlinkError: (103, 500),
     errors.BpfError: (103, 500),
+    errors.VerifierError: (103, 500),
     errors.VerbsError: (103, 500),
     errors.TimedOutError: (103, 500),
     errors.LeaseError: (199, 500),
