@@ -24,6 +24,7 @@ from rdmanet.errors import (
     StateError,
     UnavailableError,
 )
+from rdmanet.expected import Expected
 from rdmanet.model import (
     GATEWAY_MAC,
     Attachment,
@@ -295,19 +296,25 @@ class Attachments:
     # CHECK
 
     def check(self, request: Request) -> None:
-        """CNI's CHECK: raises NotFoundError, naming the first thing that is not as ADD left it."""
+        """CNI's CHECK: raises NotFoundError, naming the first thing that is not as the chain's ADDs left it."""
         subject = f"{request.container_id}/{request.ifname}"
         attachment = self._parts.store.find(request.container_id, request.ifname)
         if attachment is None or attachment.state is not AttachmentState.READY:
             raise NotFoundError(f"There is no attachment {subject}; ADD it again.", operation="CHECK", subject=subject)
-        for problem in self.problems(attachment):
+        previous = request.config.prev_result
+        expected = Expected.by_result(attachment, previous) if previous is not None else None
+        for problem in self.problems(attachment, expected):
             raise NotFoundError(
                 f"{attachment.pod}: {problem}; DEL and ADD the pod again.", operation="CHECK", subject=subject
             )
 
-    def problems(self, attachment: Attachment) -> Iterator[str]:
-        """Sentences about what of a ready attachment is missing from the kernel."""
-        for broken in looking.look(self._parts, attachment).broken():
+    def problems(self, attachment: Attachment, expected: Expected | None = None) -> Iterator[str]:
+        """Sentences about what of a ready attachment is missing from the kernel; of what is expected, else of all."""
+        expected = expected or Expected.all_of(attachment)
+        found = looking.look(self._parts, attachment)
+        if found.pod_end is not None:
+            yield from expected.problems_of(attachment, found.pod_end)
+        for broken in found.broken(expected.among(found.wanted.ways)):
             yield broken.sentence
 
     # Start

@@ -6,13 +6,14 @@ moved routes to a table of its own (sbr), or have changed the interface (tuning)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rdmanet.cni import Result
 from rdmanet.cni.values import config_error
 from rdmanet.model import Attachment, IPAddress
 from rdmanet.netlink.messages import Link
+from rdmanet.steps import Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,16 @@ class Expected:
             frozenset(routed & own),
             found[-1][1].mac.lower(),
         )
+
+    def among(self, ways: Iterable[Way]) -> list[Way]:
+        """What of all that ADD makes inside the pod must still be there."""
+        return [
+            way._replace(
+                routes={to: mtu for to, mtu in way.routes.items() if to.prefixlen or to.version in self.routed}
+            )
+            for way in ways
+            if way.address in self.addresses
+        ]
 
     def problems_of(self, attachment: Attachment, link: Link) -> Iterator[str]:
         """Sentences about the pod's interface itself."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +21,20 @@ _PROC = "/proc/"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What should be, what there is, and where: the indexes of both ends, the cookie of the pod's namespace and our
-    number for it, where they are known."""
+    """What should be, what there is, and where: the pod's end, the index of the host's, the cookie of the pod's
+    namespace and our number for it, where they are known."""
 
     wanted: PodWanted
     seen: PodSeen
     host_ifindex: int = 0
-    pod_ifindex: int = 0
+    pod_end: messages.Link | None = None
     cookie: int = 0
     peer_namespace: int | None = None
 
-    def broken(self) -> Iterator[Broken]:
-        """See ``reconcile.broken_pod``."""
-        return reconcile.broken_pod(self.wanted, self.seen, GATEWAY_MAC)
+    def broken(self, ways: Sequence[steps.Way] | None = None) -> Iterator[Broken]:
+        """See ``reconcile.broken_pod``; ``ways``: of what there should be inside the pod, only these."""
+        wanted = self.wanted if ways is None else dataclasses.replace(self.wanted, ways=ways)
+        return reconcile.broken_pod(wanted, self.seen, GATEWAY_MAC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def look(parts: steps.Parts, attachment: Attachment) -> Look:
         PodWanted(attachment, ways, program, own, endpoint),
         seen,
         host.index,
-        pod.index,
+        pod,
         inside.cookie,
         host.peer_namespace,
     )

@@ -105,7 +105,7 @@ class Repairs:
                 descriptor,
                 lambda: False,
                 host_ifindex=found.host_ifindex,
-                pod_ifindex=found.pod_ifindex,
+                pod_ifindex=found.pod_end.index if found.pod_end else 0,
                 netns_cookie=found.cookie,
             )
             try:

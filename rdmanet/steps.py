@@ -264,6 +264,10 @@ def _inside(network: NodeNetwork, attachment: Attachment, index: int) -> list[me
     for address, gateway, routes in ways(network, attachment):
         batch.append(messages.add_address(index, address, address.max_prefixlen))
         batch.append(messages.add_permanent_neighbour(index, gateway, GATEWAY_MAC))
+        # Plugins behind ours take the result's gateway for a neighbour (sbr makes routes through it).
+        shown = ipam.gateway(network.ipv4_range if address.version == 4 else network.ipv6_range)
+        alone = ipaddress.ip_network(f"{shown}/{shown.max_prefixlen}")
+        batch.append(messages.add_route(alone, index, metric=index))
         for destination, mtu_bytes in routes.items():
             # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound to
             # another one (an RDMA device is) finds its own.

@@ -40,6 +40,7 @@ NUD_PERMANENT = 0x80
 RTNH_F_ONLINK = 4
 RT_TABLE_MAIN = 254
 RTPROT_STATIC = 4
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST = 1
 RTAX_MTU = 2
 IN6_ADDR_GEN_MODE_NONE = 1
@@ -232,9 +233,9 @@ def add_permanent_neighbour(index: int, address: IPAddress, mac: str) -> Message
 
 
 def add_route(
-    destination: IPNetwork, index: int, *, gateway: IPAddress, mtu_bytes: int | None = None, metric: int
+    destination: IPNetwork, index: int, *, gateway: IPAddress | None = None, mtu_bytes: int | None = None, metric: int
 ) -> Message:
-    """A route through a gateway that is on the link whatever its address."""
+    """A route through a gateway that is on the link whatever its address; without one the destination itself is."""
     body = struct.pack(
         "=BBBBBBBBI",
         FAMILY[destination.version],
@@ -243,13 +244,15 @@ def add_route(
         0,
         RT_TABLE_MAIN,
         RTPROT_STATIC,
-        0,
+        RT_SCOPE_UNIVERSE if gateway is not None or destination.version == 6 else RT_SCOPE_LINK,
         RTN_UNICAST,
-        RTNH_F_ONLINK,
+        RTNH_F_ONLINK if gateway is not None else 0,
     )
     if destination.prefixlen:
         body += attribute(RTA_DST, destination.network_address.packed)
-    body += number(RTA_OIF, index) + attribute(_RTA_GATEWAY, gateway.packed) + number(_RTA_PRIORITY, metric)
+    body += number(RTA_OIF, index) + number(_RTA_PRIORITY, metric)
+    if gateway is not None:
+        body += attribute(_RTA_GATEWAY, gateway.packed)
     if mtu_bytes is not None:
         body += _nested(_RTA_METRICS, number(RTAX_MTU, mtu_bytes))
     what = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE

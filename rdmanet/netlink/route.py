@@ -72,6 +72,7 @@ class RouteSocket:
     """rtnetlink of one namespace. Belongs to the thread that made it; use as a context manager."""
 
     def __init__(self, sock: socket.socket):
+        self._sock = sock
         try:
             self._route = IPRoute(use_socket=sock)
         except BaseException:
@@ -238,10 +239,21 @@ class RouteSocket:
 
     def default_routes(self) -> list[DefaultRoute]:
         """Default routes of the main table, both families, best metric first."""
+        return self._default_routes(table=RT_TABLE_MAIN)
+
+    def default_routes_of_all_tables(self) -> list[DefaultRoute]:
+        """Those of tables that rules lead to as well: the kernel filters by table only where it checks strictly."""
+        self._sock.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 0)
+        try:
+            return self._default_routes()
+        finally:
+            self._sock.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+
+    def _default_routes(self, **match: int) -> list[DefaultRoute]:
         found = []
         for version, family in _FAMILY.items():
             with _translated("RTM_GETROUTE", "default"):
-                messages = list(self._route.get_routes(family=family, table=RT_TABLE_MAIN))
+                messages = list(self._route.get_routes(family=family, **match))
             for message in messages:
                 index = message.get_attr("RTA_OIF")
                 if message["dst_len"] != 0 or index is None or message["type"] != 1:
