@@ -36,6 +36,8 @@ from testbed.pod import Pod
 from testbed.session import session
 
 CNI_EXECUTABLE = BUILD / "cni" / "rdmanet"
+#: Where Debian's containernetworking-plugins has them.
+REFERENCE_PLUGINS = Path("/usr/lib/cni")
 ARTIFACT = BUILD / "artifact"
 SOCKET = "/run/rdmanet/agent.sock"
 #: Emulated on a busy machine, importing the agent alone takes half a minute.
@@ -253,25 +255,27 @@ class Host:
         *,
         args: str | None = None,
         netns: str | None = None,
+        ifname: str | None = None,
+        executable: Path = CNI_EXECUTABLE,
         timeout_s: float = 90.0,
     ) -> CniOutcome:
         """Execute the CNI plugin as a runtime does; never raises for an error that the plugin reports.
 
-        `args` is CNI_ARGS (by default the pod's Kubernetes names); `netns` overrides the pod's, "" is a pod that
-        is gone.
+        `args` is CNI_ARGS (by default the pod's Kubernetes names); `netns` and `ifname` override the pod's, "" is a
+        pod that is gone. `executable` is another plugin than ours.
         """
-        environment = {"CNI_COMMAND": command, "CNI_PATH": str(CNI_EXECUTABLE.parent)}
+        environment = {"CNI_COMMAND": command, "CNI_PATH": f"{CNI_EXECUTABLE.parent}:{REFERENCE_PLUGINS}"}
         if pod is not None:
             environment |= {
                 "CNI_CONTAINERID": pod.container_id,
                 "CNI_NETNS": pod.netns if netns is None else netns,
-                "CNI_IFNAME": pod.ifname,
+                "CNI_IFNAME": pod.ifname if ifname is None else ifname,
                 "CNI_ARGS": kubernetes_args(pod) if args is None else args,
             }
-        if not CNI_EXECUTABLE.exists():
-            raise UnavailableError(f"{CNI_EXECUTABLE} is missing; run: make setup")
+        if not executable.exists():
+            raise UnavailableError(f"{executable} is missing; run: make setup")
         done = self.exec(
-            [str(CNI_EXECUTABLE)], input=json.dumps(conf), environment=environment, check=False, timeout_s=timeout_s
+            [str(executable)], input=json.dumps(conf), environment=environment, check=False, timeout_s=timeout_s
         )
         try:
             output = done.json() if done.stdout.strip() else None

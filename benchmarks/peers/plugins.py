@@ -22,11 +22,9 @@ from benchmarks.question import OURS
 from rdmanet.config import DEFAULT_IPV4_RANGE, DEFAULT_IPV6_RANGE
 from rdmanet.errors import RdmanetError, UnavailableError
 from testbed.container import ENVIRONMENT, Process
-from testbed.host import CNI_EXECUTABLE, SOCKET, Host
+from testbed.host import CNI_EXECUTABLE, REFERENCE_PLUGINS, SOCKET, Host
 from testbed.session import session
 
-#: Where Debian's containernetworking-plugins has them.
-REFERENCE = Path("/usr/lib/cni")
 #: The same ranges as the agent's own, so that all have as many addresses to choose from.
 _IPAM = {
     "type": "host-local",
@@ -37,10 +35,13 @@ _IPAM = {
 #: The contenders: name → (executable, what its network configuration has besides the common keys).
 PLUGINS: Mapping[str, tuple[Path, Mapping[str, Any]]] = {
     OURS: (CNI_EXECUTABLE, {"type": "rdmanet"}),
-    "ptp": (REFERENCE / "ptp", {"type": "ptp", "ipMasq": False, "ipam": _IPAM}),
-    "ptp+ipMasq": (REFERENCE / "ptp", {"type": "ptp", "ipMasq": True, "ipam": _IPAM}),
-    "bridge": (REFERENCE / "bridge", {"type": "bridge", "isGateway": True, "ipMasq": False, "ipam": _IPAM}),
-    "bridge+ipMasq": (REFERENCE / "bridge", {"type": "bridge", "isGateway": True, "ipMasq": True, "ipam": _IPAM}),
+    "ptp": (REFERENCE_PLUGINS / "ptp", {"type": "ptp", "ipMasq": False, "ipam": _IPAM}),
+    "ptp+ipMasq": (REFERENCE_PLUGINS / "ptp", {"type": "ptp", "ipMasq": True, "ipam": _IPAM}),
+    "bridge": (REFERENCE_PLUGINS / "bridge", {"type": "bridge", "isGateway": True, "ipMasq": False, "ipam": _IPAM}),
+    "bridge+ipMasq": (
+        REFERENCE_PLUGINS / "bridge",
+        {"type": "bridge", "isGateway": True, "ipMasq": True, "ipam": _IPAM},
+    ),
 }
 #: A process that does nothing, called the same way: what the measuring itself costs.
 EMPTY = "an empty process"
