@@ -37,10 +37,12 @@ packages() {
 	echo iproute2 iputils-ping kmod procps rdma-core ibverbs-providers ibverbs-utils rdmacm-utils perftest iperf3
 	# UCX and MPI over it, and the tests of rdma-core itself (python3-pyverbs has them among its documentation)
 	echo ucx-utils openmpi-bin python3-mpi4py
-	# what benchmarks/ compares with
+	# what benchmarks/ compares with, and chains behind our plugin
 	echo containernetworking-plugins iptables ipvsadm
+	# container runtimes, and what their test images are made of
+	echo podman runc conmon containerd busybox-static
 	# the test kernel and its virtual machine
-	if ! kernel_has_rxe; then echo qemu-system-x86 busybox-static cpio zstd e2fsprogs; fi
+	if ! kernel_has_rxe; then echo qemu-system-x86 cpio zstd e2fsprogs; fi
 }
 
 # Only where the running kernel can give a namespace its own rxe is no virtual machine needed (7.1 and later).
@@ -58,7 +60,14 @@ missing_packages() {
 	done
 }
 
+# Tests start the daemons that they need, hidden from the machine: none is started here (invoke-rc.d(8)).
 install_packages() {
+	local policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$policy" ]; then
+		trap 'rm -f '"$policy" EXIT
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+	fi
 	apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o Dpkg::Options::=--force-confold "$@"
 }
 
