@@ -122,7 +122,7 @@ class Host:
         self.container = container
         self.agent: Agent | None = None
         self.outside: Outside | None = None
-        self._cgroup = cgroup
+        self.cgroup = cgroup
         self._stopped = False
 
     @classmethod
@@ -333,7 +333,7 @@ class Host:
             self.outside = None
         self._stopped = True
         self.container.stop()
-        self._cgroup.remove()
+        self.cgroup.remove()
 
     def __enter__(self) -> Host:
         return self

@@ -11,11 +11,12 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rdmanet.errors import UnavailableError
 from testbed import images
-from testbed.container import Completed, Process, cgroup2_root
+from testbed.container import Completed, Process
 from testbed.host import CNI_EXECUTABLE, Host
 
 #: Hidden behind empty directories: configuration, networks, plugins, storage.
@@ -40,8 +41,14 @@ runtime = "runc"
 """
 BACK_END = '[network]\nnetwork_backend = "cni"\n'
 POLICY = '{"default": [{"type": "insecureAcceptAnything"}]}'
-#: Where podman's containers are in the unified hierarchy; shared by all podmans of this machine.
-CGROUP_PARENT = "libpod_parent"
+#: podman, with its containers among the host's own processes: they end when the host does, however podman ended.
+WRAPPER = "/run/podman-testbed/podman"
+PROGRAM = """#!/bin/sh
+command=$1
+shift
+case $command in run | create) set -- --cgroup-parent "/rdmanet-testbed/GROUP/podman" "$@" ;; esac
+exec /usr/bin/podman "$command" "$@"
+"""
 
 
 def prepare(host: Host) -> None:
@@ -56,9 +63,12 @@ def prepare(host: Host) -> None:
     for place in PLACES:
         actions += [("mkdir", place), ("mount", "tmpfs", place, "tmpfs", 0, "mode=755")]
     actions += [("mkdir", path) for path in ("/etc/containers/containers.conf.d", NETWORKS, PLUGINS)]
+    actions.append(("mkdir", str(Path(WRAPPER).parent)))
     actions.append(("write", "/etc/containers/policy.json", POLICY))
     actions.append(("write", "/etc/containers/containers.conf.d/testbed.conf", SETTINGS))
+    actions.append(("write", WRAPPER, PROGRAM.replace("GROUP", host.cgroup.path.name)))
     host.container.act(*actions)
+    host.path(WRAPPER).chmod(0o755)
 
 
 @dataclass
@@ -99,11 +109,11 @@ class Podman:
 
     def __call__(self, *words: str, check: bool = True, timeout_s: float = 60.0) -> Completed:
         """A podman command, to its end."""
-        return self.host.exec(["podman", *words], check=check, timeout_s=timeout_s)
+        return self.host.exec([WRAPPER, *words], check=check, timeout_s=timeout_s)
 
     def popen(self, *words: str, **options: Any) -> Process:
         """A podman command that goes on."""
-        return self.host.popen(["podman", *words], **options)
+        return self.host.popen([WRAPPER, *words], **options)
 
     def addresses(self, container: str, network: str) -> dict[int, str]:
         """A container's addresses in a network, by family."""
@@ -115,7 +125,5 @@ class Podman:
         return self("ps", "--all", "--quiet", "--no-trunc").stdout.split()
 
     def remove_all(self) -> None:
-        """Every container, and the group that podman leaves; another podman may still use it."""
+        """Every container."""
         self("rm", "--all", "--force", "--time", "0")
-        with contextlib.suppress(OSError):
-            (cgroup2_root() / CGROUP_PARENT).rmdir()

@@ -24,6 +24,8 @@ SERVE = "mkdir -p /www && echo from $HOSTNAME > /www/index.html && exec httpd -f
 KILLS = 8
 #: A podman that was killed has left mounts and a name; the next one stumbles over them, and clears them away.
 ATTEMPTS = 3
+#: Of a server in a container that was just started.
+CALLS = 200
 SEED = 20
 
 
@@ -69,19 +71,27 @@ def url(address: str, port: int = 80) -> str:
 
 
 def fetch(place: Any, address: str, port: int = 80) -> Completed:
-    done: Completed = place.exec(["busybox", "wget", "-q", "-O", "-", url(address, port)])
+    """What a container serves; asked again while its server does not listen yet."""
+    done: Completed
+    for _ in range(CALLS):
+        done = place.exec(["busybox", "wget", "-q", "-O", "-", url(address, port)], check=False)
+        if "refused" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
     return done
 
 
 def serve(podman: Podman, name: str, *words: str, network: str = "net", attempts: int = 1) -> dict[int, str]:
-    """A container that serves; its addresses."""
+    """A container that serves, and listens; its addresses."""
     options = ("--name", name, "--hostname", name, "--network", network, *words)
     for _ in range(attempts):
         done = podman("run", "-d", *options, IMAGE, "sh", "-c", SERVE, check=attempts == 1)
         if done.returncode == 0:
             break
     assert done.returncode == 0, done.stderr
-    return podman.addresses(name, network)
+    addresses = podman.addresses(name, network)
+    fetch(podman.host, addresses[4])
+    return addresses
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -95,6 +105,7 @@ def test_containers_talk(podman: Podman, version: str) -> None:
         assert said.stdout == "from server\n"
     podman("stop", "--time", "0", "server")
     podman("start", "server")
+    fetch(podman.host, podman.addresses("server", network)[4])
     for address in podman.addresses("server", network).values():
         said = podman("run", "--rm", "--network", network, IMAGE, "wget", "-q", "-O", "-", url(address))
         assert said.stdout == "from server\n"
