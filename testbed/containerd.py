@@ -95,7 +95,8 @@ class Containerd:
             containerd.load_image()
             yield containerd
         finally:
-            containerd.close()
+            if not host.stopped:
+                containerd.close()
 
     def install_plugin(self) -> None:
         """Our executable into the plugins' directory, where containerd looks for loopback and portmap as well."""

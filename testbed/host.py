@@ -123,7 +123,7 @@ class Host:
         self.agent: Agent | None = None
         self.outside: Outside | None = None
         self.cgroup = cgroup
-        self._stopped = False
+        self.stopped = False
 
     @classmethod
     def machine(cls, name: str = "machine") -> Host:
@@ -191,7 +191,7 @@ class Host:
 
     def delete_netns(self, path: str) -> None:
         """Remove a bound network namespace; idempotent."""
-        if not self._stopped and self.path(path).exists():
+        if not self.stopped and self.path(path).exists():
             self.container.act(("umount", path), ("unlink", path))
 
     def start_agent(
@@ -325,13 +325,13 @@ class Host:
 
     def stop(self) -> None:
         """End the agent, the world and the host, with every process in them. Idempotent."""
-        if self._stopped:
+        if self.stopped:
             return
         self.kill_agent()
         if self.outside is not None:
             self.outside.disconnect()
             self.outside = None
-        self._stopped = True
+        self.stopped = True
         self.container.stop()
         self.cgroup.remove()
 

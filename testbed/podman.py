@@ -89,7 +89,8 @@ class Podman:
         try:
             yield podman
         finally:
-            podman.remove_all()
+            if not host.stopped:
+                podman.remove_all()
 
     def install_plugin(self) -> None:
         """Our executable into the plugins' directory."""
