@@ -120,7 +120,10 @@ static bool is_container_id(const char *id)
 	return at - id <= CONTAINER_ID_MAX;
 }
 
-/* What Linux allows as a device's name (dev_valid_name in net/core/dev.c), in ASCII. */
+/*
+ * What Linux allows as a device's name (dev_valid_name in net/core/dev.c), in ASCII, and takes as
+ * it is: of one with %d it makes another.
+ */
 static bool is_interface_name(const char *name)
 {
 	const char *at;
@@ -128,7 +131,7 @@ static bool is_interface_name(const char *name)
 	if (!strcmp(name, ".") || !strcmp(name, ".."))
 		return false;
 	for (at = name; *at; at++)
-		if (*at <= ' ' || *at > '~' || *at == '/' || *at == ':')
+		if (*at <= ' ' || *at > '~' || strchr("/:%", *at))
 			return false;
 	return at > name && at - name <= 15;
 }
@@ -187,7 +190,7 @@ static bool read_environment(const struct command *command)
 	if ((command->needs & 1U << IFNAME) && *parameters[IFNAME].value &&
 	    !is_interface_name(parameters[IFNAME].value)) {
 		put(&list, list.size ? ", " : "");
-		put(&list, "CNI_IFNAME (not 1 to 15 printable characters without / and :)");
+		put(&list, "CNI_IFNAME (not 1 to 15 printable characters without /, : and %)");
 	}
 	if (!list.size)
 		return true;

@@ -122,7 +122,8 @@ class Host:
         self.container = container
         self.agent: Agent | None = None
         self.outside: Outside | None = None
-        self.cgroup = cgroup
+        self._cgroup = cgroup
+        self._groups: list[Cgroup] = []
         self.stopped = False
 
     @classmethod
@@ -161,6 +162,11 @@ class Host:
         host = cls(name, kind, container, cgroup)
         container.act(("mkdir", str(session().netns)))
         return host
+
+    def group(self, name: str) -> Cgroup:
+        """A cgroup without processes, for a runtime that puts its containers below; they end with the host."""
+        self._groups.append(session().cgroup(f"{self.name}-{name}").create())
+        return self._groups[-1]
 
     def path(self, inside: str | Path) -> Path:
         """A path of the host as this process reaches it."""
@@ -333,7 +339,8 @@ class Host:
             self.outside = None
         self.stopped = True
         self.container.stop()
-        self.cgroup.remove()
+        for group in (*self._groups, self._cgroup):
+            group.remove()
 
     def __enter__(self) -> Host:
         return self

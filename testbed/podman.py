@@ -41,12 +41,12 @@ runtime = "runc"
 """
 BACK_END = '[network]\nnetwork_backend = "cni"\n'
 POLICY = '{"default": [{"type": "insecureAcceptAnything"}]}'
-#: podman, with its containers among the host's own processes: they end when the host does, however podman ended.
+#: podman, with its containers in a group of the host's: they end when the host does, however podman ended.
 WRAPPER = "/run/podman-testbed/podman"
 PROGRAM = """#!/bin/sh
 command=$1
 shift
-case $command in run | create) set -- --cgroup-parent "/rdmanet-testbed/GROUP/podman" "$@" ;; esac
+case $command in run | create) set -- --cgroup-parent "/rdmanet-testbed/GROUP" "$@" ;; esac
 exec /usr/bin/podman "$command" "$@"
 """
 
@@ -66,7 +66,7 @@ def prepare(host: Host) -> None:
     actions.append(("mkdir", str(Path(WRAPPER).parent)))
     actions.append(("write", "/etc/containers/policy.json", POLICY))
     actions.append(("write", "/etc/containers/containers.conf.d/testbed.conf", SETTINGS))
-    actions.append(("write", WRAPPER, PROGRAM.replace("GROUP", host.cgroup.path.name)))
+    actions.append(("write", WRAPPER, PROGRAM.replace("GROUP", host.group("podman").path.name)))
     host.container.act(*actions)
     host.path(WRAPPER).chmod(0o755)
 

@@ -381,9 +381,13 @@ def check_container_id(text: str) -> str:
 
 
 def check_ifname(text: str) -> str:
-    """Section 2 "Parameters" and Linux's own rule (dev_valid_name), in ASCII. Raises CniError (4)."""
-    if text in (".", "..") or not re.fullmatch(r"[!-.0-9;-~]{1,15}", text, re.ASCII):
-        raise environment_error("CNI_IFNAME", f"{shown(text)} is not 1 to 15 printable characters without '/' and ':'")
+    """Section 2 "Parameters" and Linux's own rule (dev_valid_name), in ASCII. Raises CniError (4).
+
+    Of a name with %d the kernel makes another one (dev_alloc_name in net/core/dev.c).
+    """
+    if text in (".", "..") or not re.fullmatch(r"[!-$&-.0-9;-~]{1,15}", text, re.ASCII):
+        why = f"{shown(text)} is not 1 to 15 printable characters without '/', ':' and '%'"
+        raise environment_error("CNI_IFNAME", why)
     return text
 
 

@@ -28,14 +28,14 @@ def runtime(executable: Path, tmp_path: Path) -> Runtime:
 
 async def test_del_without_an_agent_is_queued_whole(runtime: Runtime) -> None:
     body = runtime.body(prevResult={"ips": []}, args={"x": "\r\n\r\nä"})
-    outcome = await runtime.run("DEL", body, CNI_IFNAME="e%1", CNI_ARGS="A=b\r\nc", CNI_NETNS=None)
+    outcome = await runtime.run("DEL", body, CNI_IFNAME="e_1", CNI_ARGS="A=b\r\nc", CNI_NETNS=None)
     assert outcome.success() == b""
-    assert runtime.queued == [pending_name("c1", "e%1")]
+    assert runtime.queued == [pending_name("c1", "e_1")]
     entry = (runtime.pending / runtime.queued[0]).read_bytes()
     variables, found = parse_pending(entry)
     assert found == body
     assert variables == {
-        "CNI_COMMAND": "DEL", "CNI_CONTAINERID": "c1", "CNI_IFNAME": "e%1", "CNI_ARGS": "A=b\r\nc"
+        "CNI_COMMAND": "DEL", "CNI_CONTAINERID": "c1", "CNI_IFNAME": "e_1", "CNI_ARGS": "A=b\r\nc"
     }  # fmt: skip
     assert Request.parse(variables, found).command is Command.DEL
     modes = [oct(p.stat().st_mode)[-3:] for p in (runtime.pending, runtime.pending / runtime.queued[0])]

@@ -194,6 +194,7 @@ def test_a_bad_value_is_an_invalid_configuration(config: dict[str, Any]) -> None
         ({"CNI_CONTAINERID": "a\n"}, "CNI_CONTAINERID"),
         ({"CNI_IFNAME": ""}, "CNI_IFNAME"),
         ({"CNI_IFNAME": "."}, "CNI_IFNAME"),
+        ({"CNI_IFNAME": "eth%d"}, "CNI_IFNAME"),
         ({"CNI_IFNAME": ".."}, "CNI_IFNAME"),
         ({"CNI_IFNAME": "a/b"}, "CNI_IFNAME"),
         ({"CNI_IFNAME": "a:b"}, "CNI_IFNAME"),
