@@ -28,18 +28,24 @@ PLUGINS = "/opt/cni/bin"
 NETWORKS = "/etc/cni/net.d"
 #: Also what keeps a pod's namespaces while no container runs.
 IMAGE = "localhost/busybox:1"
+#: A root file system of nothing but places for the machine's own programs.
+USR_IMAGE = "localhost/usr:1"
+EXEC_TIMEOUT_S = 300
 SOCKET = "/run/containerd/containerd.sock"
 CONFIGURATION = "/etc/containerd/config.toml"
 #: For machines that give their root less than containerd takes for granted: without CAP_SYS_RESOURCE runc cannot lower
 #: oom_score_adj, without controllers in the unified hierarchy it cannot set shares. Containers are then in the group of
 #: the host's own processes, and end with them.
-SETTINGS = f"""
-version = 2
-disabled_plugins = ["io.containerd.internal.v1.opt"]
+MACHINE = f"""
+[plugins."io.containerd.internal.v1.opt"]
+path = "/var/lib/containerd/opt"
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{IMAGE}"
 restrict_oom_score_adj = true
 disable_cgroup = true
+"""
+CNI = f"""
+version = 2
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "{PLUGINS}"
 conf_dir = "{NETWORKS}"
@@ -88,7 +94,7 @@ class Containerd:
         """Running; afterwards its pods are gone, and it is."""
         prepare(host)
         containerd = cls(host)
-        host.container.act(("write", CONFIGURATION, SETTINGS))
+        host.container.act(("write", CONFIGURATION, CNI + MACHINE))
         containerd.install_plugin()
         try:
             containerd.run()
@@ -109,8 +115,15 @@ class Containerd:
 
     def load_image(self) -> None:
         """The image of all pods here."""
+        self._load(images.busybox_layer(), IMAGE)
+
+    def load_usr_image(self) -> None:
+        """The image of containers with the machine's own programs."""
+        self._load(images.usr_layer(), USR_IMAGE)
+
+    def _load(self, layer: bytes, name: str) -> None:
         archive = "/run/image.tar"
-        content = images.oci_archive(images.busybox_layer(), IMAGE, ("sleep", "1000000"))
+        content = images.oci_archive(layer, name, ("sleep", "1000000"))
         self.host.path(archive).write_bytes(content)
         self.host.exec(["ctr", "--namespace", "k8s.io", "images", "import", archive])
         self.host.container.act(("unlink", archive))
@@ -172,12 +185,17 @@ class Containerd:
         config = self.config(name, **options)
         return Pod(self.cri.call("RunPodSandbox", config=config)["pod_sandbox_id"], config)
 
-    def run_container(self, pod: Pod, name: str, *command: str) -> str:
-        """A container of a pod, running; its id."""
+    def run_container(
+        self, pod: Pod, name: str, *command: str, usr: Sequence[str] = (), devices: Sequence[str] = ()
+    ) -> str:
+        """A container of a pod, running; its id. `usr` are directories of the machine's, for USR_IMAGE, and `devices`
+        nodes of it."""
         config = {
             "metadata": {"name": name},
-            "image": {"image": IMAGE},
+            "image": {"image": USR_IMAGE if usr else IMAGE},
             "command": list(command),
+            "mounts": [{"container_path": path, "host_path": path, "readonly": True} for path in usr],
+            "devices": [{"container_path": path, "host_path": path, "permissions": "rw"} for path in devices],
             "linux": {},
         }
         answer = self.cri.call("CreateContainer", pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config)
@@ -187,7 +205,13 @@ class Containerd:
 
     def exec(self, pod: Pod, name: str, *command: str) -> str:
         """A command's output in a container; CriError where it fails."""
-        answer = self.cri.call("ExecSync", container_id=pod.containers[name], cmd=list(command), timeout=30)
+        answer = self.cri.call(
+            "ExecSync",
+            EXEC_TIMEOUT_S + TIMEOUT_S,
+            container_id=pod.containers[name],
+            cmd=list(command),
+            timeout=EXEC_TIMEOUT_S,
+        )
         if answer.get("exit_code", 0) != 0:
             words = base64.b64decode(answer.get("stderr", "")).decode().strip()
             raise CriError(f"{' '.join(command)}: status {answer['exit_code']}: {words}", operation="ExecSync")
