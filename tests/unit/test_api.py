@@ -260,7 +260,8 @@ def test_every_code_is_documented() -> None:
 async def test_each_error_has_its_code(
     client: aiohttp.ClientSession, attached: Attached, observed: Observed, kind: type[RdmanetError], version: str
 ) -> None:
-    attached.failure = kind("What happened; what to do.", operation="RTM_NEWLINK", subject="rn-1", errno=17)
+    more = {"log": "R1 invalid mem access"} if kind is errors.VerifierError else {}
+    attached.failure = kind("What happened; what to do.", operation="RTM_NEWLINK", subject="rn-1", errno=17, **more)
     code, http = CODES[kind]
     status, document = await post(client, variables("ADD"), body(cniVersion=version))
     assert status == http
