@@ -10,8 +10,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
+from itertools import islice
 from typing import Protocol
 
 from rdmanet.datapath.flows import CLOSING_BOTH, NO_SLOT, REPLIED, SERVICE, TRANSLATED, Flow, echo_answerer, key_of
@@ -24,6 +25,8 @@ _TCP, _ICMPS = 6, (1, 58)
 _NS_PER_S = 1_000_000_000
 #: Halves are entered one after the other: a younger one may still be waiting for the other.
 _HALF_NS = 5 * _NS_PER_S
+#: Looked at and taken out together: some hundred microseconds.
+_FEW = 16
 
 
 class Flows(Protocol):
@@ -129,31 +132,53 @@ class Tracking:
         # After the table was read: an attachment comes before its first flow.
         known = {0, *self._attachments()}
         inside = {flow.key: flow for flow in there if not flow.is_alias}
-        gone: set[bytes] = set()
-        for flow in inside.values():
-            if flow.origin not in known or flow.target not in known:
-                gone.add(flow.key)
-            elif is_stale(flow, now_ns):
-                # A packet may have come meanwhile.
-                latest = self._flows.find(flow.key)
-                if latest is not None and is_stale(latest, now_ns):
-                    gone.add(flow.key)
-        # Outside's halves first: else a port search could give one to another flow in between.
-        aliases = {key for number in gone if (key := alias_key(inside[number])) is not None}
-        aliases &= {flow.key for flow in there if flow.is_alias}
-        aliases |= {flow.key for flow in there if flow.is_alias and self._is_orphan(flow, inside, now_ns)}
-        self._flows.delete(aliases)
-        self._flows.delete(gone)
-        self._entries = len(there) - len(aliases) - len(gone)
+        over = [flow for flow in inside.values() if _is_over(flow, known, now_ns)]
+        aliases, gone = self._take_out(over, known)
+        orphans = self._take_orphans(
+            alias for alias in there if alias.is_alias and alias.key not in aliases and _may_be_orphan(alias, inside)
+        )
+        taken = len(aliases) + len(gone) + orphans
+        self._entries = len(there) - taken
         self._count(flow for flow in inside.values() if flow.key not in gone)
-        return len(aliases) + len(gone)
+        return taken
 
-    def _is_orphan(self, alias: Flow, inside: Mapping[bytes, Flow], now_ns: int) -> bool:
-        if now_ns - alias.created_ns < _HALF_NS:
-            return False
-        key = inside_key(alias)
-        flow = inside.get(key) or self._flows.find(key)
-        return flow is None or alias_key(flow) != alias.key
+    def _take_out(self, over: Iterable[Flow], known: Collection[int]) -> tuple[set[bytes], set[bytes]]:
+        """Those that are still over: the keys of outside's halves and of the others. Each is looked at again right
+        before it is taken out, since its ends may begin anew at any time."""
+        aliases: set[bytes] = set()
+        gone: set[bytes] = set()
+        for few in _by_few(over):
+            now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            latest = [flow for old in few if (flow := self._flows.find(old.key)) and _is_over(flow, known, now_ns)]
+            halves = {key for flow in latest if (key := alias_key(flow)) is not None and self._is_half(key, flow)}
+            # Outside's first: else a port search could give one to another flow in between.
+            self._flows.delete(halves)
+            self._flows.delete({flow.key for flow in latest})
+            aliases |= halves
+            gone |= {flow.key for flow in latest}
+        return aliases, gone
+
+    def _is_half(self, key: bytes, flow: Flow) -> bool:
+        """Whether there is such an alias, and it is this flow's."""
+        alias = self._flows.find(key)
+        return alias is not None and alias.is_alias and inside_key(alias) == flow.key
+
+    def _take_orphans(self, aliases: Iterable[Flow]) -> int:
+        """Outside's halves without the other; how many there were."""
+        taken = 0
+        for few in _by_few(aliases):
+            now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            orphans = set()
+            for old in few:
+                alias = self._flows.find(old.key)
+                if alias is None or not alias.is_alias or now_ns - alias.created_ns < _HALF_NS:
+                    continue
+                flow = self._flows.find(inside_key(alias))
+                if flow is None or alias_key(flow) != alias.key:
+                    orphans.add(alias.key)
+            self._flows.delete(orphans)
+            taken += len(orphans)
+        return taken
 
     def _count(self, flows: Iterable[Flow]) -> None:
         """Each pod's share is what is there: an agent or a program that ended in the middle may have miscounted."""
@@ -162,3 +187,20 @@ class Tracking:
         self._flows.set_counts(
             {slot: counted[slot] for slot in said.keys() | counted.keys() if counted[slot] != said.get(slot, 0)}
         )
+
+
+def _is_over(flow: Flow, known: Collection[int], now_ns: int) -> bool:
+    return flow.origin not in known or flow.target not in known or is_stale(flow, now_ns)
+
+
+def _may_be_orphan(alias: Flow, inside: Mapping[bytes, Flow]) -> bool:
+    """By what was read of the table."""
+    flow = inside.get(inside_key(alias))
+    return flow is None or alias_key(flow) != alias.key
+
+
+def _by_few(flows: Iterable[Flow]) -> Iterator[list[Flow]]:
+    """So few that what is found of them is still so when they are taken out."""
+    left = iter(flows)
+    while few := list(islice(left, _FEW)):
+        yield few

@@ -204,6 +204,33 @@ def test_a_packet_that_comes_meanwhile_saves_its_flow() -> None:
     assert len(table.entries) == 2
 
 
+def test_flows_that_begin_anew_while_others_are_taken_out_stay() -> None:
+    """With many idle ones some time passes; between a look at a flow and its end there are few others."""
+
+    class Busy(Table):
+        def delete(self, keys: Collection[bytes]) -> None:
+            super().delete(keys)
+            if inside.key in self.entries and len(self.deleted) == 2:
+                self.revived[inside.key] = masqueraded()[0]
+
+    inside, alias = masqueraded(idle_s=9999)
+    others = [flow(("10.0.0.5", port), TWO, target=OTHER_POD, idle_s=9999) for port in range(100)]
+    table = Busy(*others, inside, alias)
+    assert collect(table) == 100
+    assert set(table.entries) == {inside.key, alias.key}
+
+
+def test_anothers_alias_stays() -> None:
+    """The port has been given to another flow: its half is not the idle one's."""
+    idle, _ = masqueraded(idle_s=9999)
+    remote, pod, own = ("198.51.100.9", 80), ("10.0.0.5", 4001), ("192.0.2.1", 61000)
+    other = flow(pod, remote, flags=REPLIED | TRANSLATED, translated=own)
+    alias = flow(own, remote, flags=TRANSLATED | ALIAS, translated=pod, slot=NO_SLOT)
+    table = Table(idle, other, alias)
+    assert collect(table) == 1
+    assert set(table.entries) == {other.key, alias.key}
+
+
 def test_flows_of_a_pod_that_has_gone_go_at_once() -> None:
     table = Table(*masqueraded(), flow(("10.0.0.6", 1), ("10.0.0.7", 2), origin=OTHER_POD, target=7, slot=2))
     assert collect(table, attachments=(OTHER_POD, 7)) == 2
