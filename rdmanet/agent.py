@@ -209,15 +209,17 @@ class Agent:
         # What somebody breaks is put right, in turn with CNI's calls.
         calls = Calls()
         repairs = Repairs(parts, attachments, setup, record, enabled=config.agent.repair, fault_point=self._fault_point)
-        self._watch = Watch(repairs, setup, record, store, parts.host_ends, calls, self._executor)
-        await self._watch.start()
-        stack.push_async_callback(self._watch.stop)
+        self._watch = Watch(
+            repairs, setup, record, store, parts.host_ends, calls, self._executor, lambda number: health.remade(number)
+        )
         if self._devices is not None:
             health = Health(
                 self._devices, self._pods, self._broker, self._executor, self._set_device, self._watch.look_at
             )
             await health.start()
             stack.push_async_callback(health.stop)
+        await self._watch.start()
+        stack.push_async_callback(self._watch.stop)
         tracking.start()
         stack.push_async_callback(tracking.stop)
         removals.start()

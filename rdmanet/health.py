@@ -66,6 +66,7 @@ class Health:
         self._sources: list[events.Source] = []
         self._due: set[int] = set()  # attachment ids
         self._looks: dict[int, int] = {}  # second looks so far
+        self._remade: set[int] = set()
         # There may be thousands of attachments, and a dozen links are announced for each that comes or goes.
         self._known: Mapping[int, Attachment] = {}
         self._by_netdev: dict[str | None, list[int]] = {}
@@ -96,6 +97,12 @@ class Health:
             await asyncio.gather(self._worker, return_exceptions=True)
             self._worker = None
         self._links.close()
+
+    def remade(self, attachment_id: int) -> None:
+        """The attachment's device is another one by its name: whatever was on the old one is over, also where nobody
+        has looked in between."""
+        self._remade.add(attachment_id)
+        self._look_at([attachment_id])
 
     # What the kernel announces
 
@@ -181,11 +188,19 @@ class Health:
         if found.device != attachment.device:
             log.info("%s: the RDMA device %s is device %d now", attachment.pod, found.device.name, found.device.index)
             attachment = replace(attachment, device=found.device)
+        if attachment.id in self._remade:
+            self._remade.discard(attachment.id)
+            self._tell(attachment, problem or f"its RDMA device {found.device.name} was made anew")
+        self._tell(attachment, problem)
+
+    def _tell(self, attachment: Attachment, problem: str | None) -> None:
+        """Those who hold leases, where it is news."""
         if not self._pods.set_health(attachment, problem):
             return
         cookie = self._pods.cookie(attachment)
         if problem is None:
-            log.info("%s: its RDMA device %s is well again", attachment.pod, found.device.name)
+            assert attachment.device is not None
+            log.info("%s: its RDMA device %s is well again", attachment.pod, attachment.device.name)
             if cookie is not None:
                 self._holders.device_back(cookie)
         else:

@@ -28,12 +28,14 @@ NODE_NAME = "the node"
 @dataclass(frozen=True, slots=True)
 class Result:
     """What is left. ``again``: it is to be looked at again, though nothing may be heard of it. ``gone``: there is no
-    such attachment any more. ``peer_namespace`` is our number for the pod's namespace, where it was seen."""
+    such attachment any more. ``peer_namespace`` is our number for the pod's namespace, where it was seen.
+    ``device_made``: there is another device of the same name."""
 
     left: tuple[Broken, ...] = ()
     again: bool = False
     gone: bool = False
     peer_namespace: int | None = None
+    device_made: bool = False
 
 
 class Repairs:
@@ -90,7 +92,8 @@ class Repairs:
             return Result(tuple(wanted), again=True)
         left = tuple(found.broken())
         self._judge(attachment_id, name, wanted, left, started)
-        return Result(left, bool(left), peer_namespace=found.peer_namespace)
+        made = any(one.kind is Kind.DEVICE for one in wanted)
+        return Result(left, bool(left), peer_namespace=found.peer_namespace, device_made=made)
 
     def _look(self, attachment: Attachment) -> looking.Look:
         return looking.look(self._parts, attachment)

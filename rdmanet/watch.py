@@ -69,7 +69,8 @@ class _Process:
 
 
 class Watch:
-    """Runs on the event loop; what blocks runs in ``executor``. ``start``, then ``stop``."""
+    """Runs on the event loop; what blocks runs in ``executor``. ``start``, then ``stop``. ``device_made`` is told of
+    attachments that have got another device of the same name."""
 
     def __init__(
         self,
@@ -80,7 +81,9 @@ class Watch:
         host_ends: HostEnds,
         calls: Calls,
         executor: Executor,
+        device_made: Callable[[int], None],
     ):
+        self._device_made = device_made
         self._repairs = repairs
         self._setup = setup
         self._record = record
@@ -377,6 +380,8 @@ class Watch:
         async with self._calls.of(attachment.container_id):
             result = await self._blocking(self._repairs.pod, number)
         self._number(number, result.peer_namespace)
+        if result.device_made:
+            self._device_made(number)
         return result
 
     # The event loop

@@ -32,6 +32,8 @@ OUTSIDE_PORTS = 4
 CONFIG: dict[str, dict[str, Any]] = {
     "masquerade": {"first_port": 61000, "last_port": 61000 + OUTSIDE_PORTS - 1},
     "tracking": {"max_flows": MAX_FLOWS, "max_flows_per_pod": FLOWS_PER_POD},
+    # Entries and programs that are wrong on purpose would be put right.
+    "agent": {"repair": False},
 }
 ICMP = {4: packets.ICMP, 6: packets.ICMPV6}
 GATEWAY = {4: GATEWAY_IPV4, 6: GATEWAY_IPV6}

@@ -12,8 +12,9 @@ import pytest
 from rdmanet.model import RdmaMode
 from testbed import breaking
 from testbed.demo.rdma import last_figures, wait_for_line
+from testbed.host import diff
 from testbed.pod import rdma_nodes
-from tests.kernel.world import Attached, World, succeeded
+from tests.kernel.world import Attached, World, config, succeeded
 from tests.rdma.tools import TIMEOUT_S, tool, unhealthy, until
 
 pytestmark = pytest.mark.both_modes
@@ -24,8 +25,19 @@ def world(rdma_mode: RdmaMode) -> Iterator[World]:
     machine = os.environ.get("RDMANET_IN_VM") == "1"
     if rdma_mode is RdmaMode.EXCLUSIVE and not machine:
         pytest.skip("in exclusive mode the agent needs the initial network namespace, which is not the tests' here")
-    with World.start("reconcile", {"network": {"mtu_bytes": 9000}}, machine=machine) as world:
+    with World.start("reconcile", {"network": {"mtu_bytes": 9000}}, agent=False, machine=machine) as world:
+        before = world.host.dump()
+        world.start_agent()
         yield world
+        # The machine is others' afterwards.
+        for pod in world.pods:
+            pod.stop()
+            succeeded(world.host.cni("DEL", pod, config({"rdma": True})))
+            pod.destroy()
+        world.host.settle()
+        world.host.stop_agent()
+        world.command("uninstall")
+        assert diff(before, world.host.dump()) == []
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,38 @@ async def test_a_link_that_goes_and_comes_back(host: Host) -> None:
     await health.stop()
 
 
+async def test_a_device_that_was_made_anew_ends_what_was_on_the_old_one(host: Host) -> None:
+    """Also where nobody has looked in between: all that can be seen of it may be as before."""
+    health = await started(host)
+    health.remade(2)
+    assert await told(host) == (2, "its RDMA device rxe_rn2 was made anew")
+    assert await told(host) == (2, None)
+    host.announce("rn-2")
+    host.announce("rn-1")
+    host.down["rn-1"] = "rn-1 is down"
+    host.announce("rn-1")
+    assert await told(host) == (1, "its RDMA device rxe_rn1 is down: rn-1 is down")
+    assert host.told.empty(), "once"
+    await health.stop()
+
+
+async def test_whose_device_cannot_be_used_is_reported(host: Host) -> None:
+    reported: list[int] = []
+    health = Health(
+        host,  # type: ignore[arg-type]
+        host,
+        host,
+        ThreadPoolExecutor(1),
+        lambda number, device: None,
+        reported.append,
+    )
+    host.found[1] = [Condition(DEVICE, "its RDMA device rxe_rn1 is missing", gone=True)]
+    await health.start()
+    assert await told(host) == (1, "its RDMA device rxe_rn1 is missing")
+    assert reported == [1]
+    await health.stop()
+
+
 async def test_what_is_wrong_already_is_found_at_the_start(host: Host) -> None:
     host.found[1] = [Condition(DEVICE, "its RDMA device rxe_rn1 is missing")]
     health = await started(host)

@@ -138,7 +138,7 @@ def walk(at: Scene) -> dict[str, object]:
 def of_its_own(mode: RdmaMode) -> dict[str, object]:
     """rxe of each pod's own."""
     with running() as host:
-        host.start_agent()
+        host.start_agent({"agent": {"repair": False}})  # what is down or gone stays so, to be seen
         with namespaces.attached(host, ["own-a", "own-b"]) as ends, programs(ends) as (client, server):
             device, netns = ends[0].device, ends[0].pod.netns
             inside = [] if mode is RdmaMode.SHARED else ["nsenter", f"--net={netns}"]
