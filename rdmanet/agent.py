@@ -31,7 +31,7 @@ from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import PodView
 from rdmanet.calls import Calls
-from rdmanet.config import Config
+from rdmanet.config import Config, KubernetesConfig
 from rdmanet.connections import Connections
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.kept import Kept
@@ -56,9 +56,10 @@ from rdmanet.reconcile import Record
 from rdmanet.removal import Removals
 from rdmanet.repairs import Repairs
 from rdmanet.reserve import Reserve
-from rdmanet.routes import FlowsRoute, MonitorRoute, ObjectRoutes, RepairRoute
+from rdmanet.routes import FlowsRoute, MonitorRoute, ObjectRoutes, RepairRoute, SlotRoute
 from rdmanet.services.disconnect import Sockets
 from rdmanet.services.engine import Services
+from rdmanet.slots import Kubelet, Slots
 from rdmanet.status import About, Status
 from rdmanet.store import FILE as STATE
 from rdmanet.store import Store, owned
@@ -168,6 +169,17 @@ class Agent:
             on_first_contact=self._contact,
         )
         self._pods.serve_with(self._broker, loop)
+        slots = Slots(
+            config.kubernetes,
+            store,
+            self._pods,
+            self._devices,
+            devices_missing,
+            _kubelet(config.kubernetes),
+            self._executor,
+        )
+        self._pods.tell(slots.changed)
+        await self._blocking(slots.prepare)
         host = BatchSockets()
         stack.callback(host.close)
         parts = steps.Parts(
@@ -177,6 +189,7 @@ class Agent:
             self._devices,
             self._pods,
             self._limits,
+            slots,
             self._policy,
             services,
             host,
@@ -205,6 +218,7 @@ class Agent:
         await self._blocking(self._policy.recover, ready, objects.snapshot)
         await self._blocking(objects.tell_all)
         await self._blocking(attachments.recover)
+        await self._blocking(slots.recover)
         await self._broker.adopt()
         # What somebody breaks is put right, in turn with CNI's calls.
         calls = Calls()
@@ -214,7 +228,13 @@ class Agent:
         )
         if self._devices is not None:
             health = Health(
-                self._devices, self._pods, self._broker, self._executor, self._set_device, self._watch.look_at
+                self._devices,
+                self._pods,
+                self._broker,
+                self._executor,
+                self._set_device,
+                self._watch.look_at,
+                slots.heard,
             )
             await health.start()
             stack.push_async_callback(health.stop)
@@ -261,9 +281,11 @@ class Agent:
             pending_dir=pending_dir,
             settled=removals.settled,
             calls=calls,
+            slot=slots.of,
         )
         application = api.application()
         ObjectRoutes(objects, self._executor).add_to(application)
+        SlotRoute(slots).add_to(application)
         MonitorRoute(Monitor(self._datapath, self._names, self._executor)).add_to(application)
         FlowsRoute(Connections(lambda: self._datapath.flows, self._names, self._executor)).add_to(application)
         RepairRoute(self._watch.ask).add_to(application)
@@ -368,6 +390,19 @@ class Agent:
     async def rdma(self) -> dict[str, object]:
         """What ``GET /v1/rdma`` answers."""
         return await self._blocking(self._status.rdma, await self._broker.status())
+
+
+def _kubelet(config: KubernetesConfig) -> Kubelet | None:
+    """Whom to ask for pods' slots. Raises UnavailableError without the packages that it takes."""
+    if not config.slots or not config.ask_kubelet:
+        return None
+    try:
+        from rdmanet.kubelet.pod_resources import PodResources
+    except ImportError as error:
+        raise UnavailableError(
+            f"kubernetes.slots needs grpcio and protobuf ({error}): pip install 'rdmanet[agent,kubernetes]'."
+        ) from error
+    return PodResources(config.pod_resources, config.resource, config.timeout_s)
 
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

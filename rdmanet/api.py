@@ -111,6 +111,7 @@ class Api:
         pending_dir: Path,
         settled: Callable[[], Future[None]],
         calls: Calls,
+        slot: Callable[[Request], Awaitable[str | None]],
     ):
         self._attachments = attachments
         self._executor = executor
@@ -122,6 +123,7 @@ class Api:
         self._pending = pending_dir
         self._settled = settled
         self._calls = calls
+        self._slot = slot
 
     def application(self) -> web.Application:
         """The aiohttp application for the root-only unix socket."""
@@ -228,19 +230,21 @@ class Api:
                 valid = call.config.valid_attachments or ()
                 await self._blocking(self._attachments.collect, call.config.name, valid)
             return None
+        # Kubelet may take its time: nobody else waits with this call.
+        slot = await self._slot(call) if call.command is Command.ADD else None
         async with self._calls.of(call.container_id):
             if call.command is Command.ADD:
-                return call.answer(await self._blocking(self._add, call))
+                return call.answer(await self._blocking(self._add, call, slot))
             if call.command is Command.CHECK:
                 await self._blocking(self._attachments.check, call)
             elif still_wanted():
                 await self._blocking(self._attachments.delete, call.container_id, call.ifname)
             return None
 
-    def _add(self, call: Request) -> Result:
+    def _add(self, call: Request, slot: str | None) -> Result:
         if pending.superseded(self._pending, call.container_id, call.ifname):
             self._attachments.delete(call.container_id, call.ifname)
-        return self._attachments.add(call)
+        return self._attachments.add(call, slot)
 
 
 def _refusal(body: bytes, error: RdmanetError) -> tuple[int, dict[str, object] | None]:

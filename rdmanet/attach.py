@@ -64,16 +64,16 @@ class Attachments:
 
     # ADD
 
-    def add(self, request: Request) -> Result:
-        """Makes an attachment and returns what CNI's ADD returns.
+    def add(self, request: Request, slot: str | None = None) -> Result:
+        """Makes an attachment and returns what CNI's ADD returns. ``slot`` is by which its container gets a device.
 
-        Raises ConflictError where it or the interface exists, ExhaustedError without a free address, NotFoundError
-        without the namespace, UnavailableError for RDMA on a host without it, CniError (11) where what it needs is not
-        removed in time. Leaves nothing behind on failure.
+        Raises ConflictError where it or the interface exists or the slot is another's, ExhaustedError without a free
+        address, NotFoundError without the namespace, UnavailableError for RDMA on a host without it, CniError (11)
+        where what it needs is not removed in time. Leaves nothing behind on failure.
         """
         self._removals.linger()
         self._parts.reserve.require()
-        wants_rdma = request.wants_rdma
+        wants_rdma = request.wants_rdma or slot is not None
         if wants_rdma and self._parts.devices is None:
             raise UnavailableError(
                 "This host has no RDMA to give to pods, and the pod asks for it; `rdmanet doctor` says what is"
@@ -96,6 +96,8 @@ class Attachments:
                     operation="ADD",
                     subject=f"{request.container_id}/{request.ifname}",
                 )
+            if slot is not None:
+                self._collect_holder(slot)
             wanted = Attachment(
                 id=0,
                 container_id=request.container_id,
@@ -116,6 +118,7 @@ class Attachments:
                 service_level=_chosen(request.config.service_level, self._rdma.service_level),
                 pod_uid=request.args.pod_uid,
                 labels=request.labels,
+                slot=slot,
             )
             attachment = self._reserve(wanted, request.ips)
             try:
@@ -135,6 +138,17 @@ class Attachments:
         self._removals.linger()
         log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
         return result
+
+    def _collect_holder(self, slot: str) -> None:
+        """Kubelet gives a slot to another pod when the one before has ended, also where that one's DEL never came."""
+        holder = self._parts.store.holder(slot)
+        if holder is None or holder.state is not AttachmentState.READY:
+            return
+        with namespace.entered(holder.netns, holder.netns_id) as descriptor:
+            alive = descriptor is not None
+        if not alive:
+            log.warning("%s is collected: its namespace is gone, and %s is another's now", holder.host_ifname, slot)
+            self.release(holder)
 
     def _wait_for_removals(self, request: Request) -> None:
         """Until nothing that a DEL has left holds a name or an address that this ADD asks for."""
@@ -271,6 +285,9 @@ class Attachments:
     def _undo(self, attachment: Attachment) -> None:
         with namespace.entered(attachment.netns, attachment.netns_id) as descriptor:
             steps.cut(self._parts, attachment, descriptor, self._fault_point)
+        if attachment.slot is not None:
+            self._fault_point("free slot")
+            self._parts.slots.free(attachment)
         log.debug("cut off %s of %s", attachment.host_ifname, attachment.pod)
 
     def collect(self, network: str, valid: Iterable[tuple[str, str]]) -> list[Attachment]:
@@ -316,6 +333,8 @@ class Attachments:
             yield from expected.problems_of(attachment, found.pod_end)
         for broken in found.broken(expected.among(found.wanted.ways)):
             yield broken.sentence
+        if (problem := self._parts.slots.problem(attachment)) is not None:
+            yield problem
 
     # Start
 

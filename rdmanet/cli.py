@@ -11,7 +11,7 @@ from pathlib import Path
 from rdmanet import __version__, config
 from rdmanet.client import ask
 from rdmanet.commands import flows, monitor, objects, repair
-from rdmanet.errors import RdmanetError
+from rdmanet.errors import RdmanetError, UnavailableError
 
 #: From one `rdmanet rdma --watch` to the next.
 WATCH_S = 1.0
@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
 
     agent = commands.add_parser("agent", parents=[common], help="run the agent in the foreground")
     agent.set_defaults(run=_agent)
+
+    plugin = commands.add_parser(
+        "device-plugin", parents=[common], help="tell kubelet of this host's RDMA devices, in the foreground"
+    )
+    plugin.set_defaults(run=_plugin)
 
     status = commands.add_parser("status", parents=[common], help="show pods, devices and leases")
     status.add_argument("-o", "--output", choices=("table", "json"), default="table")
@@ -87,6 +92,16 @@ def _agent(chosen: argparse.Namespace) -> int:
     from rdmanet import agent
 
     return agent.run(config.load(chosen.config))
+
+
+def _plugin(chosen: argparse.Namespace) -> int:
+    try:
+        from rdmanet.kubelet import plugin
+    except ImportError as error:
+        raise UnavailableError(
+            f"The device plugin needs grpcio, protobuf and aiohttp ({error}): pip install 'rdmanet[kubernetes]'."
+        ) from error
+    return plugin.run(config.load(chosen.config))
 
 
 def _status(chosen: argparse.Namespace) -> int:

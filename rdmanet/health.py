@@ -45,7 +45,8 @@ class LeaseHolders(Protocol):
 
 class Health:
     """Runs on the event loop; what blocks runs in ``executor``, also ``keep``, which is told of a device that has come
-    back under another index. ``report`` hears of attachments whose device cannot be used: it may be made again."""
+    back under another index. ``report`` hears of attachments whose device cannot be used: it may be made again.
+    ``heard`` is called whenever the kernel announces anything."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Health:
         executor: Executor,
         keep: Callable[[int, Device], None],
         report: Callable[[int], None] = lambda attachment_id: None,
+        heard: Callable[[], None] = lambda: None,
     ):
         self._devices = devices
         self._pods = pods
@@ -62,6 +64,7 @@ class Health:
         self._executor = executor
         self._keep = keep
         self._report = report
+        self._tell = heard
         self._links = BatchSockets()
         self._sources: list[events.Source] = []
         self._due: set[int] = set()  # attachment ids
@@ -114,6 +117,7 @@ class Health:
             asyncio.get_running_loop().remove_reader(source.fileno())
             return
         if happened:
+            self._tell()
             attachments = self._pods.with_device()
             if attachments is not self._known:
                 self._known, self._by_netdev = attachments, {}

@@ -1,4 +1,4 @@
-"""inotify(7): what vanishes from folders."""
+"""inotify(7): what vanishes from folders, and what comes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rdmanet.errors import KernelError
 
-IN_MOVED_FROM, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x40, 0x200, 0x400, 0x800
+IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
 IN_UNMOUNT, IN_Q_OVERFLOW, IN_IGNORED = 0x2000, 0x4000, 0x8000
 IN_ONLYDIR = 0x01000000
 _WANTED = IN_MOVED_FROM | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
@@ -30,14 +30,23 @@ class Vanished:
 
 
 @dataclass(frozen=True, slots=True)
+class Appeared:
+    """``name`` is in the folder now, or anew."""
+
+    folder: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """More has happened than could be kept."""
 
 
 class Folders:
-    """Watched folders; give them back with ``close``. Not thread-safe."""
+    """Watched folders; give them back with ``close``. ``coming``: also for what appears. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, coming: bool = False) -> None:
+        self._wanted = _WANTED | IN_CREATE | IN_MOVED_TO if coming else _WANTED
         self._descriptor = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._descriptor < 0:
             raise _failed("inotify_init1", "")
@@ -52,7 +61,7 @@ class Folders:
         too many watches (fs.inotify.max_user_watches) too."""
         if folder in self._watches:
             return True
-        number = _libc.inotify_add_watch(self._descriptor, os.fsencode(folder), _WANTED)
+        number = _libc.inotify_add_watch(self._descriptor, os.fsencode(folder), self._wanted)
         if number < 0:
             if ctypes.get_errno() in (errno.ENOENT, errno.ENOTDIR):
                 return False
@@ -66,9 +75,9 @@ class Folders:
         if number is not None and number not in self._watches.values():
             _libc.inotify_rm_watch(self._descriptor, number)  # the kernel may have done so
 
-    def read(self) -> list[Vanished | Lost]:
+    def read(self) -> list[Vanished | Appeared | Lost]:
         """Everything that has happened; never waits."""
-        found: list[Vanished | Lost] = []
+        found: list[Vanished | Appeared | Lost] = []
         try:
             data = os.read(self._descriptor, _READ_BYTES)
         except BlockingIOError:
@@ -84,6 +93,8 @@ class Folders:
             folders = [folder for folder, one in self._watches.items() if one == number]
             if mask & (IN_DELETE | IN_MOVED_FROM):
                 found += [Vanished(folder, os.fsdecode(name)) for folder in folders]
+            elif mask & (IN_CREATE | IN_MOVED_TO):
+                found += [Appeared(folder, os.fsdecode(name)) for folder in folders]
             elif mask & _ENDED:
                 found += [Vanished(folder) for folder in folders]
                 for folder in folders:

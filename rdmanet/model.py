@@ -179,6 +179,7 @@ class Attachment:
     pod_uid: str | None = None  # Kubernetes'
     cgroup: PodCgroup | None = None  # None: not known (yet)
     labels: Mapping[str, str] = field(default_factory=dict)  # args.cni.labels; those of a Pod object come before them
+    slot: str | None = None  # the CDI device by which its container gets its RDMA device: rdmanet.io/rdma=slot-3
     result: dict[str, object] = field(default_factory=dict)  # the CNI result as 1.1.0, empty until ready
 
     @property

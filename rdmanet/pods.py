@@ -121,6 +121,11 @@ class Pods:
         self._unhealthy: dict[int, str] = {}  # by attachment id
         self._server: LeaseServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed: Callable[[], None] = lambda: None
+
+    def tell(self, changed: Callable[[], None]) -> None:
+        """Who is told when attachments come or go, or a device's health is another; from any thread."""
+        self._changed = changed
 
     def serve_with(self, server: LeaseServer, loop: asyncio.AbstractEventLoop) -> None:
         """Says who takes the listening sockets; called once, before any attachment."""
@@ -177,6 +182,7 @@ class Pods:
         if new:
             # Not waited for: the loop takes this before the answer of the ADD, and before a close.
             self._begin_on_loop(serve).add_done_callback(_log_failure)
+        self._changed()
 
     def close(self, attachment: Attachment) -> None:
         """See ``rdmanet.steps.Listeners``."""
@@ -192,6 +198,7 @@ class Pods:
                 await server.remove_listener(cookie)
             await server.pod_gone(attachment.pod, keys, cookie)
 
+        self._changed()
         self._on_loop(end)
 
     def degraded(self) -> dict[NetnsId, str]:
@@ -220,7 +227,9 @@ class Pods:
                 self._unhealthy.pop(attachment.id, None)
             else:
                 self._unhealthy[attachment.id] = problem
-            return news
+        if news:
+            self._changed()
+        return news
 
     def unhealthy(self) -> dict[int, str]:
         """Why devices cannot be used, by attachment id."""

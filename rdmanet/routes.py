@@ -1,4 +1,4 @@
-"""HTTP for objects, events and flows: what ``rdmanet apply``, ``get``, ``delete``, ``monitor`` and ``flows`` ask.
+"""HTTP for objects, events, flows and slots: what most commands, and the device plugin, ask.
 
 =======================  ====================================================================================
 ``PUT /v1/objects``      {"documents": [...]}: creates and changes, all or none; {"objects": [{"kind",
@@ -6,6 +6,7 @@
 ``DELETE /v1/objects``   the same body, of which apiVersion, kind and metadata matter; outcome deleted or not found
 ``GET /v1/objects``      ?kind=&namespace=&name=: {"items": [...]}, the documents
 ``GET /v1/monitor``      ?pod=&reason=&verdict=: events, each a line of JSON, until the client goes
+``GET /v1/slots``        slots and why they cannot be used; ?watch=1: again after each change, a line of JSON each
 ``GET /v1/flows``        ?pod=: tracked connections, each a line of JSON; the last line has the numbers, or an error
 =======================  ====================================================================================
 """
@@ -30,6 +31,7 @@ from rdmanet.objects.body import documents_of
 from rdmanet.objects.keeping import Objects, Result
 from rdmanet.objects.reading import keys
 from rdmanet.objects.values import Kind
+from rdmanet.slots import Slots
 
 #: Fifty thousand services with their slices are some 70 MB.
 BODY_MAX_BYTES = 256 * 1024 * 1024
@@ -156,6 +158,38 @@ class _Streams:
         for transport in self._open:
             if not stalled or transport.get_write_buffer_size():
                 transport.abort()
+
+
+class SlotRoute:
+    """``GET /v1/slots``."""
+
+    def __init__(self, slots: Slots):
+        self._slots = slots
+        self._streams = _Streams()
+
+    def add_to(self, application: web.Application) -> None:
+        """Adds the route; all answers end when the application does."""
+        application.router.add_get("/v1/slots", refusing(self._get))
+        application.on_shutdown.append(self._stop)
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        if request.query.get("watch") != "1":
+            return web.json_response(await self._slots.document())
+        response = web.StreamResponse()
+        try:
+            async with (
+                self._streams.begin(request) as response,
+                contextlib.aclosing(self._slots.watch()) as documents,
+            ):
+                async for document in documents:
+                    await response.write(json.dumps(document).encode() + b"\n")
+        except ConnectionError:
+            pass  # the client has gone
+        return response
+
+    async def _stop(self, application: web.Application) -> None:
+        self._slots.stop()
+        self._streams.stop(stalled=True)
 
 
 class MonitorRoute:

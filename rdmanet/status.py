@@ -113,6 +113,7 @@ class Status(NamedTuple):
                 "cgroup": limited.get(attachment.id, (None, ""))[0],
                 "not_limited": limited.get(attachment.id, (None, ""))[1] or None,
                 "device": asdict(attachment.device) if attachment.device else None,
+                "slot": attachment.slot,
                 "degraded": degraded.get(attachment.netns_id),
                 "unhealthy": unhealthy.get(attachment.id),
                 "policy": policies.get(attachment.id),

@@ -80,6 +80,22 @@ class LocalBackends(Protocol):
         """These addresses are on this host now, or no more. Idempotent."""
 
 
+class Slots(Protocol):
+    """What containers get by their slots (``rdmanet.slots``)."""
+
+    def give(self, attachment: Attachment, descriptor: int) -> None:
+        """Lets the container of the attachment's slot have its device."""
+
+    def problem(self, attachment: Attachment) -> str | None:
+        """Why a container would not get it, a sentence without its end; None where it would, or has no slot."""
+
+    def withdraw(self, attachment: Attachment) -> None:
+        """No further container gets it. Idempotent."""
+
+    def free(self, attachment: Attachment) -> None:
+        """Another attachment may have the slot: its device is gone. Idempotent."""
+
+
 class HostEnds:
     """Which index the host's end of each attachment has, so that nobody has to look through all entries for it."""
 
@@ -123,6 +139,7 @@ class Parts:
     devices: DeviceBackend | None
     listeners: Listeners
     limits: Limits
+    slots: Slots
     policy: Policies
     services: LocalBackends
     host: BatchSockets
@@ -318,6 +335,21 @@ class DeviceStep:
             parts.devices.remove(attachment, descriptor)
 
 
+class SlotStep:
+    """What the runtime gives to the container that has the attachment's slot, where it has one."""
+
+    name = "slot"
+
+    def apply(self, parts: Parts, attachment: Attachment, making: Making) -> Attachment:
+        if attachment.slot is not None:
+            parts.slots.give(attachment, making.descriptor)
+        return attachment
+
+    def undo(self, parts: Parts, attachment: Attachment, descriptor: int | None) -> None:
+        if attachment.slot is not None:
+            parts.slots.withdraw(attachment)
+
+
 class LimitsStep:
     """The pod's cgroup may open its own device alone, and so many objects of it."""
 
@@ -410,7 +442,7 @@ def entries(attachment: Attachment, ifindex: int, policy: PodPolicy) -> tuple[At
 
 
 #: In the order in which a DEL undoes them: traffic is cut first.
-CUTS: tuple[Cut, ...] = (EndpointStep(), ListenerStep(), LimitsStep(), DeviceStep())
+CUTS: tuple[Cut, ...] = (EndpointStep(), ListenerStep(), LimitsStep(), SlotStep(), DeviceStep())
 
 #: In the order of ADD.
 STEPS: tuple[Step, ...] = (

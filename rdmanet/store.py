@@ -37,7 +37,7 @@ from rdmanet.model import (
 )
 
 FILE = "state.db"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -64,6 +64,7 @@ CREATE TABLE attachments (
     pod_uid TEXT,
     cgroup TEXT,
     labels TEXT NOT NULL DEFAULT '{}',
+    slot TEXT,
     UNIQUE (container_id, ifname)
 ) STRICT;
 CREATE TABLE addresses (
@@ -71,6 +72,7 @@ CREATE TABLE addresses (
     attachment_id INTEGER NOT NULL REFERENCES attachments (id) ON DELETE CASCADE
 ) STRICT;
 CREATE INDEX addresses_by_attachment ON addresses (attachment_id);
+CREATE UNIQUE INDEX attachments_by_slot ON attachments (slot);
 CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
 """
 
@@ -86,11 +88,15 @@ ALTER TABLE attachments ADD COLUMN cgroup TEXT;
     3: """
 ALTER TABLE attachments ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
 """,
+    4: """
+ALTER TABLE attachments ADD COLUMN slot TEXT;
+CREATE UNIQUE INDEX attachments_by_slot ON attachments (slot);
+""",
 }
 
 _COLUMNS = (
     "id, container_id, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name, state, mac, mtu_bytes,"
-    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup, labels"
+    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup, labels, slot"
 )
 
 
@@ -111,11 +117,13 @@ class Store(Database):
         """Commits a new row in state ``adding`` with its addresses; returns it with its id and its MAC.
 
         ``attachment.id`` is ignored; a MAC of "" is replaced by one made from the id. Raises
-        ConflictError where the attachment or an address exists.
+        ConflictError where the attachment or an address exists, or its slot is another's.
         """
         wanted = dataclasses.replace(attachment, state=AttachmentState.ADDING)
         try:
             with self._transaction() as db:
+                if attachment.slot is not None:
+                    _refuse_taken(db, attachment.slot)
                 number = _insert(db, wanted, None)
                 mac = attachment.mac or pod_mac(number)
                 db.execute("UPDATE attachments SET mac = ? WHERE id = ?", (mac, number))
@@ -154,6 +162,14 @@ class Store(Database):
         """Commits in which cgroup the attachment's limits are about to hold; None: in none any more."""
         text = json.dumps(dataclasses.asdict(cgroup)) if cgroup else None
         self._take_back(lambda db: db.execute("UPDATE attachments SET cgroup = ? WHERE id = ?", (text, attachment_id)))
+
+    def free_slot(self, attachment_id: int) -> None:
+        """Commits that the attachment has its slot no more."""
+        self._take_back(lambda db: db.execute("UPDATE attachments SET slot = NULL WHERE id = ?", (attachment_id,)))
+
+    def holder(self, slot: str) -> Attachment | None:
+        """Who has the slot."""
+        return next((one for one in self.attachments() if one.slot == slot), None)
 
     def set_ready(self, attachment_id: int, result: dict[str, object]) -> None:
         """Commits state ``ready`` together with the result that ADD returned."""
@@ -264,6 +280,7 @@ def _insert(db: sqlite3.Connection, attachment: Attachment, number: int | None) 
         "service_level": attachment.service_level,
         "pod_uid": attachment.pod_uid,
         "labels": json.dumps(dict(attachment.labels)),
+        "slot": attachment.slot,
     }
     names, places = ", ".join(values), ", ".join("?" * len(values))
     cursor = db.execute(f"INSERT INTO attachments ({names}) VALUES ({places})", tuple(values.values()))
@@ -310,7 +327,20 @@ def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
         pod_uid=row["pod_uid"],
         cgroup=PodCgroup(**json.loads(row["cgroup"])) if row["cgroup"] else None,
         labels=json.loads(row["labels"]),
+        slot=row["slot"],
     )
+
+
+def _refuse_taken(db: sqlite3.Connection, slot: str) -> None:
+    query = "SELECT container_id, pod_namespace, pod_name FROM attachments WHERE slot = ?"
+    holder = db.execute(query, (slot,)).fetchone()
+    if holder is not None:
+        raise ConflictError(
+            f"The slot {slot} is {holder['pod_namespace']}/{holder['pod_name']}'s still (container"
+            f" {holder['container_id']}); it is free when that container's DEL or a GC has come.",
+            operation="reserve",
+            subject=slot,
+        )
 
 
 @contextmanager

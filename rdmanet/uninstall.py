@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 
-from rdmanet import adoption, limits, node
+from rdmanet import adoption, cdi, limits, node, slots
 from rdmanet.config import Config
 from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.maps import Datapath
@@ -43,9 +43,10 @@ def uninstall(config: Config) -> None:
             hierarchy, _ = limits.find_hierarchy()
             attachments = store.attachments()
             for start in range(0, len(attachments), MAX_TOGETHER):
-                _remove(attachments[start : start + MAX_TOGETHER], store, devices, hierarchy)
+                _remove(attachments[start : start + MAX_TOGETHER], store, devices, hierarchy, config)
             if hierarchy is not None:
                 limits.undo_controller(store, hierarchy)
+            slots.undo(store, config.kubernetes)
             undo_devices(store)
             node.undo(store, lambda: Datapath.remove(config.datapath.bpffs_dir))
         finally:
@@ -56,9 +57,15 @@ def uninstall(config: Config) -> None:
 
 
 def _remove(
-    attachments: Sequence[Attachment], store: Store, devices: DeviceBackend | None, hierarchy: Cgroups | None
+    attachments: Sequence[Attachment],
+    store: Store,
+    devices: DeviceBackend | None,
+    hierarchy: Cgroups | None,
+    config: Config,
 ) -> None:
     for attachment in attachments:
+        if attachment.slot is not None:
+            cdi.remove(config.kubernetes.cdi_dir, attachment.slot)
         if hierarchy is not None:
             limits.release(hierarchy, attachment)
         if devices is not None and attachment.wants_rdma:

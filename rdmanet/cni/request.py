@@ -158,6 +158,7 @@ class NetworkConfig:
     mtu_bytes: int | None = None
     socket: str | None = None
     state_dir: str | None = None
+    device_id: str | None = None  # deviceID, as Multus writes it
     capabilities: frozenset[str] = frozenset()  # those that are true
     runtime_config: RuntimeConfig = field(default_factory=RuntimeConfig)
     args: Mapping[str, Json] = field(default_factory=dict)
@@ -196,6 +197,7 @@ class NetworkConfig:
             mtu_bytes=number_of("mtu", document.get("mtu"), MTU_RANGE_BYTES),
             socket=path_of("socket", document.get("socket")),
             state_dir=path_of("stateDir", document.get("stateDir")),
+            device_id=string_of("deviceID", document.get("deviceID") or "") or None,
             capabilities=frozenset(capabilities),
             runtime_config=RuntimeConfig.parse(document.get("runtimeConfig")),
             args=object_of("args", document.get("args")),
@@ -219,11 +221,13 @@ _KNOWN_KEYS = (
     "cni.dev/attachments",
     "cni.dev/valid-attachments",
     "cniVersion",
+    "deviceID",
     "dns",
     "guard",
     "ipam",
     "mtu",
     "name",
+    "pciBusID",  # Multus writes the device's id under this name as well
     "prevResult",
     "rdma",
     "rdmaMaxLeases",

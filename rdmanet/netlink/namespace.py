@@ -20,7 +20,8 @@ from rdmanet.model import NetnsId
 
 T = TypeVar("T")
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 1, 2, 4, 8, 0x4000, 0x80000  # mount(2)
 NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
 SO_NETNS_COOKIE = 71  # socket(7); kernel commit e8b9eab99232, 5.14
 
@@ -95,6 +96,27 @@ def run_inside(descriptor: int, function: Callable[[], T]) -> T:
 
     def inside() -> T:
         _enter(descriptor)
+        return function()
+
+    return _in_fresh_thread(inside)
+
+
+def run_with_sysfs(descriptor: int, function: Callable[[], T]) -> T:
+    """As ``run_inside``, with a /sys that shows the namespace's own devices, to this thread alone."""
+
+    def inside() -> T:
+        _enter(descriptor)
+        # A mount namespace that ends with the thread, and does not tell the host of its mounts.
+        if (
+            _libc.unshare(CLONE_NEWNS) != 0
+            or _libc.mount(None, b"/", None, MS_REC | MS_SLAVE, None) != 0
+            or _libc.mount(b"sysfs", b"/sys", b"sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, None) != 0
+        ):
+            raise KernelError(
+                "The pod's sysfs cannot be mounted; the agent needs CAP_SYS_ADMIN.",
+                operation="mount",
+                errno=ctypes.get_errno(),
+            )
         return function()
 
     return _in_fresh_thread(inside)

@@ -124,6 +124,12 @@ class DeviceBackend(Protocol):
     def examine(self, attachment: Attachment, device: Device, descriptor: int) -> Condition:
         """What has become of the device that ``create`` returned; puts right what is the back end's own to keep."""
 
+    def host_device(self) -> Condition | None:
+        """The device that is there before any attachment, as it is now; None where each gets its own.
+
+        Raises UnavailableError where it should be there and is not.
+        """
+
     def netdev(self, attachment: Attachment) -> str | None:
         """The host's netdev without whose carrier the device's port is down; None where it is not known."""
 

@@ -121,6 +121,10 @@ class RxeBackend:
         with self._seeing(descriptor) as rdma:
             return condition(rdma, device)
 
+    def host_device(self) -> Condition | None:
+        """See ``DeviceBackend``."""
+        return None
+
     def netdev(self, attachment: Attachment) -> str | None:
         """See ``DeviceBackend``. The host's end has a carrier while both ends are up."""
         return attachment.host_ifname

@@ -59,14 +59,7 @@ class SharedBackend:
         """See ``DeviceBackend``. Raises UnavailableError where the host has no such device or it has no netdev,
         ExhaustedError where its GID table is full."""
         with self._namespaces.here() as rdma:
-            found = rdma.device(self._device)
-            if found is None:
-                raise UnavailableError(
-                    f"This host has no RDMA device {self._device} now (rdma.shared_device); `rdma link` lists what it"
-                    " has.",
-                    subject=self._device,
-                )
-            device = describe(rdma, found, self.name, self.mode)
+            device = self._find(rdma)
             if not condition(rdma, device).port_active:
                 raise UnavailableError(
                     f"The port of the RDMA device {self._device} is down; bring its netdev up.", subject=self._device
@@ -78,6 +71,20 @@ class SharedBackend:
                 self.remove(attachment, descriptor)
                 raise
         return device
+
+    def _find(self, rdma: RdmaNetlink) -> Device:
+        found = rdma.device(self._device)
+        if found is None:
+            raise UnavailableError(
+                f"This host has no RDMA device {self._device} now (rdma.shared_device); `rdma link` lists what it has.",
+                subject=self._device,
+            )
+        return describe(rdma, found, self.name, self.mode)
+
+    def host_device(self) -> Condition | None:
+        """See ``DeviceBackend``."""
+        with self._namespaces.here() as rdma:
+            return condition(rdma, self._find(rdma))
 
     def _lend(self, rdma: RdmaNetlink, device: Device, attachment: Attachment) -> None:
         port = rdma.port(device.index)

@@ -14,94 +14,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rdmanet import lease as wire
 from rdmanet import memlock
-from rdmanet.errors import LeaseRefusedError, RdmanetError, UnavailableError
-from rdmanet.model import IPAddress, address_key
+from rdmanet.environment import INFINIBAND, PORT, Environment, gid_index, is_soft_roce
+from rdmanet.errors import LeaseRefusedError, RdmanetError
 from rdmanet.verbs.link import Link
-
-INFINIBAND = Path("/sys/class/infiniband")
-#: RoCE devices have one.
-PORT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """What there is to know; `gid_indexes` has each of the pod's addresses, IPv4 first."""
-
-    pod: str
-    device: str
-    gid_indexes: Mapping[IPAddress, int]
-    soft_roce: bool
-    traffic_class: int
-    service_level: int
-
-    def address(self, family: int | None) -> IPAddress:
-        """The first address, or the first of IP version `family`; UnavailableError when there is none."""
-        for address in self.gid_indexes:
-            if family in (None, address.version):
-                return address
-        raise UnavailableError(f"{self.pod} has no IPv{family} address", operation="env")
-
-    def variables(self, family: int | None = None) -> dict[str, str]:
-        """Name → value, for programs that talk from the address that `family` chooses."""
-        chosen = self.address(family)
-        index = str(self.gid_indexes[chosen])
-        found = {
-            "RDMANET_DEVICE": self.device,
-            "RDMANET_PORT": str(PORT),
-            "RDMANET_ADDRESS": str(chosen),
-            "RDMANET_GID_INDEX": index,
-        }
-        for address, place in reversed(list(self.gid_indexes.items())):  # the first of each family stays
-            found[f"RDMANET_GID_INDEX_IPV{address.version}"] = str(place)
-        # Without "=" NCCL takes the name as the beginning of one, and rxe_rn1 is that of rxe_rn10.
-        found |= {"NCCL_IB_HCA": f"={self.device}:{PORT}", "NCCL_IB_GID_INDEX": index}
-        # "rc" stands for RC with UD to connect; in shared RDMA mode UCX would else take another pod's device.
-        found |= {"UCX_NET_DEVICES": f"{self.device}:{PORT}", "UCX_TLS": "rc,self", "UCX_IB_GID_INDEX": index}
-        if self.soft_roce and chosen.version == 4:
-            # Through 1.18 UCX takes the completion's service level, which rxe leaves 0, for the packet's IP version.
-            found["UCX_UD_VERBS_ETH_DGID_CHECK"] = "n"
-        if self.traffic_class:
-            found |= {"NCCL_IB_TC": str(self.traffic_class), "UCX_IB_TRAFFIC_CLASS": str(self.traffic_class)}
-        if self.service_level:
-            found |= {"NCCL_IB_SL": str(self.service_level), "UCX_IB_SL": str(self.service_level)}
-        # Debian's Open MPI leaves UCX out and takes TCP instead, without a word.
-        found |= {"OMPI_MCA_pml": "ucx", "OMPI_MCA_osc": "ucx"}
-        return found
-
-
-def gid_index(device: str, address: IPAddress, infiniband: Path = INFINIBAND) -> int:
-    """The index of the device's RoCE v2 GID that is this address; UnavailableError when it has none."""
-    port = infiniband / device / "ports" / str(PORT)
-    wanted = address_key(address)
-    try:
-        entries = sorted((port / "gids").iterdir(), key=lambda entry: int(entry.name))
-    except FileNotFoundError as error:
-        raise UnavailableError(
-            f"the RDMA device {device} of this pod is not visible here: /sys of this container is not the pod's own, "
-            "or the device has been removed",
-            operation="env",
-            subject=device,
-        ) from error
-    for entry in entries:
-        with contextlib.suppress(OSError):  # an empty place has no type
-            kind = (port / "gid_attrs/types" / entry.name).read_text(encoding="ascii").strip()
-            if kind == "RoCE v2" and address_key(entry.read_text(encoding="ascii").strip()) == wanted:
-                return int(entry.name)
-    raise UnavailableError(
-        f"{device} has no RoCE v2 GID for {address}; is the address still on the pod's interface?",
-        operation="env",
-        subject=device,
-    )
 
 
 def environment(hello: wire.HelloReply, infiniband: Path = INFINIBAND) -> Environment:
@@ -112,8 +35,7 @@ def environment(hello: wire.HelloReply, infiniband: Path = INFINIBAND) -> Enviro
         pod=wire.pod_text(hello.pod),
         device=hello.device,
         gid_indexes={address: gid_index(hello.device, address, infiniband) for address in hello.addresses},
-        # Only rxe says which network interface it is on there (drivers/infiniband/sw/rxe/rxe_verbs.c, parent_show).
-        soft_roce=(infiniband / hello.device / "parent").exists(),
+        soft_roce=is_soft_roce(hello.device, infiniband),
         traffic_class=hello.traffic_class,
         service_level=hello.service_level,
     )

@@ -30,6 +30,9 @@ MAY_KNOW: dict[str, set[str]] = {
     "codec": {"errors"},
     "lease": NOUNS | {"codec"},
     "config": NOUNS,
+    "environment": NOUNS,
+    "cdi": {"errors"},
+    "kubelet": NOUNS | {"cdi", "config", "inotify"},
     "ipam": NOUNS,
     "database": {"errors"},
     "documents": {"database"},
@@ -39,7 +42,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "datapath": NOUNS,
     "rdma": NOUNS,
     "broker": NOUNS | {"lease"},
-    "verbs": NOUNS | {"lease", "memlock"},
+    "verbs": NOUNS | {"environment", "lease", "memlock"},
     "pending": {"cni", "errors"},
     "reserve": {"errors"},
     "notify": set(),
@@ -56,6 +59,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "limits": NOUNS | {"config", "datapath", "netlink", "rdma", "store"},
     "pods": NOUNS | {"broker", "lease", "netlink", "rdma"},
     "steps": NOUNS | {"alias", "datapath", "ipam", "netlink", "node", "policy", "rdma", "reserve", "store"},
+    "slots": NOUNS | {"cdi", "cni", "config", "environment", "netlink", "pods", "rdma", "store"},
     "removal": NOUNS | {"netlink", "steps"},
     "adoption": NOUNS | {"alias", "datapath", "netlink", "steps"},
     "reconcile": NOUNS | {"datapath", "ipam", "node", "rdma", "steps"},
@@ -70,7 +74,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "monitor": NOUNS | {"datapath"},
     "tracking": NOUNS | {"datapath"},
     "connections": NOUNS | {"datapath", "monitor", "tracking"},
-    "routes": {"api", "connections", "errors", "monitor", "objects"},
+    "routes": {"api", "connections", "errors", "monitor", "objects", "slots"},
     "status": NOUNS
     | {
         "broker",
@@ -90,6 +94,7 @@ MAY_KNOW: dict[str, set[str]] = {
     | {
         "adoption",
         "alias",
+        "cdi",
         "config",
         "database",
         "datapath",
@@ -101,10 +106,10 @@ MAY_KNOW: dict[str, set[str]] = {
         "store",
     },
     "uninstall": NOUNS
-    | {"adoption", "config", "datapath", "devices", "documents", "limits", "netlink", "node"}
-    | {"rdma", "rebuild", "removal", "reserve", "store"},
+    | {"adoption", "cdi", "config", "datapath", "devices", "documents", "limits", "netlink", "node"}
+    | {"rdma", "rebuild", "removal", "reserve", "slots", "store"},
     "commands": NOUNS | {"client", "config", "objects", "rebuild", "show"},
-    "cli": NOUNS | {"agent", "client", "commands", "config", "datapath", "doctor", "show", "uninstall"},
+    "cli": NOUNS | {"agent", "client", "commands", "config", "datapath", "doctor", "kubelet", "show", "uninstall"},
     "__main__": {"cli"},
 }
 #: The composition root: everything but what people type.
@@ -129,7 +134,9 @@ SOLE_IMPORTERS = {
     "yaml": ("commands/",),
     "sqlite3": ("database.py", "store.py"),
     "prometheus_client": ("metrics.py",),
-    "aiohttp": ("agent.py", "api.py", "broker/server.py", "routes.py", "verbs/"),
+    "aiohttp": ("agent.py", "api.py", "broker/server.py", "kubelet/watching.py", "routes.py", "verbs/"),
+    "grpc": ("kubelet/",),
+    "google": ("kubelet/messages.py",),
 }
 
 
@@ -219,7 +226,7 @@ def test_verbs_needs_nothing_of_the_agents_packages() -> None:
         waiting |= {known for path in files for known in parts_known_by(path)} - reached
         foreign = {n.split(".")[0] for path in files for n in imports(path)} & {"pyroute2", "prometheus_client", "bcc"}
         assert not foreign, f"rdmanet.{part} imports {foreign}"
-    assert reached <= {"verbs", "lease", "codec", "memlock", "model", "errors"}
+    assert reached <= {"verbs", "environment", "lease", "codec", "memlock", "model", "errors"}
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,1 @@
+"""Kubelet: its protocols as values, the device plugin, and which slot a pod has."""
