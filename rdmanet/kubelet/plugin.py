@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import logging
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import grpc
 
 from rdmanet.config import Config
-from rdmanet.errors import ConfigError, NotFoundError, RdmanetError, UnavailableError
+from rdmanet.errors import ConfigError, NotFoundError, UnavailableError
 from rdmanet.inotify import DirectoryWatch
 from rdmanet.kubelet import rpc, topology, watching
 from rdmanet.kubelet.messages import DEVICE_PLUGIN_VERSION, device_plugin
@@ -84,26 +85,26 @@ class Plugin:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         loop.add_reader(names.fileno(), self._heard, names, ended)
+        tasks: list[asyncio.Task[None]] = []
         try:
             for left in directory.glob(f"{self._prefix}*.sock"):  # of a plugin that was killed
                 left.unlink(missing_ok=True)
-            async with asyncio.TaskGroup() as group:
-                watching_agent = group.create_task(watching.watch(self._agent, self._take, self._lose))
-                registering = group.create_task(self._keep_registered())
-                try:
-                    await ended
-                finally:
-                    watching_agent.cancel()
-                    registering.cancel()
-        except* RdmanetError as errors:
-            raise errors.exceptions[0] from None
+            tasks.append(loop.create_task(watching.watch(self._agent, self._take, self._lose)))
+            tasks.append(loop.create_task(self._keep_registered()))
+            done, _ = await asyncio.wait((ended, *tasks), return_when=asyncio.FIRST_COMPLETED)
+            for first in done:
+                first.result()
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             loop.remove_reader(names.fileno())
             names.close()
 
     @property
     def _prefix(self) -> str:
-        return self._config.resource.replace("/", "_") + "-"
+        """Of the names of our sockets: short, as a socket's path has at most 107 bytes; a host may have two plugins."""
+        return f"rdmanet-{hashlib.sha256(self._config.resource.encode()).hexdigest()[:8]}-"
 
     def _heard(self, names: DirectoryWatch, ended: asyncio.Future[None]) -> None:
         for happened in names.read():
@@ -121,6 +122,7 @@ class Plugin:
         try:
             while True:
                 self._due.clear()
+                self._endpoint = ""  # its socket goes now, and that is no news
                 if server is not None:
                     await server.stop(grace=None)
                     server = None
@@ -147,9 +149,18 @@ class Plugin:
     async def _listen(self) -> Any:
         # A name of its own each time: a gRPC server that ends removes the socket at its path, perhaps the next one's.
         self._endpoint = f"{self._prefix}{next(self._numbers)}.sock"
+        path = self._config.plugin_dir / self._endpoint
         server = rpc.server()
         server.add_generic_rpc_handlers((rpc.handlers("v1beta1.DevicePlugin", self._methods()),))
-        server.add_insecure_port(f"unix:{self._config.plugin_dir / self._endpoint}")
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise UnavailableError(
+                f"The plugin's socket {path} cannot be made: {error}. Check kubernetes.plugin_dir, and who may write"
+                " there.",
+                operation="bind",
+                subject=str(path),
+            ) from error
         await server.start()
         return server
 

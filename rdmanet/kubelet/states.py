@@ -106,8 +106,8 @@ class SlotStates:
         if self._device is None:
             raise UnavailableError(
                 f"Devices of {self._config.resource} are made when a pod gets its network, so they reach its container"
-                " by CDI only: use a runtime that reads CDI files and set kubernetes.cdi = true, or give pods a device of"
-                ' the host (rdma.backend = "shared").'
+                " by CDI only: use a runtime that reads CDI files and set kubernetes.cdi = true, or give pods a device"
+                ' of the host (rdma.backend = "shared").'
             )
         for path in self._nodes:
             answer.devices.add(container_path=path, host_path=path, permissions="rw")
