@@ -66,8 +66,8 @@ class Attached:
             if not self._started.wait_for(lambda: event in self.events, WAIT_S):
                 raise AssertionError(f"{event!r} did not happen: {self.events}")
 
-    def add(self, request: Request) -> Result:
-        self._call(f"add {request.container_id}")
+    def add(self, request: Request, slot: str | None) -> Result:
+        self._call(f"add {request.container_id}{f' with {slot}' if slot else ''}")
         return RESULT
 
     def check(self, request: Request) -> None:
@@ -122,6 +122,9 @@ def api(attached: Attached, observed: Observed, pending_dir: Path, removals: lis
         removals.append(Future())
         return removals[-1]
 
+    async def slot(request: Request) -> str | None:
+        return request.config.device_id
+
     with ThreadPoolExecutor(8) as executor:
         yield Api(
             attached,  # type: ignore[arg-type]
@@ -134,6 +137,7 @@ def api(attached: Attached, observed: Observed, pending_dir: Path, removals: lis
             pending_dir=pending_dir,
             settled=settled,
             calls=Calls(),
+            slot=slot,
         )
 
 

@@ -1,14 +1,15 @@
-"""rdmanet.inotify: what vanishes from folders."""
+"""rdmanet.inotify: what vanishes from folders, and what comes."""
 
 from __future__ import annotations
 
+import contextlib
 import select
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rdmanet.inotify import Folders, Lost, Vanished
+from rdmanet.inotify import Appeared, Folders, Lost, Vanished
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def folders() -> Iterator[Folders]:
     folders.close()
 
 
-def read(folders: Folders) -> list[Vanished | Lost]:
+def read(folders: Folders) -> list[Vanished | Appeared | Lost]:
     """What has happened; waits for the first."""
     assert select.select([folders.fileno()], [], [], 10)[0], "nothing was heard"
     return folders.read()
@@ -35,6 +36,17 @@ def test_what_is_removed_or_moved_away(folders: Folders, tmp_path: Path) -> None
     (tmp_path / "three").write_text("is still there")
     assert read(folders) == [Vanished(str(tmp_path), "one"), Vanished(str(tmp_path), "two")]
     assert folders.read() == []
+
+
+def test_what_comes_where_that_is_wanted(tmp_path: Path) -> None:
+    with contextlib.closing(Folders(coming=True)) as folders:
+        assert folders.watch(str(tmp_path))
+        (tmp_path / "socket").touch()
+        (tmp_path / "socket").unlink()
+        (tmp_path.parent / "other").touch()
+        (tmp_path.parent / "other").rename(tmp_path / "moved")
+        here = str(tmp_path)
+        assert read(folders) == [Appeared(here, "socket"), Vanished(here, "socket"), Appeared(here, "moved")]
 
 
 def test_a_folder_that_goes_and_comes_back(folders: Folders, tmp_path: Path) -> None:
@@ -81,7 +93,7 @@ def test_what_was_lost_is_said(folders: Folders, tmp_path: Path) -> None:
     for _ in range(most + 2):  # two names by turns: the same event twice in a row counts once
         source.rename(target)
         source, target = target, source
-    found: list[Vanished | Lost] = []
+    found: list[Vanished | Appeared | Lost] = []
     while some := folders.read():
         found += some
     assert isinstance(found[-1], Lost)

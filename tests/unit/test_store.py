@@ -276,7 +276,7 @@ def test_an_older_versions_file_is_read_and_gets_defaults(path: Path, version: i
         assert (found.id, found.guard, found.wants_rdma) == (7, GuardMode.ENFORCE, True)
         assert found.addresses == (ipaddress.IPv4Address("10.213.0.7"),)
         assert (found.max_leases, found.traffic_class, found.service_level) == (256, 0, 0)
-        assert (found.pod_uid, found.cgroup, found.labels) == (None, None, {})
+        assert (found.pod_uid, found.cgroup, found.labels, found.slot) == (None, None, {}, None)
         assert store.effects() == {"bpffs": "/sys/fs/bpf"}
         store.close()
     store = Store(path)
