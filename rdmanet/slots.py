@@ -156,7 +156,8 @@ class Slots:
 
     def recover(self) -> None:
         """Puts the CDI files right: one for each slot that is held, none else. At a start, when devices are known."""
-        held = [one for one in self._store.attachments() if one.slot and one.state is AttachmentState.READY]
+        ready = [one for one in self._store.attachments() if one.state is AttachmentState.READY]
+        held = [one for one in ready if one.slot is not None and one.device is not None]
         for path in cdi.strangers(self._config.cdi_dir, self._config.resource, [str(one.slot) for one in held]):
             log.warning("%s is of no pod that is known and is removed", path)
             path.unlink(missing_ok=True)

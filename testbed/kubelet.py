@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
-
 from rdmanet.errors import RdmanetError
 from rdmanet.kubelet import rpc
 from rdmanet.kubelet.messages import DEVICE_PLUGIN_VERSION, HEALTHY, device_plugin, message
@@ -124,9 +122,9 @@ class Kubelet:
             async with self._changed:
                 self.refused += 1
                 self._changed.notify_all()
-            await context.abort(grpc.StatusCode.UNKNOWN, self.refusal)
+            await context.abort(rpc.Code.UNKNOWN, self.refusal)
         if request.version != DEVICE_PLUGIN_VERSION:
-            await context.abort(grpc.StatusCode.UNKNOWN, f"requested API version {request.version!r} is not supported")
+            await context.abort(rpc.Code.UNKNOWN, f"requested API version {request.version!r} is not supported")
         socket = self.plugins / request.endpoint
         channel = rpc.channel(socket)
         try:
@@ -134,7 +132,7 @@ class Kubelet:
                 await channel.channel_ready()
         except TimeoutError:
             await channel.close()
-            await context.abort(grpc.StatusCode.UNKNOWN, f"failed to dial device plugin: {socket}")
+            await context.abort(rpc.Code.UNKNOWN, f"failed to dial device plugin: {socket}")
         before = self.endpoints.get(request.resource_name)
         preferred = request.options.get_preferred_allocation_available
         endpoint = Endpoint(request.resource_name, request.endpoint, preferred, channel)
@@ -155,7 +153,7 @@ class Kubelet:
                     endpoint.devices = {device.ID: device for device in answer.devices}
                     endpoint.lists += 1
                     self._changed.notify_all()
-        except grpc.aio.AioRpcError:
+        except rpc.Refusal:
             pass  # the plugin has gone
         async with self._changed:
             endpoint.ended = True
@@ -202,7 +200,7 @@ class Kubelet:
             wish = device_plugin("AllocateRequest")
             wish.container_requests.add(devices_ids=chosen)
             answer = await rpc.call(endpoint.channel, "v1beta1.DevicePlugin", "Allocate")(wish)
-        except grpc.aio.AioRpcError as error:
+        except rpc.Refusal as error:
             raise AdmissionError(f"Allocate failed due to {error.details()}", operation=error.code().name) from error
         self.given.setdefault(pod, {})[container] = (resource, list(chosen))
         return answer.container_responses[0]
@@ -231,7 +229,7 @@ class Kubelet:
         await self.answering.wait()
         if self.limited:
             self.limited -= 1
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "rejected by rate limit")
+            await context.abort(rpc.Code.RESOURCE_EXHAUSTED, "rejected by rate limit")
         answer = message("v1", "ListPodResourcesResponse")()
         for pod, containers in self.given.items():
             found = answer.pod_resources.add(name=pod.name, namespace=pod.namespace)

@@ -16,8 +16,6 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from rdmanet.config import Config
 from rdmanet.errors import ConfigError, NotFoundError, UnavailableError
 from rdmanet.inotify import DirectoryWatch
@@ -177,7 +175,7 @@ class Plugin:
             async with rpc.channel(self._config.plugin_dir / KUBELET_SOCKET) as channel:
                 register = rpc.call(channel, "v1beta1.Registration", "Register")
                 await register(wish, timeout=REGISTER_TIMEOUT_S, wait_for_ready=True)
-        except grpc.aio.AioRpcError as error:
+        except rpc.Refusal as error:
             return str(error.details() or error.code().name)
         log.info("registered %d slots of %s with kubelet", self._config.slots, self._config.resource)
         return ""
@@ -243,10 +241,10 @@ class Plugin:
             for wanted in request.container_requests:
                 answer.container_responses.append(self._states.allocation(list(wanted.devices_ids)))
         except NotFoundError as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, error.sentence)
+            await context.abort(rpc.Code.NOT_FOUND, error.sentence)
         except UnavailableError as error:
             log.warning("Allocate is refused: %s", error.sentence)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.sentence)
+            await context.abort(rpc.Code.FAILED_PRECONDITION, error.sentence)
         return answer
 
     async def _pre_start_container(self, request: Any, context: Any) -> Any:

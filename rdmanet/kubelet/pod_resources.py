@@ -10,15 +10,13 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-import grpc
-
 from rdmanet.errors import UnavailableError
 from rdmanet.kubelet import rpc
 from rdmanet.kubelet.messages import message
 from rdmanet.model import PodName
 
 #: Kubelet lets so many questions of this kind pass in a second as it likes (RESOURCE_EXHAUSTED), and is asked again.
-_AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+_AGAIN = (rpc.Code.RESOURCE_EXHAUSTED, rpc.Code.UNAVAILABLE)
 _PAUSE_S = 0.1
 
 
@@ -38,7 +36,7 @@ class PodResources:
                 while True:
                     try:
                         return await self._ask(pod)
-                    except grpc.aio.AioRpcError as error:
+                    except rpc.Refusal as error:
                         said = error.details() or error.code().name
                         if error.code() not in _AGAIN:
                             break

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# The library's own log would tell each end of a connection, past ours; it is read when it is imported first.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 import grpc
+from grpc import StatusCode as Code
+from grpc.aio import AioRpcError as Refusal
 
 from rdmanet.kubelet.messages import MESSAGE_MAX_BYTES, SERVICES, Method, message
+
+__all__ = ["Code", "Refusal", "call", "channel", "handlers", "server"]
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),

@@ -20,9 +20,9 @@ from tests.kernel.world import World, config, refused, succeeded
 
 PROGRAM = "tests.kernel.crash_agent"
 ORDER, RECORD = "/run/crash-order", "/run/crash-record"
-STEPS = ["link", "filter", "addresses", "device", "limits", "listener", "endpoint"]
-#: Of a DEL: the first four before it answers, the others in the background.
-CUT = ["commit releasing", "undo endpoint", "undo listener", "undo limits", "undo device"]
+STEPS = ["link", "filter", "addresses", "device", "slot", "limits", "listener", "endpoint"]
+#: Of a DEL: the first five before it answers, the others in the background.
+CUT = ["commit releasing", "undo endpoint", "undo listener", "undo limits", "undo slot", "undo device"]
 REMOVAL = ["undo link", "forget"]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
+from rdmanet import agent, cli
+from rdmanet.config import KubernetesConfig
 from rdmanet.errors import NotFoundError, UnavailableError
 from rdmanet.kubelet import rpc, watching
 from rdmanet.kubelet.messages import device_plugin
@@ -228,15 +230,15 @@ async def test_devices_that_are_made_later_need_cdi(root: Path) -> None:
         assert refused.value.operation == "FAILED_PRECONDITION"
 
 
-async def allocate(made: World, *ids: str) -> grpc.StatusCode | None:
+async def allocate(made: World, *ids: str) -> rpc.Code | None:
     """Allocate without what kubelet knows; why it is refused."""
     endpoint = made.kubelet.endpoints[RESOURCE]
     wish = device_plugin("AllocateRequest")
     wish.container_requests.add(devices_ids=ids)
     try:
         await rpc.call(endpoint.channel, "v1beta1.DevicePlugin", "Allocate")(wish)
-    except grpc.aio.AioRpcError as error:
-        code: grpc.StatusCode = error.code()
+    except rpc.Refusal as error:
+        code: rpc.Code = error.code()
         return code
     return None
 
@@ -252,9 +254,9 @@ async def test_allocate_while_the_device_goes(root: Path) -> None:
             made.devices.gone = "This host has no RDMA device mlx5_0 now."
             made.slots.changed()
             outcomes = await asyncio.gather(*(allocate(made, "slot-0") for _ in range(10)))
-            assert set(outcomes) <= {None, grpc.StatusCode.FAILED_PRECONDITION}
+            assert set(outcomes) <= {None, rpc.Code.FAILED_PRECONDITION}
             await made.healthy()
-            assert await allocate(made, "slot-0") is grpc.StatusCode.FAILED_PRECONDITION
+            assert await allocate(made, "slot-0") is rpc.Code.FAILED_PRECONDITION
             made.devices.gone = ""
             made.slots.changed()
             await made.healthy(*ALL)
@@ -265,7 +267,7 @@ async def test_kubelets_other_calls(root: Path) -> None:
     async with world(root) as made:
         made.start_plugin()
         await made.healthy(*ALL)
-        assert await allocate(made, "slot-9") is grpc.StatusCode.NOT_FOUND
+        assert await allocate(made, "slot-9") is rpc.Code.NOT_FOUND
         assert await allocate(made) is None
         channel = made.kubelet.endpoints[RESOURCE].channel
         options = await rpc.call(channel, "v1beta1.DevicePlugin", "GetDevicePluginOptions")(device_plugin("Empty"))
@@ -310,3 +312,20 @@ async def test_who_reads_slowly_gets_the_newest(root: Path) -> None:
                     break
             assert lists < 50, "every change was kept for it"
         assert not plugin.done()
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rdmanet.kubelet.plugin", None)
+    monkeypatch.setitem(sys.modules, "rdmanet.kubelet.pod_resources", None)
+    monkeypatch.delattr("rdmanet.kubelet.plugin")
+    assert cli.main(["device-plugin"]) == 1
+    assert "pip install 'rdmanet[kubernetes]'" in capsys.readouterr().err
+    assert agent._kubelet(KubernetesConfig()) is None
+    with pytest.raises(UnavailableError, match=r"kubernetes\.slots needs grpcio and protobuf .*pip install"):
+        agent._kubelet(KubernetesConfig(slots=1))
+
+
+def test_without_slots_there_is_no_plugin(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "empty.toml").touch()
+    assert cli.main(["device-plugin", "--config", str(root / "empty.toml")]) == 1
+    assert "kubernetes.slots is 0" in capsys.readouterr().err

@@ -135,7 +135,7 @@ SOLE_IMPORTERS = {
     "sqlite3": ("database.py", "store.py"),
     "prometheus_client": ("metrics.py",),
     "aiohttp": ("agent.py", "api.py", "broker/server.py", "kubelet/watching.py", "routes.py", "verbs/"),
-    "grpc": ("kubelet/",),
+    "grpc": ("kubelet/rpc.py",),
     "google": ("kubelet/messages.py",),
 }
 
