@@ -154,10 +154,11 @@ class KubeletHost:
         return sandbox.added
 
     def delete(self, sandbox: Sandbox) -> CniOutcome:
-        """The pod ends: for kubelet first, then for CNI."""
-        self.loop.call(lambda: self.loop.kubelet.forget(sandbox.name))
+        """The pod ends: kubelet lets go of it when its sandbox has ended."""
         sandbox.pod.stop()
-        return self.host.cni("DEL", sandbox.pod, NETWORK)
+        outcome = self.host.cni("DEL", sandbox.pod, NETWORK)
+        self.loop.call(lambda: self.loop.kubelet.forget(sandbox.name))
+        return outcome
 
     def edits(self, sandbox: Sandbox) -> Edits:
         """What the runtime finds for the container. NotFoundError as runtimes say it: unresolvable."""

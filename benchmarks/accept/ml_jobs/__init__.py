@@ -25,8 +25,8 @@ _HERE = (Place.HOST,)
 
 #: In the order of the issue. A row with a real device is carried out where pods can have one.
 ROWS: Proof = {
-    "plugin": Claim(_of("plugin"), _HERE),
-    "kubelet-restart": Claim(_of("kubelet_restart"), _HERE),
+    "plugin": Claim(_of("plugin")),
+    "kubelet-restart": Claim(_of("kubelet_restart")),
     "health": Claim(_of("health")),
     "numa": Claim(_of("numa"), _HERE),
     "slot": Claim(_of("slot")),
