@@ -116,22 +116,27 @@ class Plugin:
     async def _keep_registered(self) -> None:
         """Once now, and each time kubelet starts anew; after a refusal again, with growing pauses."""
         pause_s = _FIRST_PAUSE_S
-        server = None
+        server, registered_with = None, None
         try:
             while True:
                 self._due.clear()
+                # One start is heard twice, when our socket goes and when kubelet's comes: what counts is what is there.
+                kubelet = self._kubelet()
+                if kubelet is not None and kubelet == registered_with and self._own().exists():
+                    await self._due.wait()
+                    continue
                 self._endpoint = ""  # its socket goes now, and that is no news
                 if server is not None:
                     await server.stop(grace=None)
-                    server = None
+                    server = registered_with = None
                 refused = ""
-                if (self._config.plugin_dir / KUBELET_SOCKET).exists():
+                if kubelet is not None:
                     server = await self._listen()
                     refused = await self._register()
                 else:
                     log.info("waiting for kubelet: %s has no %s", self._config.plugin_dir, KUBELET_SOCKET)
                 if not refused:
-                    pause_s = _FIRST_PAUSE_S
+                    pause_s, registered_with = _FIRST_PAUSE_S, kubelet
                     await self._due.wait()
                     continue
                 log.error("kubelet does not take %s: %s; again in %.1f s", self._config.resource, refused, pause_s)
@@ -144,10 +149,21 @@ class Plugin:
             if server is not None:
                 await server.stop(grace=None)
 
+    def _kubelet(self) -> tuple[int, int] | None:
+        """Which socket of kubelet's is there; a later one is another, also under the same inode number."""
+        try:
+            found = (self._config.plugin_dir / KUBELET_SOCKET).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_ctime_ns
+
+    def _own(self) -> Path:
+        return self._config.plugin_dir / self._endpoint
+
     async def _listen(self) -> Any:
         # A name of its own each time: a gRPC server that ends removes the socket at its path, perhaps the next one's.
         self._endpoint = f"{self._prefix}{next(self._numbers)}.sock"
-        path = self._config.plugin_dir / self._endpoint
+        path = self._own()
         server = rpc.server()
         server.add_generic_rpc_handlers((rpc.handlers("v1beta1.DevicePlugin", self._methods()),))
         try:

@@ -59,10 +59,11 @@ async def test_a_kubelet_that_starts_anew_has_it_again(root: Path) -> None:
         made.start_plugin()
         await made.healthy(*ALL)
         await made.kubelet.admit(TRAIN_0, RESOURCE)
-        for times in range(2, 6):
+        for times in range(2, 22):
             await made.kubelet.restart()
             await made.registered(times)
             await made.healthy(*ALL)
+            assert len(made.kubelet.registrations) == times, "one start, two registrations"
         await made.kubelet.admit(TRAIN_1, RESOURCE)
         assert made.kubelet.slot_of(TRAIN_1) == "slot-1"
         sockets = {path.name for path in made.kubelet.plugins.iterdir() if path.is_socket()}
