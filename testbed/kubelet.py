@@ -67,6 +67,7 @@ class Kubelet:
     def __post_init__(self) -> None:
         self.answering.set()
         self._changed = asyncio.Condition()
+        self._admitting = asyncio.Lock()
         self._servers: list[Any] = []
 
     @property
@@ -183,7 +184,14 @@ class Kubelet:
     # Pods
 
     async def admit(self, pod: PodName, resource: str, count: int = 1, container: str = "main") -> Any:
-        """Gives a container devices; the plugin's answer. AdmissionError where kubelet refuses the pod."""
+        """Gives a container devices, to one after another as kubelet does; the plugin's answer.
+
+        AdmissionError where kubelet refuses the pod.
+        """
+        async with self._admitting:
+            return await self._admit(pod, resource, count, container)
+
+    async def _admit(self, pod: PodName, resource: str, count: int, container: str) -> Any:
         endpoint = self.endpoints.get(resource)
         held = {
             one

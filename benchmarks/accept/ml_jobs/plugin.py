@@ -61,7 +61,8 @@ def _all_once(found: KubeletHost) -> list[float]:
         spent_ms.append((time.monotonic() - started) * 1000)
         need(not answer.devices and not answer.envs, f"Allocate said more than a CDI device: {answer}")
         devices += [device.name for device in answer.cdi_devices]
-    need(devices == [f"{RESOURCE}={one}" for one in slot_ids(SLOTS)], f"the slots were given as {devices}")
+    wanted = sorted(f"{RESOURCE}={one}" for one in slot_ids(SLOTS))
+    need(sorted(devices) == wanted, f"the slots were given as {devices}")
     need("available 0" in _refused(found, names[-1]), "a slot was given twice")
     found.loop.call(lambda: kubelet.forget(names[5]))
     found.loop.do(kubelet.admit(names[-1], RESOURCE))
