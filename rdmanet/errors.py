@@ -110,7 +110,9 @@ class BpfError(KernelError):
 class VerifierError(BpfError):
     """The kernel's verifier refused a program; ``log`` is all that it said."""
 
-    def __init__(self, sentence: str, *, log: str = "", operation: str = "", subject: str = "", errno: int | None = None):
+    def __init__(
+        self, sentence: str, *, log: str = "", operation: str = "", subject: str = "", errno: int | None = None
+    ):
         super().__init__(sentence, operation=operation, subject=subject, errno=errno)
         self.log = log
 

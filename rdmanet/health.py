@@ -64,7 +64,7 @@ class Health:
         self._executor = executor
         self._keep = keep
         self._report = report
-        self._tell = heard
+        self._announced = heard
         self._links = BatchSockets()
         self._sources: list[events.Source] = []
         self._due: set[int] = set()  # attachment ids
@@ -117,7 +117,7 @@ class Health:
             asyncio.get_running_loop().remove_reader(source.fileno())
             return
         if happened:
-            self._tell()
+            self._announced()
             attachments = self._pods.with_device()
             if attachments is not self._known:
                 self._known, self._by_netdev = attachments, {}
