@@ -128,6 +128,21 @@ def remove(directory: Path, device: str) -> None:
         ) from error
 
 
+def holders(directory: Path, variable: str) -> dict[str, str]:
+    """What slots' files say: the value of an environment variable → the CDI device. Others are left out."""
+    found: dict[str, str] = {}
+    for path in sorted(directory.glob("*-slot-*.json")) if directory.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            (device,) = content["devices"]
+            name = qualified(content["kind"], device["name"])
+            for text in device["containerEdits"]["env"]:
+                key, _, value = text.partition("=")
+                if key == variable and path.name == file_name(name):
+                    found[value] = name
+    return found
+
+
 def strangers(directory: Path, resource: str, known: Collection[str]) -> list[Path]:
     """Files of the resource's slots, half-written ones too, that are of none of the ``known`` devices."""
     kept = {file_name(device) for device in known}

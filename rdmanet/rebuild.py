@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rdmanet import adoption, alias, node
+from rdmanet import adoption, alias, cdi, node
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.kept import Kept
@@ -178,6 +178,8 @@ def _look(config: Config, store: Store, known: Sequence[Attachment]) -> _Found:
     devices = find_devices(config, store)[0]
     taken = {address_key(address) for one in known for address in one.addresses}
     keys = {(one.container_id, one.ifname) for one in known}
+    held = {one.slot for one in known}
+    slots = cdi.holders(config.kubernetes.cdi_dir, "RDMANET_ADDRESS")
     for link in sorted(links, key=_number):
         place = None if link.peer_namespace is None else places.get(link.peer_namespace)
         one = _attachment(link, place, maps)
@@ -187,6 +189,8 @@ def _look(config: Config, store: Store, known: Sequence[Attachment]) -> _Found:
             one = replace(one, ipv4=None, ipv6=None, state=AttachmentState.RELEASING)
         if one.wants_rdma and one.state is AttachmentState.READY:
             one = _with_device(one, devices, found)
+            slot = slots.get(str(one.addresses[0]))
+            one = replace(one, slot=None if slot in held else slot)
         found.problems += _problems(link, one)
         keys.add((one.container_id, one.ifname))
         taken |= {address_key(address) for address in one.addresses}

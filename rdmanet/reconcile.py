@@ -161,7 +161,8 @@ _REMEDIES: Mapping[Kind, frozenset[str]] = {
     Kind.NEIGHBOUR: frozenset({"addresses"}),
     Kind.ROUTE: frozenset({"addresses"}),
     Kind.FILTER: frozenset({"filter"}),
-    Kind.DEVICE: frozenset({"device"}),
+    # What a container gets by its slot has the indexes of the device's GIDs.
+    Kind.DEVICE: frozenset({"device", "slot"}),
     Kind.ENTRY: frozenset({"endpoint"}),
 }
 

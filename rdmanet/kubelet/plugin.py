@@ -18,7 +18,7 @@ from typing import Any
 
 from rdmanet.config import Config
 from rdmanet.errors import ConfigError, NotFoundError, UnavailableError
-from rdmanet.inotify import DirectoryWatch
+from rdmanet.inotify import Appeared, Folders, Lost, Vanished
 from rdmanet.kubelet import rpc, topology, watching
 from rdmanet.kubelet.messages import DEVICE_PLUGIN_VERSION, device_plugin
 from rdmanet.kubelet.states import SlotStates
@@ -70,19 +70,18 @@ class Plugin:
     async def serve(self) -> None:
         """Until it is cancelled. Raises NotFoundError without kubelet's directory."""
         directory = self._config.plugin_dir
-        try:
-            names = DirectoryWatch(directory)
-        except NotFoundError as error:
+        folders = Folders(coming=True)
+        if not folders.watch(str(directory)):
+            folders.close()
             raise NotFoundError(
                 f"There is no {directory}: is kubelet's directory another (kubernetes.plugin_dir), or not mounted"
                 " here?",
-                operation=error.operation,
-                subject=error.subject,
-                errno=error.errno,
-            ) from error
+                operation="inotify",
+                subject=str(directory),
+            )
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(names.fileno(), self._heard, names, ended)
+        loop.add_reader(folders.fileno(), self._heard, folders, ended)
         tasks: list[asyncio.Task[None]] = []
         try:
             for left in directory.glob(f"{self._prefix}*.sock"):  # of a plugin that was killed
@@ -96,22 +95,28 @@ class Plugin:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            loop.remove_reader(names.fileno())
-            names.close()
+            loop.remove_reader(folders.fileno())
+            folders.close()
 
     @property
     def _prefix(self) -> str:
         """Of the names of our sockets: short, as a socket's path has at most 107 bytes; a host may have two plugins."""
         return f"rdmanet-{hashlib.sha256(self._config.resource.encode()).hexdigest()[:8]}-"
 
-    def _heard(self, names: DirectoryWatch, ended: asyncio.Future[None]) -> None:
-        for happened in names.read():
-            if happened.ended and not ended.done():
-                sentence = f"{self._config.plugin_dir} was removed or moved; start the plugin again when it is back."
-                ended.set_exception(UnavailableError(sentence))
-            own_gone = happened.name == self._endpoint and not happened.come
-            if happened.lost or own_gone or (happened.name == KUBELET_SOCKET and happened.come):
-                self._due.set()
+    def _heard(self, folders: Folders, ended: asyncio.Future[None]) -> None:
+        for happened in folders.read():
+            match happened:
+                case Vanished(name="") if not ended.done():
+                    sentence = (
+                        f"{self._config.plugin_dir} was removed or moved; start the plugin again when it is back."
+                    )
+                    ended.set_exception(UnavailableError(sentence))
+                case Vanished(name=name) if name == self._endpoint:
+                    self._due.set()
+                case Appeared(name=name) if name == KUBELET_SOCKET:
+                    self._due.set()
+                case Lost():
+                    self._due.set()
 
     async def _keep_registered(self) -> None:
         """Once now, and each time kubelet starts anew; after a refusal again, with growing pauses."""

@@ -85,6 +85,19 @@ def test_strangers_are_of_the_resource_alone(tmp_path: Path) -> None:
     assert [path.name for path in found] == [".rdmanet.io-rdma-slot-4.json.new", "rdmanet.io-rdma-slot-0.json"]
 
 
+def test_whose_files_say_what(tmp_path: Path) -> None:
+    assert cdi.holders(tmp_path / "none", "RDMANET_DEVICE") == {}
+    for number, device in enumerate(("rdmanet.io/rdma=slot-3", "example.com/roce=slot-0")):
+        cdi.write(tmp_path, device, cdi.document(device, NODES, {"RDMANET_DEVICE": f"rxe_rn{number}"}))
+    text = (tmp_path / "rdmanet.io-rdma-slot-3.json").read_text()
+    (tmp_path / "copy-slot-3.json").write_text(text.replace("rxe_rn0", "rxe_rn9"))  # by a name that is not its own
+    for number, content in enumerate(("", "[]", "{}", '{"kind": 1, "devices": [{}]}', '{"devices": 5}', "\xff")):
+        (tmp_path / f"other-slot-{number}.json").write_text(content)
+    found = {"rxe_rn0": "rdmanet.io/rdma=slot-3", "rxe_rn1": "example.com/roce=slot-0"}
+    assert cdi.holders(tmp_path, "RDMANET_DEVICE") == found
+    assert cdi.holders(tmp_path, "RDMANET_ADDRESS") == {}
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "cdi").write_text("a file")
     with pytest.raises(StateError, match=r"cannot be made: .*kubernetes\.cdi_dir"):
