@@ -189,15 +189,20 @@ def keys(descriptor: int, key_bytes: int, max_entries: int) -> Iterator[bytes]:
 
 
 def items(descriptor: int, key_bytes: int, value_bytes: int, at_once: int = 4096) -> Iterator[tuple[bytes, bytes]]:
-    """Every key with its value, ``at_once`` in each call (BPF_MAP_LOOKUP_BATCH: hashes from Linux 5.6, 057996380a42).
-    Those added or removed meanwhile may be missed or come twice."""
+    """Every key with its value, as ``batches`` reads them."""
+    for keys, values in batches(descriptor, key_bytes, value_bytes, at_once):
+        for at in range(len(keys) // key_bytes):
+            key = keys[at * key_bytes : (at + 1) * key_bytes]
+            yield key, values[at * value_bytes : (at + 1) * value_bytes]
+
+
+def batches(descriptor: int, key_bytes: int, value_bytes: int, at_once: int = 4096) -> Iterator[tuple[bytes, bytes]]:
+    """Every key with its value, ``at_once`` in each call (BPF_MAP_LOOKUP_BATCH: hashes from Linux 5.6, 057996380a42):
+    keys one behind another, and their values. Those added or removed meanwhile may be missed or come twice."""
     token, done = ctypes.create_string_buffer(max(key_bytes, 8)), False
     first = True
     while not done:
-        found, values = (
-            ctypes.create_string_buffer(at_once * key_bytes),
-            ctypes.create_string_buffer(at_once * value_bytes),
-        )
+        found, values = (ctypes.create_string_buffer(at_once * size) for size in (key_bytes, value_bytes))
         place, buffers = ctypes.addressof(token), (ctypes.addressof(found), ctypes.addressof(values))
         attr = ctypes.create_string_buffer(
             struct.pack("=QQQQIIQQ", 0 if first else place, place, *buffers, at_once, descriptor, ANY, 0), _ATTR_BYTES
@@ -210,10 +215,7 @@ def items(descriptor: int, key_bytes: int, value_bytes: int, at_once: int = 4096
         if done and number != errno.ENOENT:
             raise _failed("BPF_MAP_LOOKUP_BATCH", f"map descriptor {descriptor}", number)
         count, first = struct.unpack_from("=I", attr, 32)[0], False
-        keys_raw, values_raw = found.raw, values.raw
-        for at in range(count):
-            key = keys_raw[at * key_bytes : (at + 1) * key_bytes]
-            yield key, values_raw[at * value_bytes : (at + 1) * value_bytes]
+        yield found.raw[: count * key_bytes], values.raw[: count * value_bytes]
 
 
 def load_program(

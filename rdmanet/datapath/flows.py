@@ -14,6 +14,7 @@ ORIGIN_IS_HIGH, REPLIED, TRANSLATED, SERVICE, ALIAS = 1, 2, 4, 8, 16  # FLOW_*
 CLOSING_BOTH = 3
 NO_SLOT = 0xFFFFFFFF
 _KEY = struct.Struct("=16s16s2s2sB3x")
+_WHOLE_KEY = struct.Struct(f"={_KEY.size}s")
 _ENTRY = struct.Struct("=QQ16sIIII2sBB4x")
 
 
@@ -66,8 +67,10 @@ def key_of(one: tuple[bytes, bytes], other: tuple[bytes, bytes], protocol: int) 
 
 def entries(descriptor: int) -> Iterator[Flow]:
     """Every entry of the table ``flows``; those that come or go meanwhile may be missed or come twice."""
-    for key, value in bpf.items(descriptor, FLOW_KEY.size, FLOW.size):
-        yield Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+    for keys, values in bpf.batches(descriptor, FLOW_KEY.size, FLOW.size):
+        whole, parts, entries = _WHOLE_KEY.iter_unpack(keys), _KEY.iter_unpack(keys), _ENTRY.iter_unpack(values)
+        for key, ends, entry in zip(whole, parts, entries, strict=True):
+            yield Flow._make(key + ends + entry)
 
 
 class FlowMaps:
