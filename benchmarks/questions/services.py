@@ -19,7 +19,6 @@ from benchmarks.peers import paths
 from benchmarks.peers.kube_proxy import CALLED, PORT, TARGET_PORT, listed, load_iptables, load_ipvs, prepare_ipvs
 from benchmarks.peers.paths import Way
 from benchmarks.question import OURS, Effort, Goal, Place, Question, Run
-from benchmarks.questions.datapath import SETTLE_S
 from rdmanet.config import Config
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
@@ -46,6 +45,9 @@ ALONE = f"{OURS} with 1 service"
 UNIT = "ns"
 WARMUP = (50, 30, 2)
 COUNT = (270, 135, 9)
+#: Closed connections stay in the agent's table for a minute (RFC 5382 REQ-5) and up to 15 s more; those of the size
+#: before are then taken out together, which would fall into this one's. Time is virtual: idle seconds pass at once.
+SETTLE_S = 80.0
 MAPS = "/sys/fs/bpf/rdmanet"
 NAMESPACE = "default"
 
@@ -147,7 +149,7 @@ MOST_OF_PEERS = 10_000
 def measure(run: Run) -> None:
     """Ever more services; at each number all contenders in turn."""
     paths.make_netload()
-    sizes = run.pick(full=(1, 1000, 10_000, 50_000), quick=(1, 1000, 10_000), smoke=(1, 20))
+    sizes = run.pick(full=(1, 1000, 10_000, 50_000), quick=(1, 1000), smoke=(1, 20))
     with contextlib.ExitStack() as stack:
         contenders = {OURS: stack.enter_context(ours())}
         bare = stack.enter_context(paths.ptp())
@@ -159,8 +161,6 @@ def measure(run: Run) -> None:
                     run.tell(f"left out: {error}")  # the running kernel's matter
                 else:
                     run.failed(f"through/*/{sizes[0]}", name, str(error))
-        if run.place is Place.ICOUNT:
-            time.sleep(SETTLE_S)
         for size in sizes:
             if size > MOST_OF_PEERS:
                 contenders = {OURS: contenders[OURS]}
@@ -168,6 +168,8 @@ def measure(run: Run) -> None:
                 begun = time.monotonic()
                 contender.fill(size)
                 run.tell(f"{name}: {size} services after {time.monotonic() - begun:.1f} s")
+            if run.place is Place.ICOUNT:
+                time.sleep(SETTLE_S)
             later = sizes[1:] if size == sizes[0] else ()
             for _ in run.rounds(full=3, quick=2):
                 for family in FAMILIES:
