@@ -10,9 +10,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
-from itertools import islice
 from typing import Protocol
 
 from rdmanet.datapath.flows import CLOSING_BOTH, NO_SLOT, REPLIED, SERVICE, TRANSLATED, Flow, echo_answerer, key_of
@@ -25,8 +24,6 @@ _TCP, _ICMPS = 6, (1, 58)
 _NS_PER_S = 1_000_000_000
 #: Halves are entered one after the other: a younger one may still be waiting for the other.
 _HALF_NS = 5 * _NS_PER_S
-#: Looked at and taken out together: some hundred microseconds.
-_FEW = 16
 
 
 class Flows(Protocol):
@@ -36,7 +33,8 @@ class Flows(Protocol):
     def max_entries(self) -> int: ...
     def all(self) -> Iterable[Flow]: ...
     def find(self, key: bytes) -> Flow | None: ...
-    def delete(self, keys: Collection[bytes]) -> None: ...
+    def take(self, key: bytes) -> Flow | None: ...
+    def put_back(self, flow: Flow) -> None: ...
     def counts(self) -> dict[int, int]: ...
     def set_counts(self, counts: Mapping[int, int]) -> None: ...
 
@@ -143,42 +141,60 @@ class Tracking:
         return taken
 
     def _take_out(self, over: Iterable[Flow], known: Collection[int]) -> tuple[set[bytes], set[bytes]]:
-        """Those that are still over: the keys of outside's halves and of the others. Each is looked at again right
-        before it is taken out, since its ends may begin anew at any time."""
+        """Those that are still over: the keys of outside's halves and of the others. Its ends may begin a flow anew at
+        any time, under the same key and often behind the same port: what is found to live when it is taken is put
+        back."""
         aliases: set[bytes] = set()
         gone: set[bytes] = set()
-        for few in _by_few(over):
+        for old in over:
             now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            latest = [flow for old in few if (flow := self._flows.find(old.key)) and _is_over(flow, known, now_ns)]
-            halves = {key for flow in latest if (key := alias_key(flow)) is not None and self._is_half(key, flow)}
-            # Outside's first: else a port search could give one to another flow in between.
-            self._flows.delete(halves)
-            self._flows.delete({flow.key for flow in latest})
-            aliases |= halves
-            gone |= {flow.key for flow in latest}
+            flow = self._flows.find(old.key)
+            if flow is None or not _is_over(flow, known, now_ns):
+                continue
+            # Outside's first: else a port search could give it to another flow in between.
+            alias = self._take_half(flow)
+            taken = self._flows.take(flow.key)
+            if taken is None:
+                # A program has taken it. It enters outside's half before the other.
+                if alias is not None and now_ns - alias.created_ns < _HALF_NS:
+                    self._flows.put_back(alias)
+                continue
+            if not _is_over(taken, known, now_ns):
+                if alias is not None and alias_key(taken) == alias.key:
+                    self._flows.put_back(alias)
+                self._flows.put_back(taken)
+                continue
+            gone.add(taken.key)
+            if alias is not None:
+                aliases.add(alias.key)
         return aliases, gone
 
-    def _is_half(self, key: bytes, flow: Flow) -> bool:
-        """Whether there is such an alias, and it is this flow's."""
-        alias = self._flows.find(key)
-        return alias is not None and alias.is_alias and inside_key(alias) == flow.key
+    def _take_half(self, flow: Flow) -> Flow | None:
+        """Outside's half of the flow, which is out of the table then; None where there is none."""
+        key = alias_key(flow)
+        alias = None if key is None else self._flows.take(key)
+        if alias is None or (alias.is_alias and inside_key(alias) == flow.key):
+            return alias
+        self._flows.put_back(alias)
+        return None
 
     def _take_orphans(self, aliases: Iterable[Flow]) -> int:
         """Outside's halves without the other; how many there were."""
-        taken = 0
-        for few in _by_few(aliases):
+        count = 0
+        for old in aliases:
             now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            orphans = set()
-            for old in few:
-                alias = self._flows.find(old.key)
-                if alias is None or not alias.is_alias or now_ns - alias.created_ns < _HALF_NS:
-                    continue
-                flow = self._flows.find(inside_key(alias))
-                if flow is None or alias_key(flow) != alias.key:
-                    orphans.add(alias.key)
-            self._flows.delete(orphans)
-            taken += len(orphans)
-        return taken
+            alias = self._flows.find(old.key)
+            if alias is None or not alias.is_alias or now_ns - alias.created_ns < _HALF_NS:
+                continue
+            taken = self._flows.take(old.key)
+            if taken is None:
+                continue
+            flow = self._flows.find(inside_key(taken)) if taken.is_alias else None
+            if not taken.is_alias or taken.created_ns != alias.created_ns or (flow and alias_key(flow) == taken.key):
+                self._flows.put_back(taken)
+                continue
+            count += 1
+        return count
 
     def _count(self, flows: Iterable[Flow]) -> None:
         """Each pod's share is what is there: an agent or a program that ended in the middle may have miscounted."""
@@ -197,10 +213,3 @@ def _may_be_orphan(alias: Flow, inside: Mapping[bytes, Flow]) -> bool:
     """By what was read of the table."""
     flow = inside.get(inside_key(alias))
     return flow is None or alias_key(flow) != alias.key
-
-
-def _by_few(flows: Iterable[Flow]) -> Iterator[list[Flow]]:
-    """So few that what is found of them is still so when they are taken out."""
-    left = iter(flows)
-    while few := list(islice(left, _FEW)):
-        yield few

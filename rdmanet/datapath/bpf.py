@@ -28,7 +28,7 @@ PROG_TYPE_CGROUP_DEVICE = 15
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 ATTACH_CGROUP_DEVICE = 6
 #: Update whatever is there, or not.
-ANY = 0
+ANY, NOEXIST = 0, 1
 
 BPF_FS_MAGIC = 0xCAFE4A11
 
@@ -36,7 +36,7 @@ _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_GET_NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
 _PROG_ATTACH, _PROG_DETACH, _PROG_TEST_RUN = 8, 9, 10
 _PROG_QUERY = 16
-_MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH, _MAP_DELETE_BATCH = 24, 26, 27
+_MAP_TAKE, _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH, _MAP_DELETE_BATCH = 21, 24, 26, 27
 _PROG_GET_FD_BY_ID = 13
 _OBJ_GET_INFO_BY_FD = 15
 _LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 28, 29, 34
@@ -105,10 +105,11 @@ def create_map(name: str, type_: int, key_size: int, value_size: int, max_entrie
     return result
 
 
-def lookup(descriptor: int, key: bytes, value_bytes: int) -> bytes | None:
-    """The value under ``key``, or None; ``value_bytes`` is what ``buffer_bytes`` says."""
+def lookup(descriptor: int, key: bytes, value_bytes: int, *, take: bool = False) -> bytes | None:
+    """The value under ``key``, or None; ``value_bytes`` is what ``buffer_bytes`` says. ``take``: out of the map in the
+    same moment (hashes from Linux 5.14, 3e87f192b405)."""
     keys, value = _buffer(key), ctypes.create_string_buffer(value_bytes)
-    result, number = _call(_MAP_LOOKUP, _element(descriptor, keys, value))
+    result, number = _call(_MAP_TAKE if take else _MAP_LOOKUP, _element(descriptor, keys, value))
     if result < 0:
         if number == errno.ENOENT:
             return None

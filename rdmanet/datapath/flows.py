@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from rdmanet.datapath import bpf, loader
 from rdmanet.datapath.layout import ATTACHMENT, DIRECTIONS, U32, U64, attachment_slot
 from rdmanet.datapath.tables import BEGUN, FLOW, FLOW_KEY
+from rdmanet.errors import BpfError
 
 ORIGIN_IS_HIGH, REPLIED, TRANSLATED, SERVICE, ALIAS = 1, 2, 4, 8, 16  # FLOW_*
 CLOSING_BOTH = 3
@@ -99,12 +101,24 @@ class FlowMaps:
 
     def find(self, key: bytes) -> Flow | None:
         """One entry as it is now."""
-        value = bpf.lookup(self._pinned.maps["flows"], key, FLOW.size)
-        return None if value is None else Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+        return self._entry(key)
 
-    def delete(self, keys: Collection[bytes]) -> None:
-        """Takes entries out; those that are gone already are passed over."""
-        bpf.delete_batch(self._pinned.maps["flows"], b"".join(keys), FLOW_KEY.size)
+    def take(self, key: bytes) -> Flow | None:
+        """The same, and out of the table in the same moment: no packet's change of it is lost unseen."""
+        return self._entry(key, take=True)
+
+    def put_back(self, flow: Flow) -> None:
+        """Enters again what should not have been taken; where there is another entry by now, that one stays."""
+        value = _ENTRY.pack(*flow[Flow._fields.index("created_ns") :])
+        try:
+            bpf.update(self._pinned.maps["flows"], flow.key, value, bpf.NOEXIST)
+        except BpfError as error:
+            if error.errno != errno.EEXIST:
+                raise
+
+    def _entry(self, key: bytes, *, take: bool = False) -> Flow | None:
+        value = bpf.lookup(self._pinned.maps["flows"], key, FLOW.size, take=take)
+        return None if value is None else Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
 
     def counts(self) -> dict[int, int]:
         """Flows of each slot that has some."""

@@ -11,7 +11,6 @@ import pytest
 
 from rdmanet.datapath import bpf, migration
 from rdmanet.datapath.artifact import Artifact
-from rdmanet.datapath.flows import Flow
 from tests.bpf import lab
 from tests.bpf.bench import REDIRECT, Bench
 from tests.bpf.test_nat import FLOWS, VERSIONS, back, out, outside_port
@@ -97,7 +96,7 @@ def test_the_old_table_is_let_go(bench: Bench) -> None:
         for found in maps.values():
             if found is not None:
                 os.close(found)
-    there: list[Flow] = list(bench.datapath.flows.all())
-    bench.datapath.flows.delete([flow.key for flow in there])
+    for flow in list(bench.datapath.flows.all()):
+        bench.datapath.flows.take(flow.key)
     assert back(bench, "udp", 4, port).verdict != REDIRECT
     bench.datapath.swap(bench.lab.artifact)
