@@ -30,6 +30,7 @@ _SECOND_COLUMNS = """
     max_leases INTEGER NOT NULL DEFAULT 256, traffic_class INTEGER NOT NULL DEFAULT 0,
     service_level INTEGER NOT NULL DEFAULT 0, pod_uid TEXT, cgroup TEXT,
 """
+_THIRD_COLUMNS = "labels TEXT NOT NULL DEFAULT '{}',"
 _OTHERS = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE addresses (
@@ -43,6 +44,8 @@ CREATE TABLE host_effects (name TEXT PRIMARY KEY, detail TEXT NOT NULL) STRICT;
 SCHEMAS: Mapping[int, str] = {
     1: f"CREATE TABLE attachments ({_FIRST_COLUMNS} UNIQUE (container_id, ifname)) STRICT; {_OTHERS}",
     2: f"CREATE TABLE attachments ({_FIRST_COLUMNS} {_SECOND_COLUMNS} UNIQUE (container_id, ifname)) STRICT; {_OTHERS}",
+    3: f"CREATE TABLE attachments ({_FIRST_COLUMNS} {_SECOND_COLUMNS} {_THIRD_COLUMNS}"
+    f" UNIQUE (container_id, ifname)) STRICT; {_OTHERS}",
 }
 
 

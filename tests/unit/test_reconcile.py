@@ -133,7 +133,7 @@ def test_nothing_is_wrong_with_what_is_whole() -> None:
         ),
         ({"program_ids": ()}, ["the filter on rn-7 is missing"], {"filter"}),
         ({"program_ids": (43,)}, ["the filter on rn-7 is missing"], {"filter"}),
-        ({"condition": sick(gone=True)}, ["its RDMA device rxe_rn7 is missing"], {"device"}),
+        ({"condition": sick(gone=True)}, ["its RDMA device rxe_rn7 is missing"], {"device", "slot"}),
         ({"own": None}, ["its entry in the datapath is missing or wrong"], {"endpoint"}),
         (
             {"endpoints": dict.fromkeys(ATTACHMENT.addresses)},
