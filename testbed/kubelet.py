@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 WAIT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
+#: Of a channel whose reader is slow: HTTP/2's first window (RFC 9113 6.9.2) for good, which gRPC would enlarge.
+SLOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535))
 
 
 class AdmissionError(RdmanetError):

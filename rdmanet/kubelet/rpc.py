@@ -27,10 +27,12 @@ _OPTIONS = (
 )
 
 
-def channel(socket: Path) -> Any:
-    """A channel to a unix socket, to be used as an asynchronous context."""
+def channel(socket: Path, *more: tuple[str, int]) -> Any:
+    """A channel to a unix socket, to be used as an asynchronous context; ``more`` are further arguments of gRPC's."""
     # By default :authority is the socket's path, which servers written in Go may refuse.
-    return grpc.aio.insecure_channel(f"unix:{socket}", options=(*_OPTIONS, ("grpc.default_authority", "localhost")))
+    return grpc.aio.insecure_channel(
+        f"unix:{socket}", options=(*_OPTIONS, ("grpc.default_authority", "localhost"), *more)
+    )
 
 
 def server() -> Any:

@@ -18,7 +18,7 @@ from rdmanet.errors import NotFoundError, UnavailableError
 from rdmanet.kubelet import rpc, watching
 from rdmanet.kubelet.messages import device_plugin
 from rdmanet.model import PodName
-from testbed.kubelet import AdmissionError
+from testbed.kubelet import SLOW, AdmissionError
 from testbed.topologies import MACHINES, lay_out
 from tests.unit.kubelet_world import ALL, RESOURCE, World, world
 
@@ -290,7 +290,7 @@ async def test_who_reads_slowly_gets_the_newest(root: Path) -> None:
         everything = [f"slot-{number}" for number in range(2000)]
         await made.healthy(*everything)
         socket = made.kubelet.plugins / made.kubelet.registrations[-1]
-        async with rpc.channel(socket) as channel:
+        async with rpc.channel(socket, *SLOW) as channel:
             stream = rpc.call(channel, "v1beta1.DevicePlugin", "ListAndWatch")(device_plugin("Empty"))
             await stream.read()
             told = made.kubelet.endpoints[RESOURCE].lists

@@ -16,7 +16,7 @@ from benchmarks.peers import host_device
 from rdmanet.kubelet import rpc
 from rdmanet.kubelet.messages import HEALTHY, device_plugin
 from rdmanet.model import PodName
-from testbed.kubelet import AdmissionError
+from testbed.kubelet import SLOW, AdmissionError
 from testbed.kubelet_host import RESOURCE, KubeletHost
 from testbed.rows import Figure, need
 
@@ -117,7 +117,7 @@ def _slow_reader(found: KubeletHost) -> int:
     socket = kubelet.plugins / kubelet.registrations[-1]
 
     async def begin() -> tuple[Any, Any]:
-        channel = rpc.channel(socket)
+        channel = rpc.channel(socket, *SLOW)
         stream = rpc.call(channel, "v1beta1.DevicePlugin", "ListAndWatch")(device_plugin("Empty"))
         await stream.read()
         return channel, stream

@@ -39,8 +39,8 @@ def measure() -> Figure:
         _taken(found)
         _agree(found, {})
     detail = (
-        f"pods had a slot and its device: {pods} of them in a race of {THREADS} for {SLOTS} slots ({refused} were"
-        f" refused a slot by kubelet meanwhile, {lost} ended without a DEL), {killed} through a SIGKILL of the agent in"
+        f"pods had a slot and its device: {pods} of them in a race of {THREADS} for {SLOTS} slots (kubelet had none"
+        f" {refused} times, {lost} pods ended without a DEL), {killed} through a SIGKILL of the agent in"
         " an ADD or a DEL; ib_send_lat ran on what CDI gave; a slot that is another's was refused; nothing was left"
     )
     return Figure(2 + pods + killed, "pods", detail, {"seed": SEED, "lost DELs": lost, "refused": refused})
