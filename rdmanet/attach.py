@@ -330,7 +330,7 @@ class Attachments:
         expected = expected or Expected.all_of(attachment)
         found = looking.look(self._parts, attachment)
         if found.pod_end is not None:
-            yield from expected.problems_of(attachment, found.pod_end)
+            yield from expected.problems_of(attachment, found.pod_end, found.seen.routes)
         for broken in found.broken(expected.among(found.wanted.ways)):
             yield broken.sentence
         if (problem := self._parts.slots.problem(attachment)) is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rdmanet.cni import Result
 from rdmanet.cni.values import config_error
+from rdmanet.ipam import IPNetwork
 from rdmanet.model import Attachment, IPAddress
 from rdmanet.netlink.messages import Link
 from rdmanet.steps import Way
@@ -62,8 +63,10 @@ class Expected:
             if way.address in self.addresses
         ]
 
-    def problems_of(self, attachment: Attachment, link: Link) -> Iterator[str]:
-        """Sentences about the pod's interface itself."""
+    def problems_of(
+        self, attachment: Attachment, link: Link, routes: Iterable[tuple[IPNetwork, IPAddress]]
+    ) -> Iterator[str]:
+        """Sentences about the pod's interface itself, and about routes of families whose address need not be there."""
         if not link.up:
             yield f"the interface {link.name} is down"
         if self.mac and link.mac != self.mac:
@@ -73,3 +76,6 @@ class Expected:
                 f"{link.name} has the MAC {link.mac}, and only what comes from and goes to {attachment.mac} passes: ask"
                 " rdmanet for another one (capability mac)"
             )
+        ways_out = {destination.version for destination, _ in routes if destination.prefixlen == 0}
+        for version in sorted(self.routed - {address.version for address in self.addresses} - ways_out):
+            yield f"the default route for IPv{version} is missing"

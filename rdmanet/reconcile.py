@@ -146,8 +146,10 @@ def _broken_inside(wanted: PodWanted, seen: PodSeen, gateway_mac: str) -> Iterat
             continue
         if (way.gateway, gateway_mac) not in seen.neighbours:
             yield Broken(Kind.NEIGHBOUR, f"the neighbour {way.gateway} is missing from {ifname}")
+        ways_out = {destination for destination, _ in seen.routes if destination.prefixlen == 0}
         for destination in way.routes:
-            if (destination, way.gateway) not in seen.routes:
+            # Later plugins of the chain may lead the default route through the gateway of the result (sbr does).
+            if destination not in ways_out and (destination, way.gateway) not in seen.routes:
                 to = f"the route to {destination}" if destination.prefixlen else "the default route"
                 yield Broken(Kind.ROUTE, f"{to} for IPv{destination.version} is missing")
 

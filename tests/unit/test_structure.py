@@ -64,7 +64,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "adoption": NOUNS | {"alias", "datapath", "netlink", "steps"},
     "reconcile": NOUNS | {"datapath", "ipam", "node", "rdma", "steps"},
     "looking": NOUNS | {"netlink", "rdma", "reconcile", "steps"},
-    "expected": NOUNS | {"cni", "netlink", "steps"},
+    "expected": NOUNS | {"cni", "ipam", "netlink", "steps"},
     "attach": NOUNS | {"adoption", "cni", "config", "expected", "ipam", "looking", "netlink", "removal", "steps"},
     "nodesetup": NOUNS | {"config", "datapath", "ipam", "netlink", "node", "reconcile", "store"},
     "repairs": NOUNS | {"attach", "looking", "netlink", "nodesetup", "reconcile", "steps"},
