@@ -99,6 +99,14 @@ def test_nothing_is_wrong_with_what_is_whole() -> None:
     assert broken(routes=WHOLE.routes | {foreign}) == [], "a later plugin may add what it likes"
 
 
+def test_a_default_route_may_lead_through_another_gateway_of_the_link() -> None:
+    """sbr's lead through the one that the result names, in a table of its own."""
+    other = {4: ipaddress.ip_address("10.213.0.9"), 6: ipaddress.ip_address("fd72:646d:616e::1")}
+    moved = frozenset((to, gateway if to.prefixlen else other[to.version]) for to, gateway in WHOLE.routes)
+    assert moved != WHOLE.routes
+    assert broken(routes=moved) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "sentences", "steps_again"),
     [
