@@ -31,10 +31,11 @@ CHANGES: Mapping[str, tuple[str, str]] = {
 }
 #: Between a load's questions, and between a stream's rounds.
 PAUSE_S = 0.02
-#: Flows of all these are remembered for minutes, and each that is masqueraded has a port of its own.
+#: Flows of all these are remembered for minutes, and each that is masqueraded has a port of its own: many, and none of
+#: net.ipv4.ip_local_port_range, from which the host's own connections take theirs.
 SIZES: dict[str, dict[str, Any]] = {
     "tracking": {"max_flows": 262144, "max_flows_per_pod": 0},
-    "masquerade": {"first_port": 20000},
+    "masquerade": {"first_port": 1024, "last_port": 32767},
 }
 SWAP_TIMEOUT_S = 120.0
 #: An end without a result, which no verifier lets through.
