@@ -15,8 +15,8 @@ _BOTH = (Place.HOST, Place.SHARED)
 #: In the order of the issue. A row that needs RDMA runs in the virtual machine, in Claim's own place.
 ROWS: Proof = {
     "spec": Claim(_of("spec"), _HERE),
-    "podman": Claim(_of("podman")),
-    "containerd": Claim(_of("containerd")),
+    "podman": Claim(_of("podman"), _BOTH),
+    "containerd": Claim(_of("containerd"), _BOTH),
     "chain": Claim(_of("chain"), _HERE),
     "kill": Claim(_of("kill"), _BOTH),
     "disk-full": Claim(_of("disk_full"), _HERE),
