@@ -126,5 +126,6 @@ class Podman:
         return self("ps", "--all", "--quiet", "--no-trunc").stdout.split()
 
     def remove_all(self) -> None:
-        """Every container."""
-        self("rm", "--all", "--force", "--time", "0")
+        """Every container; those that are in another one's network first."""
+        for id in self.containers():
+            self("rm", "--force", "--ignore", "--depend", "--time", "0", id)
