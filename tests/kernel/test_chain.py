@@ -244,3 +244,18 @@ def test_a_later_plugin_that_refuses_leaves_nothing(world: World) -> None:
         chain.add(pod)
     chain.delete(pod)
     assert diff(before, world.snapshot()) == []
+
+
+def test_bandwidth_has_no_place_beside_our_filter(world: World) -> None:
+    """Its ingress qdisc needs the one of our filter: it refuses egress rates, and nothing is left. Without a rate it
+    does nothing, and may be in the chain (its CHECK then panics)."""
+    rates = {"egressRate": 1_000_000, "egressBurst": 1_000_000}
+    pod = world.pod()
+    with world.unchanged():
+        limited = Chain(world.host, [OURS, {"type": "bandwidth", **rates}])
+        with pytest.raises(ChainError, match=r"bandwidth refused: .* file exists"):
+            limited.add(pod)
+        limited.delete(pod)
+        unlimited = Chain(world.host, [OURS, {"type": "bandwidth", "capabilities": {"bandwidth": True}}])
+        validate_result(unlimited.add(pod), "1.0.0", ifname="eth0", netns=pod.netns)
+        unlimited.delete(pod)
