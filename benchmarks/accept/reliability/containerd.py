@@ -14,6 +14,8 @@ TESTS = (
     "tests/kernel/test_runtime_guides.py::test_containerd",
     "tests/kernel/test_reboot.py::test_containerd_removes_its_old_pods_and_runs_others",
 )
+#: What to compare with: containerd wants addresses from whatever network there is.
+PTP = {"type": "ptp", "ipam": {"type": "host-local", "dataDir": "/run/host-local", "subnet": "10.214.0.0/16"}}
 _numbers = itertools.count()
 
 
@@ -26,10 +28,10 @@ def measure() -> Figure:
         host.start_agent()
         with Containerd.start(host) as containerd:
             taken = []
-            for plugin in ({"type": "rdmanet"}, {"type": "loopback"}):
+            for plugin in ({"type": "rdmanet"}, PTP):
                 containerd.network("net", [plugin])
                 taken.append(runtimes.median_ms(lambda: _once(containerd)))
-    return runtimes.figure("a pod, run and removed,", taken[0], taken[1], TESTS)
+    return runtimes.figure("a pod, run and removed,", taken[0], "Debian's ptp for IPv4 alone", taken[1], TESTS)
 
 
 def _once(containerd: Containerd) -> None:

@@ -25,4 +25,4 @@ def measure() -> Figure:
             podman.network("net", [{"type": "rdmanet"}])
             ours_ms = runtimes.median_ms(lambda: podman("run", "--rm", "--network", "net", IMAGE, "true"))
             alone_ms = runtimes.median_ms(lambda: podman("run", "--rm", "--network", "none", IMAGE, "true"))
-    return runtimes.figure("podman run", ours_ms, alone_ms, TESTS)
+    return runtimes.figure("podman run", ours_ms, "no network", alone_ms, TESTS)
