@@ -213,6 +213,10 @@ def test_several_interfaces_with_routes_by_source(world: World) -> None:
         for ip in chain.results[pod.container_id, name]["ips"]:
             address = ipaddress.ip_interface(ip["address"])
             pod.exec(["ping", "-c1", "-W5", "-I", str(address.ip), FAR[address.version]])
+    for family in ("-4", "-6"):  # the agent does not put back what sbr has moved
+        assert pod.exec(["ip", family, "route", "show", "default"]).stdout == ""
+    repairs = world.status()["repairs"]
+    assert [row for row in (*repairs["broken"], *repairs["done"]) if "several" in str(row)] == []
     pod.stop()
     chain.delete(pod, ifname="eth1")
     for name in ("eth0", "net2"):
