@@ -285,6 +285,8 @@ def _inside(network: NodeNetwork, attachment: Attachment, index: int) -> list[me
         shown = ipam.gateway(network.ipv4_range if address.version == 4 else network.ipv6_range)
         alone = ipaddress.ip_network(f"{shown}/{shown.max_prefixlen}")
         batch.append(messages.add_route(alone, index, metric=index))
+        if shown != gateway:
+            batch.append(messages.add_permanent_neighbour(index, shown, GATEWAY_MAC))
         for destination, mtu_bytes in routes.items():
             # A pod may have several interfaces, with the same routes. The first made is preferred; what is bound to
             # another one (an RDMA device is) finds its own.
