@@ -82,7 +82,7 @@ def test_what_is_in_the_pod(world: World) -> None:
         assert by_destination[subnet]["gateway"] == NEXT_HOPS[version]
         assert "metrics" not in by_destination[subnet]
     neighbours = attached.pod.exec(["ip", "-json", "neighbour", "show", "nud", "permanent"]).json()
-    assert {n["dst"] for n in neighbours} == set(NEXT_HOPS.values())
+    assert {n["dst"] for n in neighbours} == {*NEXT_HOPS.values(), *GATEWAYS.values()}
     assert {n["lladdr"] for n in neighbours} == {"02:72:00:00:00:00"}
     world.delete(attached)
 
