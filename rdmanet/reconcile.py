@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry, NodeEntry, UplinkEntry
 from rdmanet.ipam import IPNetwork
@@ -246,7 +246,7 @@ def _named(what: str, names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Something that was done; ``at_s`` of the record's clock."""
+    """Something that was done; ``at_s`` of the record's clock, ``number`` counts from the start on."""
 
     place: int
     kind: Kind
@@ -255,6 +255,7 @@ class Done:
     at_s: float
     took_s: float
     name: str = ""
+    number: int = 0
 
 
 class Record:
@@ -270,6 +271,7 @@ class Record:
         self._given_up: dict[tuple[int, Kind], Done] = {}
         self._open: dict[int, tuple[str, tuple[Broken, ...]]] = {}
         self._done: deque[Done] = deque(maxlen=KEPT)
+        self._number = 0
         self._counts: Counter[tuple[Kind, Outcome]] = Counter()
 
     def broke(self, place: int, name: str, broken: Sequence[Broken]) -> list[Broken]:
@@ -291,8 +293,7 @@ class Record:
                         f"{ones[0].sentence}; it has broken {MOST_BREAKS} times within {WINDOW_S / 60:.0f} minutes"
                     )
                     done = Done(place, kind, sentence, Outcome.GIVEN_UP, now, 0.0, name)
-                    self._given_up[place, kind] = done
-                    self._note(done)
+                    self._given_up[place, kind] = self._note(done)
                     del wanted[kind]
         return [one for ones in wanted.values() for one in ones]
 
@@ -321,9 +322,12 @@ class Record:
         else:
             self._open.pop(place, None)
 
-    def _note(self, done: Done) -> None:
-        self._done.append(done)
+    def _note(self, done: Done) -> Done:
+        self._number += 1
+        noted = replace(done, number=self._number)
+        self._done.append(noted)
         self._counts[done.kind, done.outcome] += 1
+        return noted
 
     def forget(self, place: int) -> bool:
         """The attachment is gone, or somebody asks for what was given up; whether something was."""
@@ -374,6 +378,7 @@ class Record:
 
 def _shown(done: Done, now: float) -> dict[str, object]:
     return {
+        "number": done.number,
         "what": done.name,
         "kind": str(done.kind),
         "sentence": done.sentence,

@@ -175,6 +175,7 @@ def break_and_wait(target: Target, name: str) -> Repaired:
     """Breaks it, and returns when `rdmanet status` says that it is whole again. StepError where that does not come."""
     broken = (BREAKS | RDMA_BREAKS)[name]
     what = NODE if broken.node else target.name
+    before = max((one["number"] for one in repairs(target.host)["done"]), default=0)
     begun = time.monotonic()
     broken.work(target)
     shown_s: float | None = None
@@ -184,7 +185,7 @@ def break_and_wait(target: Target, name: str) -> Repaired:
         if shown_s is None and any(one["what"] == what for one in found["broken"]):
             shown_s = elapsed_s
         for one in found["done"]:
-            if one["what"] == what and one["kind"] == broken.kind and one["ago_s"] < elapsed_s:
+            if one["what"] == what and one["kind"] == broken.kind and one["number"] > before:
                 need(one["outcome"] == "repaired", f"{name}: {one['sentence']}: {one['outcome']}")
                 if not any(other["what"] == what for other in found["broken"]):
                     return Repaired(elapsed_s if shown_s is None else shown_s, elapsed_s, one["sentence"])

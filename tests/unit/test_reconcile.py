@@ -343,6 +343,7 @@ def test_what_was_done_is_told_newest_first_and_not_kept_for_ever(record: Record
     assert len(done) == 64
     assert [done[0]["ago_s"], done[1]["ago_s"]] == [1, 2]
     assert done[0] == {
+        "number": 200,
         "what": "jobs/train-0 eth0",
         "kind": "link",
         "sentence": "the interface eth0 is missing from the pod",

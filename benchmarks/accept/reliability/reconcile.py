@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from testbed.breaking import BREAKS, RDMA_BREAKS, Target
 from testbed.host import Host
 from testbed.outside import FAR_IPV4, FAR_IPV6
 from testbed.pod import Pod, rdma_nodes
-from testbed.rows import Figure, need
+from testbed.rows import Figure, StepError, need
 
 #: What the issue promises.
 SHOWN_WITHIN_S = 5.0
@@ -118,9 +118,9 @@ class Scene:
         self._reaches_all("pod-down")
         return MOST_BREAKS
 
-    @staticmethod
-    def _until(done: Any, sentence: str) -> None:
+    def _until(self, done: Callable[[], bool], sentence: str) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
         while not done():
-            need(time.monotonic() < deadline_s, sentence)
+            if time.monotonic() > deadline_s:
+                raise StepError(f"{sentence}: {breaking.repairs(self.host)}")
             time.sleep(breaking.LOOK_EVERY_S)
