@@ -232,6 +232,8 @@ class Api:
             return None
         # Kubelet may take its time: nobody else waits with this call.
         slot = await self._slot(call) if call.command is Command.ADD else None
+        if slot is not None:
+            await self._collect_holder(slot)
         async with self._calls.of(call.container_id):
             if call.command is Command.ADD:
                 return call.answer(await self._blocking(self._add, call, slot))
@@ -240,6 +242,13 @@ class Api:
             elif still_wanted():
                 await self._blocking(self._attachments.delete, call.container_id, call.ifname)
             return None
+
+    async def _collect_holder(self, slot: str) -> None:
+        """Before the ADD's own turn: nobody waits for another container's turn while having one."""
+        holder = await self._blocking(self._attachments.holder, slot)
+        if holder is not None:
+            async with self._calls.of(holder.container_id):
+                await self._blocking(self._attachments.collect_ended, holder.id)
 
     def _add(self, call: Request, slot: str | None) -> Result:
         if pending.superseded(self._pending, call.container_id, call.ifname):

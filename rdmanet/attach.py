@@ -96,8 +96,6 @@ class Attachments:
                     operation="ADD",
                     subject=f"{request.container_id}/{request.ifname}",
                 )
-            if slot is not None:
-                self._collect_holder(slot)
             wanted = Attachment(
                 id=0,
                 container_id=request.container_id,
@@ -139,15 +137,23 @@ class Attachments:
         log.info("added %s %s for %s", attachment.host_ifname, attachment.addresses, attachment.pod)
         return result
 
-    def _collect_holder(self, slot: str) -> None:
-        """Kubelet gives a slot to another pod when the one before has ended, also where that one's DEL never came."""
-        holder = self._parts.store.holder(slot)
-        if holder is None or holder.state is not AttachmentState.READY:
+    def holder(self, slot: str) -> Attachment | None:
+        """Who has the slot."""
+        return self._parts.store.holder(slot)
+
+    def collect_ended(self, attachment_id: int) -> None:
+        """Takes back an attachment whose pod has ended, or what a failed DEL has left of it; else does nothing.
+
+        Kubelet gives a slot to another pod when the one before has ended, also where that one's DEL never came. In turn
+        with the calls of the holder's own container: the reconciler may be collecting it as well.
+        """
+        holder = self._parts.store.get(attachment_id)
+        if holder is None or holder.state is AttachmentState.ADDING:
             return
         with namespace.entered(holder.netns, holder.netns_id) as descriptor:
-            alive = descriptor is not None
+            alive = holder.state is AttachmentState.READY and descriptor is not None
         if not alive:
-            log.warning("%s is collected: its namespace is gone, and %s is another's now", holder.host_ifname, slot)
+            log.warning("%s is collected: its pod has ended, and %s is asked for", holder.host_ifname, holder.slot)
             self.release(holder)
 
     def _wait_for_removals(self, request: Request) -> None:

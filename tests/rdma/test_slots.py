@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,13 +93,17 @@ def test_whose_slot_it_is(stage: KubeletHost) -> None:
     stolen = {"deviceID": one.devices[0].partition("=")[2]}
     refused(stage.add(other, **stolen), 100, f"The slot {one.devices[0]} is default/train-2's still")
     assert stage.slots()["slot-0"]["pod"] == "default/train-2"
-    # The pod ends without a DEL, and kubelet gives its slot to the next.
-    stage.loop.call(lambda: stage.loop.kubelet.forget(one.name))
-    one.pod.destroy()
-    added(stage, other, **stolen)
-    assert stage.slots()["slot-0"]["pod"] == "default/train-3"
-    assert stage.files() == ["rdmanet.io-rdma-slot-0.json"]
-    ended(stage, other)
+    # A pod ends without a DEL, and kubelet gives its slot to the next: before, while and after the reconciler notices.
+    for pause_ms in (0, 100, 120, 140, 160, 500):
+        stage.loop.call(functools.partial(stage.loop.kubelet.forget, one.name))
+        one.pod.destroy()
+        time.sleep(pause_ms / 1000)
+        added(stage, other, **stolen)
+        assert stage.slots()["slot-0"]["pod"] == str(other.name)
+        assert stage.files() == ["rdmanet.io-rdma-slot-0.json"]
+        one, other = other, stage.admit(f"heir-{pause_ms}", count=0)
+    other.pod.destroy()
+    ended(stage, one)
 
 
 def test_a_slot_comes_back_by_gc_and_at_a_start(stage: KubeletHost) -> None:
