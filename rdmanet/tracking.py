@@ -186,15 +186,21 @@ class Tracking:
             alias = self._flows.find(old.key)
             if alias is None or not alias.is_alias or now_ns - alias.created_ns < _HALF_NS:
                 continue
+            # While it is out of the table an answer finds nothing: only what has no other half by now is taken.
+            if self._has_half(alias):
+                continue
             taken = self._flows.take(old.key)
             if taken is None:
                 continue
-            flow = self._flows.find(inside_key(taken)) if taken.is_alias else None
-            if not taken.is_alias or taken.created_ns != alias.created_ns or (flow and alias_key(flow) == taken.key):
+            if not taken.is_alias or taken.created_ns != alias.created_ns or self._has_half(taken):
                 self._flows.put_back(taken)
                 continue
             count += 1
         return count
+
+    def _has_half(self, alias: Flow) -> bool:
+        flow = self._flows.find(inside_key(alias))
+        return flow is not None and alias_key(flow) == alias.key
 
     def _count(self, flows: Iterable[Flow]) -> None:
         """Each pod's share is what is there: an agent or a program that ended in the middle may have miscounted."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rdmanet.datapath import bpf, layout, loader
+from rdmanet.datapath import bpf, layout, loader, programs
 from rdmanet.datapath.artifact import DEVICE_MAP, DEVICE_PROGRAM, Artifact
 from rdmanet.errors import KernelError, NotFoundError
 
@@ -73,7 +73,7 @@ def _load(pinned: loader.Pinned, name: str, numbers: Collection[Number]) -> int:
         for number in numbers:
             bpf.update(own, layout.DEVICE_NUMBER.pack(*number), layout.U32.pack(1))
         maps = {**pinned.maps, DEVICE_MAP: own}
-        return loader.load(pinned.artifact, DEVICE_PROGRAM, name, maps, bpf.PROG_TYPE_CGROUP_DEVICE)
+        return programs.load(pinned.artifact, DEVICE_PROGRAM, name, maps, bpf.PROG_TYPE_CGROUP_DEVICE)
     finally:
         os.close(own)
 

@@ -13,31 +13,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdmanet.datapath import bpf, migration, sockets
-from rdmanet.datapath.artifact import (
-    CONTINUATIONS,
-    DEVICE_MAP,
-    HOOKS,
-    INSTRUCTION_BYTES,
-    SOCKET_PROGRAMS,
-    Artifact,
-    Layout,
-    MapDefinition,
-)
+from rdmanet.datapath import bpf, migration, programs, sockets
+from rdmanet.datapath.artifact import DEVICE_MAP, HOOKS, Artifact, Layout, MapDefinition
 from rdmanet.datapath.kept import NEXT, RUNNING, Kept, explained
 from rdmanet.datapath.migration import Move
 from rdmanet.errors import BpfError, StateError, UnavailableError
 
-_PROGRAM_ARRAY, _NEW = "programs", "~new"
-#: In such an order that who sees an answer is new before who lets flows begin: old ones do not look into new maps.
-_ORDER = ("monitor", "parts", "uplink", "outside", "host", "pod", "nodeport")
-_SLOTS = dict(sorted((CONTINUATIONS | HOOKS).items(), key=lambda place: _ORDER.index(place[0])))
+_NEW = "~new"
 
 
 @dataclass(slots=True)
@@ -145,25 +132,16 @@ def _bring(pinned: Pinned, artifact: Artifact) -> None:
         if not pinned.dispatchers:
             for hook in HOOKS:
                 pinned.dispatchers[hook] = _open_dispatcher(artifact, pinned.directory, hook, maps)
-        programs = _load_programs(artifact, maps, pinned.directory, stack)
-        bridge = migration.bridge(moves, maps)
-        bridging = None if bridge is None else _load_programs(artifact, bridge, pinned.directory, stack)
+        exchange = _Exchange.load(artifact, maps, moves, pinned.directory, stack)
         for move in moves:
-            migration.fill(move)
+            exchange.fill(move)
             if move.name in migration.NEAR:
                 migration.fill_near(maps, artifact.maps, move.name)
         if pinned.kept is not None:
             pinned.kept.begin(artifact)
         for move in moves:
             bpf.pin(move.new, pinned.directory / f"{move.name}{_NEW}")
-        for move in moves:
-            # What comes in from here on is missing until programs have been exchanged: there is no time to lose.
-            migration.catch_up(move)
-        if bridging is not None:
-            bridging.put(maps[_PROGRAM_ARRAY], pinned.directory)
-            migration.wait_for_programs()
-            migration.catch_up(next(move for move in moves if move.name == migration.FLOWS))
-        programs.put(maps[_PROGRAM_ARRAY], pinned.directory)
+        exchange.put()
         # Before what is left is carried over, so that nothing is written to the old ones after that. Those that were
         # open keep their numbers.
         for name, descriptor in maps.items():
@@ -176,6 +154,60 @@ def _bring(pinned: Pinned, artifact: Artifact) -> None:
         for name in pinned.maps.keys() - maps.keys():
             os.close(pinned.maps.pop(name))
         _unpin_others(pinned, artifact)
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """Programs that take the places of those that run. Where the table of flows is made anew there are two sets:
+    the ``bridging`` ones look into the old table for what the new one lacks, and come first."""
+
+    directory: Path
+    array: int
+    moves: list[Move]
+    loaded: programs.Loaded
+    bridging: programs.Loaded | None
+
+    @classmethod
+    def load(
+        cls,
+        artifact: Artifact,
+        maps: Mapping[str, int],
+        moves: list[Move],
+        directory: Path,
+        stack: ExitStack,
+        *,
+        again: bool = False,
+    ) -> _Exchange:
+        """Nothing that runs changes; the descriptors are the stack's."""
+        bridge = migration.bridge(moves, maps)
+        bridging = None if bridge is None else programs.load_all(artifact, bridge, directory, stack, again=True)
+        # All of those that are bridged are replaced again.
+        loaded = programs.load_all(artifact, maps, directory, stack, again=again or bridging is not None)
+        return cls(directory, maps[programs.ARRAY], moves, loaded, bridging)
+
+    def fill(self, move: Move) -> None:
+        """Before. The table of flows stays empty until nobody changes the old one: a copy of a flow whose ends begin
+        anew meanwhile would hide what the old table says of them."""
+        if self._is_bridged(move):
+            migration.require_room(move)
+        else:
+            migration.fill(move)
+
+    def put(self) -> None:
+        """Into the places."""
+        for move in self.moves:
+            # What comes in from here on is missing until programs have been exchanged: there is no time to lose.
+            if not self._is_bridged(move):
+                migration.catch_up(move)
+        if self.bridging is not None:
+            self.bridging.put(self.array, self.directory)
+            migration.wait_for_programs()
+            for move in filter(self._is_bridged, self.moves):
+                migration.fill_rest(move)
+        self.loaded.put(self.array, self.directory)
+
+    def _is_bridged(self, move: Move) -> bool:
+        return self.bridging is not None and move.name == migration.FLOWS
 
 
 def _settle(pinned: Pinned, moves: list[Move]) -> None:
@@ -204,7 +236,7 @@ def _finish(pinned: Pinned) -> None:
         return
     with ExitStack() as stack:
         descriptors = {path.name.removesuffix(_NEW): _get(path, stack) for path in halves}
-        used = maps_in_use(directory)
+        used = programs.maps_in_use(directory)
         if not used & {bpf.map_info(descriptor).id for descriptor in descriptors.values()}:
             for path in halves:
                 path.unlink(missing_ok=True)
@@ -230,7 +262,7 @@ def _finish(pinned: Pinned) -> None:
                 moves.append(_move(name, old, maps[name], definition, following, running))
             else:
                 maps[name] = _get(directory / name, stack)
-        _load_programs(following, maps, directory, stack, again=True).put(maps[_PROGRAM_ARRAY], directory)
+        _Exchange.load(following, maps, moves, directory, stack, again=True).put()
         _settle(pinned, moves)
 
 
@@ -294,7 +326,7 @@ def _movable(
     layout = migration.old_layout(name, found, known, artifact.layouts[name])
     if layout is None and (same or name in migration.NEAR):
         layout = artifact.layouts[name]
-    if layout is not None and found.name == name and name != _PROGRAM_ARRAY and found.type == definition.type:
+    if layout is not None and found.name == name and name != programs.ARRAY and found.type == definition.type:
         return layout
     differences = ", ".join(
         f"{field} {getattr(found, field)} instead of {getattr(definition, field)}"
@@ -318,42 +350,18 @@ def _running_artifact(directory: Path, kept: Kept | None) -> Artifact | None:
     if kept is None:
         return None
     with ExitStack() as stack:
-        programs = bpf.get(directory / _PROGRAM_ARRAY)
-        if programs is None:
+        array = bpf.get(directory / programs.ARRAY)
+        if array is None:
             return None
-        stack.callback(os.close, programs)
-        name = _running(programs, HOOKS["pod"])
+        stack.callback(os.close, array)
+        name = programs.running(array, HOOKS["pod"])
     return None if name is None else kept.find(name.partition("_")[2])
 
 
 def _runs(directory: Path, artifact: Artifact) -> bool:
     """Whether every slot has the artifact's program."""
     with ExitStack() as stack:
-        programs = _get(directory / _PROGRAM_ARRAY, stack)
-        return all(
-            _running(programs, slot) == _slot_name(artifact, hook)
-            for hook, slot in _SLOTS.items()
-            if hook in artifact.programs
-        )
-
-
-def maps_in_use(directory: Path) -> set[int]:
-    """Kernel ids of the maps of all programs that packets or sockets reach."""
-    used: set[int] = set()
-    with ExitStack() as stack:
-        numbers = list(sockets.program_ids(directory).values())
-        programs = bpf.get(directory / _PROGRAM_ARRAY)
-        if programs is not None:
-            stack.callback(os.close, programs)
-            for slot in _SLOTS.values():
-                raw = bpf.lookup(programs, struct.pack("=I", slot), 4)
-                numbers += [] if raw is None else [struct.unpack("=I", raw)[0]]
-        for number in numbers:
-            descriptor = bpf.program_by_id(number)
-            if descriptor is not None:
-                stack.callback(os.close, descriptor)
-                used |= bpf.maps_of_program(descriptor)
-    return used
+        return programs.run_all(_get(directory / programs.ARRAY, stack), artifact)
 
 
 def _unpin_others(pinned: Pinned, artifact: Artifact) -> None:
@@ -386,7 +394,7 @@ def _open_dispatcher(artifact: Artifact, directory: Path, hook: str, maps: dict[
     name = f"dispatch_{hook}"
     descriptor = bpf.get(directory / name)
     if descriptor is None:
-        descriptor = load(artifact, name, name, maps)
+        descriptor = programs.load(artifact, name, name, maps)
         try:
             bpf.pin(descriptor, directory / name)
         except BaseException:
@@ -395,98 +403,17 @@ def _open_dispatcher(artifact: Artifact, directory: Path, hook: str, maps: dict[
     return descriptor
 
 
-@dataclass(slots=True)
-class _Loaded:
-    """Programs that are loaded and not in their places yet."""
-
-    slots: list[tuple[int, int | None]]  # None: the slot is emptied
-    sockets: dict[str, int]
-
-    def put(self, program_array: int, directory: Path) -> None:
-        for slot, descriptor in self.slots:
-            key = struct.pack("=I", slot)
-            if descriptor is None:
-                bpf.delete(program_array, key)
-            else:
-                bpf.update(program_array, key, struct.pack("=I", descriptor))
-        sockets.replace(directory, self.sockets)
-
-
-def _load_programs(
-    artifact: Artifact, maps: Mapping[str, int], directory: Path, stack: ExitStack, *, again: bool = False
-) -> _Loaded:
-    """Loads what does not run yet, or everything ``again``."""
-    loaded = _Loaded([], {})
-    found = {hook: _running(maps[_PROGRAM_ARRAY], slot) for hook, slot in _SLOTS.items()}
-    # Empty ones come first, which others go on in; who goes on in another version's is replaced before it is emptied.
-    for hook, slot in sorted(_SLOTS.items(), key=lambda place: found[place[0]] is not None):
-        if hook in artifact.programs:
-            name = _slot_name(artifact, hook)
-            if again or found[hook] != name:
-                descriptor = load(artifact, hook, name, maps)
-                stack.callback(os.close, descriptor)
-                loaded.slots.append((slot, descriptor))
-    for hook, slot in CONTINUATIONS.items():
-        if hook not in artifact.programs and _running(maps[_PROGRAM_ARRAY], slot) is not None:
-            loaded.slots.append((slot, None))
-    for program, name in sockets.attached(directory).items():
-        if program in artifact.programs and name != sockets.program_name(program, artifact.hash):
-            loaded.sockets[program] = _load_socket_program(artifact, program, maps)
-            stack.callback(os.close, loaded.sockets[program])
-    return loaded
-
-
 def attach_sockets(pinned: Pinned, cgroup: Path) -> None:
     """Attaches the socket programs to the root cgroup, as ``sockets.attach`` does; those that are stay. Idempotent."""
-    with locked(pinned.directory), explained(pinned.kept), ExitStack() as loaded:
-        programs = {}
+    with locked(pinned.directory), explained(pinned.kept), ExitStack() as stack:
+        loaded = {}
         for program in sockets.missing(pinned.directory, cgroup):
-            programs[program] = _load_socket_program(pinned.artifact, program, pinned.maps)
-            loaded.callback(os.close, programs[program])
-        sockets.attach(pinned.directory, cgroup, programs)
-
-
-def _load_socket_program(artifact: Artifact, program: str, maps: Mapping[str, int]) -> int:
-    name = sockets.program_name(program, artifact.hash)
-    return load(artifact, program, name, maps, bpf.PROG_TYPE_CGROUP_SOCK_ADDR, SOCKET_PROGRAMS[program])
-
-
-def _slot_name(artifact: Artifact, hook: str) -> str:
-    """The program's name in the kernel tells which artifact it came from; names have 15 bytes (BPF_OBJ_NAME_LEN)."""
-    return f"{hook}_{artifact.hash[:8]}"[:15]
-
-
-def _running(program_array: int, slot: int) -> str | None:
-    """The name of the program in a slot, or None."""
-    raw = bpf.lookup(program_array, struct.pack("=I", slot), 4)
-    if raw is None:
-        return None
-    descriptor = bpf.program_by_id(struct.unpack("=I", raw)[0])
-    if descriptor is None:
-        return None
-    try:
-        return bpf.program_info(descriptor).name
-    finally:
-        os.close(descriptor)
-
-
-def load(
-    artifact: Artifact,
-    program_name: str,
-    name: str,
-    maps: Mapping[str, int],
-    type_: int = bpf.PROG_TYPE_SCHED_CLS,
-    expected_attach_type: int = 0,
-) -> int:
-    """Patches map descriptors into the first half of 64-bit loads and loads the program."""
-    program = artifact.programs[program_name]
-    code = bytearray(program.instructions)
-    for relocation in program.relocations:
-        struct.pack_into("=i", code, relocation.instruction * INSTRUCTION_BYTES + 4, maps[relocation.map])
-    return bpf.load_program(name, bytes(code), artifact.license, type_, expected_attach_type)
+            loaded[program] = programs.load_socket_program(pinned.artifact, program, pinned.maps)
+            stack.callback(os.close, loaded[program])
+        sockets.attach(pinned.directory, cgroup, loaded)
 
 
 def running(pinned: Pinned) -> dict[str, str]:
     """Hook → name of the program in its slot, if any: ``HOOK_HASH``, the first 8 digits of its artifact's hash."""
-    found = {hook: _running(pinned.maps[_PROGRAM_ARRAY], slot) for hook, slot in HOOKS.items()}
+    found = {hook: programs.running(pinned.maps[programs.ARRAY], slot) for hook, slot in HOOKS.items()}
     return {hook: name for hook, name in found.items() if name is not None}

@@ -1,7 +1,8 @@
 """Maps whose definition has changed: the contents of the old one carried into the new one while programs write.
 
 First ``fill`` copies everything; then the programs that use the new map are put in their places; then ``catch_up``
-copies what the old one got meanwhile. Fields go by name: what is new is zero, what is no more is left out; whole
+copies what the old one got meanwhile. The table of flows is filled when only programs run that look into both
+(``bridge``, ``fill_rest``). Fields go by name: what is new is zero, what is no more is left out; whole
 numbers may change their width. Counters that both maps got may miss what is counted while they are added up.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import platform
 import struct
 import sys
@@ -19,6 +21,8 @@ from dataclasses import dataclass, field
 from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.artifact import Layout, MapDefinition, Places
 from rdmanet.errors import BpfError, StateError
+
+log = logging.getLogger(__name__)
 
 #: Copies of entries of hashes (bpf/endpoint.h): filled anew from those.
 NEAR = {"near_attachment": "attachments", "near_endpoint": "endpoints"}
@@ -105,6 +109,30 @@ def fill(move: Move) -> None:
                 keys.clear()
                 values.clear()
         bpf.update_batch(move.new, bytes(keys), bytes(values), len(keys) // move.new_definition.key_size)
+
+
+def require_room(move: Move) -> None:
+    """Raises StateError when the new map is too small for what the old one holds."""
+    count = sum(1 for _ in _items(move.old, move.old_definition))
+    if count > move.new_definition.max_entries:
+        raise _too_small(move, count)
+
+
+def fill_rest(move: Move) -> None:
+    """Copies what the new table of flows lacks. Programs use both by now: they have copied what they met, and what they
+    have entered stays. Flows that do not fit any more, as others have begun, are lost."""
+    lost = 0
+    for key, raw in _items(move.old, move.old_definition):
+        move.seen[key] = raw
+        try:
+            bpf.update(move.new, key, raw, bpf.NOEXIST)
+        except BpfError as error:
+            if error.errno in (errno.E2BIG, errno.ENOMEM):
+                lost += 1
+            elif error.errno != errno.EEXIST:
+                raise
+    if lost:
+        log.warning("%d entries of the old table of flows had no room in the new one", lost)
 
 
 def catch_up(move: Move) -> None:

@@ -6,14 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from rdmanet.datapath import bpf, migration
+from rdmanet.datapath import bpf, migration, programs
 from rdmanet.datapath.artifact import Artifact
-from tests.bpf import lab
+from tests.bpf import lab, packets
 from tests.bpf.bench import REDIRECT, Bench
-from tests.bpf.test_nat import FLOWS, VERSIONS, back, out, outside_port
+from tests.bpf.test_nat import FLOWS, VERSIONS, back, only_port, out, outside_port
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def sized(artifact: Artifact, more: int) -> Artifact:
     """Another artifact with the same programs, whose table of flows is larger."""
     flows = artifact.maps["flows"]
     maps = {**artifact.maps, "flows": replace(flows, max_entries=flows.max_entries + more)}
-    return replace(artifact, hash=f"{more:08x}" + artifact.hash[8:], maps=maps)
+    return replace(artifact, hash=f"{abs(more):08x}" + artifact.hash[8:], maps=maps)
 
 
 @contextmanager
@@ -61,26 +62,75 @@ def in_the_middle(moment: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[]
 def test_an_answer_to_what_only_the_old_table_knows_comes_in(
     bench: Bench, kind: str, version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new table is emptied when the bridging programs run: as if all flows had begun since it was filled."""
+    """Nothing has been copied when the bridging programs begin to run."""
     port = outside_port(out(bench, bench.web, kind, version))
     verdicts: list[int] = []
 
-    def lose_and_answer() -> None:
+    def answer() -> None:
         new = bpf.get(bench.lab.pins / "flows~new")
         assert new is not None
         try:
-            for key in bpf.keys(new, 40, 1000):
-                bpf.delete(new, key)
+            assert list(bpf.keys(new, 40, 1000)) == []
         finally:
             os.close(new)
         verdicts.append(back(bench, kind, version, port).verdict)
         # The pod goes on behind the same port.
         verdicts.append(outside_port(out(bench, bench.web, kind, version)))
 
-    with in_the_middle(0, monkeypatch, lose_and_answer):
+    with in_the_middle(0, monkeypatch, answer):
         bench.datapath.swap(sized(bench.lab.artifact, 16))
     assert verdicts == [REDIRECT, port]
     assert back(bench, kind, version, port).verdict == REDIRECT
+    bench.datapath.swap(bench.lab.artifact)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kind", FLOWS)
+def test_an_outside_port_is_whose_it_is_by_now(
+    bench: Bench, kind: str, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A swap has begun; the collector takes a flow out, old programs give its port to another flow, and that one's
+    answer meets the bridging programs."""
+    only_port(bench, lab.FIRST_PORT)
+    outside_port(out(bench, bench.web, kind, version))
+    put = programs.Loaded.put
+    destinations: list[str] = []
+
+    def put_late(loaded: programs.Loaded, array: int, directory: Path) -> None:
+        if not destinations:
+            for flow in list(bench.datapath.flows.all()):
+                bench.datapath.flows.take(flow.key)
+            outside_port(out(bench, bench.train_0, kind, version))
+        put(loaded, array, directory)
+        answer = back(bench, kind, version, lab.FIRST_PORT)
+        assert answer.verdict == REDIRECT, answer.drops
+        destinations.append(packets.look(answer.frame).destination)
+
+    monkeypatch.setattr(programs.Loaded, "put", put_late)
+    bench.datapath.swap(sized(bench.lab.artifact, 48))
+    monkeypatch.undo()
+    assert destinations == [bench.train_0.addresses[version]] * 2
+    bench.datapath.swap(bench.lab.artifact)
+
+
+def test_flows_that_have_no_room_any_more_are_lost_and_the_swap_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new table is as large as the old one's contents when it is made, and another flow begins before these are
+    copied: it stays, and as much of the others is lost."""
+    for number in range(2):
+        outside_port(out(bench, bench.web, "udp", 4, port=5000 + number))
+    begun: list[int] = []
+    smaller = 4 - bench.lab.artifact.maps["flows"].max_entries
+
+    def begin() -> None:
+        begun.append(outside_port(out(bench, bench.web, "udp", 4, port=6000)))
+
+    with in_the_middle(0, monkeypatch, begin):
+        bench.datapath.swap(sized(bench.lab.artifact, smaller))
+    assert "2 entries of the old table of flows had no room in the new one" in caplog.text
+    assert len(list(bench.datapath.flows.all())) == 4
+    assert back(bench, "udp", 4, begun[0]).verdict == REDIRECT
     bench.datapath.swap(bench.lab.artifact)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rdmanet.datapath import bpf, layout, loader, migration
+from rdmanet.datapath import bpf, layout, loader, migration, programs
 from rdmanet.datapath.artifact import (
     DEVICE_MAP,
     DEVICE_PROGRAM,
@@ -118,7 +118,7 @@ def is_whole(pinned: loader.Pinned) -> bool:
     names = {path.name for path in pinned.directory.iterdir()}
     wanted = pinned.artifact.maps.keys() - {DEVICE_MAP} | {f"dispatch_{hook}" for hook in HOOKS}
     ids = {bpf.map_info(descriptor).id for descriptor in pinned.maps.values()}
-    return names == wanted and loader.maps_in_use(pinned.directory) == ids
+    return names == wanted and programs.maps_in_use(pinned.directory) == ids
 
 
 def test_a_map_grows_with_its_contents_and_keeps_its_descriptor(pins: Path, kept: Kept) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from rdmanet.datapath import bpf, loader
+from rdmanet.datapath import bpf, loader, programs
 from rdmanet.datapath.artifact import DEVICE_PROGRAM, SOCKET_PROGRAMS, Artifact
 from rdmanet.datapath.maps import NodeEntry
 from tests.bpf import lab as labs
@@ -47,10 +47,10 @@ def maps_of(artifact: Artifact, entries: int | None) -> Iterator[dict[str, int]]
 def load(artifact: Artifact, name: str, maps: dict[str, int]) -> int:
     """The program's descriptor, loaded as what it is attached to wants it."""
     if name == DEVICE_PROGRAM:
-        return loader.load(artifact, name, name, maps, bpf.PROG_TYPE_CGROUP_DEVICE)
+        return programs.load(artifact, name, name, maps, bpf.PROG_TYPE_CGROUP_DEVICE)
     if name in SOCKET_PROGRAMS:
-        return loader.load(artifact, name, name, maps, PROG_TYPE_CGROUP_SOCK_ADDR, SOCKET_PROGRAMS[name])
-    return loader.load(artifact, name, name, maps)
+        return programs.load(artifact, name, name, maps, PROG_TYPE_CGROUP_SOCK_ADDR, SOCKET_PROGRAMS[name])
+    return programs.load(artifact, name, name, maps)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -259,6 +259,14 @@ def test_an_orphan_that_is_found_again_stays() -> None:
     assert set(table.entries) == {inside.key, alias.key}
 
 
+def test_an_alias_whose_flow_was_entered_while_the_table_was_read_is_not_taken() -> None:
+    inside, alias = masqueraded()
+    table = Table(alias)
+    table.revived[inside.key] = inside
+    assert collect(table) == 0
+    assert table.taken == []
+
+
 def test_anothers_alias_stays() -> None:
     """The port has been given to another flow: its half is not the idle one's."""
     idle, _ = masqueraded(idle_s=9999)
