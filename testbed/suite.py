@@ -1,7 +1,8 @@
 """``python -m testbed.suite``: every check and test, in the right place each, and one summary line at the end.
 
-Two lanes run side by side: checks and the tests of the running kernel, and those that need rxe in network
-namespaces (in the virtual machine, or here on a capable kernel). Results are JUnit files in build/test.
+Two lanes run side by side, of about the same length: checks, the tests of the running kernel and tests/rdma in
+exclusive mode; and tests/rdma in shared mode. tests/rdma needs rxe in network namespaces: it runs in a virtual machine,
+or here on a capable kernel. Results are JUnit files in build/test.
 """
 
 from __future__ import annotations
@@ -254,10 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.only or parts
     host = checks() if "check" in wanted else []
     host += [host_tests(folder, options.words) for folder in ("unit", "bpf", "kernel") if folder in wanted]
-    rdma = [rdma_tests(mode, options.words) for mode in RdmaMode if mode.value in wanted]
+    rdma = {mode: [rdma_tests(mode, options.words)] if mode.value in wanted else [] for mode in RdmaMode}
     began = time.monotonic()
     try:
-        outcome = run_lanes([host, rdma])
+        outcome = run_lanes([[*host, *rdma[RdmaMode.EXCLUSIVE]], rdma[RdmaMode.SHARED]])
     except KeyboardInterrupt:
         print("\ninterrupted")
         return 130
