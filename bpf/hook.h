@@ -11,6 +11,7 @@ enum hook {
 	HOOK_NODEPORT = 4, /* from outside, to a NodePort or an external IP */
 	HOOK_MONITOR = 5,  /* a packet that is dropped: counted and, while somebody reads, shown */
 	HOOK_PARTS = 6,	   /* a later part that came before its first one, or that first one */
+	HOOK_COLLECT = 7,  /* run by the agent: no packet comes there */
 	/* In no slot. */
 	HOOK_SOCKET = 8, /* on the root cgroup: connect, sendmsg */
 };

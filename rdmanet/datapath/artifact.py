@@ -27,7 +27,7 @@ INSTRUCTION_BYTES = 8
 #: Programs that a filter enters through a dispatcher, and their slots in the program array (enum hook in bpf/hook.h).
 HOOKS: dict[str, int] = {"pod": 0, "host": 1, "uplink": 2}
 #: Programs that go on where those stop, by tail call.
-CONTINUATIONS: dict[str, int] = {"outside": 3, "nodeport": 4, "monitor": 5, "parts": 6}
+CONTINUATIONS: dict[str, int] = {"outside": 3, "nodeport": 4, "monitor": 5, "parts": 6, "collect": 7}
 #: Programs on sockets (BPF_PROG_TYPE_CGROUP_SOCK_ADDR), and what they are attached as (enum bpf_attach_type).
 SOCKET_PROGRAMS: Mapping[str, int] = {
     "connect4": 10,

@@ -105,11 +105,10 @@ def create_map(name: str, type_: int, key_size: int, value_size: int, max_entrie
     return result
 
 
-def lookup(descriptor: int, key: bytes, value_bytes: int, *, take: bool = False) -> bytes | None:
-    """The value under ``key``, or None; ``value_bytes`` is what ``buffer_bytes`` says. ``take``: out of the map in the
-    same moment (hashes from Linux 5.14, 3e87f192b405)."""
+def lookup(descriptor: int, key: bytes, value_bytes: int) -> bytes | None:
+    """The value under ``key``, or None; ``value_bytes`` is what ``buffer_bytes`` says."""
     keys, value = _buffer(key), ctypes.create_string_buffer(value_bytes)
-    result, number = _call(_MAP_TAKE if take else _MAP_LOOKUP, _element(descriptor, keys, value))
+    result, number = _call(_MAP_LOOKUP, _element(descriptor, keys, value))
     if result < 0:
         if number == errno.ENOENT:
             return None

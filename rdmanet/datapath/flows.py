@@ -1,16 +1,14 @@
-"""The table of tracked flows as the programs keep it (bpf/flow.h): read whole, and entries taken out."""
+"""The table of tracked flows as the programs keep it (bpf/flow.h): read whole, and what is over taken out."""
 
 from __future__ import annotations
 
-import errno
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from rdmanet.datapath import bpf, loader
+from rdmanet.datapath import bpf, loader, programs
 from rdmanet.datapath.layout import ATTACHMENT, DIRECTIONS, U32, U64, attachment_slot
-from rdmanet.datapath.tables import BEGUN, FLOW, FLOW_KEY
-from rdmanet.errors import BpfError
+from rdmanet.datapath.tables import BEGUN, CANDIDATE, FLOW, FLOW_KEY
 
 ORIGIN_IS_HIGH, REPLIED, TRANSLATED, SERVICE, ALIAS = 1, 2, 4, 8, 16  # FLOW_*
 CLOSING_BOTH = 3
@@ -18,6 +16,10 @@ NO_SLOT = 0xFFFFFFFF
 _KEY = struct.Struct("=16s16s2s2sB3x")
 _WHOLE_KEY = struct.Struct(f"={_KEY.size}s")
 _ENTRY = struct.Struct("=QQ16sIIII2sBB4x")
+_GLANCE = struct.Struct("=QQ16xIII4x2xBx4x")
+#: COLLECT_AT_ONCE in bpf/collect.c.
+_AT_ONCE = 16
+_FRAME_HEADER = bytes(14)
 
 
 class Flow(NamedTuple):
@@ -54,6 +56,26 @@ class Flow(NamedTuple):
     def aimed_at(self) -> tuple[bytes, bytes]:
         """Address and port of the other one."""
         return (self.low, self.low_port) if self.flags & ORIGIN_IS_HIGH else (self.high, self.high_port)
+
+
+class Glance(NamedTuple):
+    """Of an entry what says how old it is and whose; the names are ``Flow``'s."""
+
+    key: bytes
+    created_ns: int
+    last_seen_ns: int
+    origin: int
+    target: int
+    slot: int
+    flags: int
+
+
+class Candidate(NamedTuple):
+    """An entry that may be over. ``ends``: an attachment of these, origin and target, has gone; None: it is over if
+    it is stale, or outside's half that has lost the other one."""
+
+    key: bytes
+    ends: tuple[int, int] | None
 
 
 def echo_answerer(identifier: bytes) -> bytes:
@@ -99,26 +121,26 @@ class FlowMaps:
                 found |= {flow.origin, flow.target}
         return found
 
-    def find(self, key: bytes) -> Flow | None:
-        """One entry as it is now."""
-        return self._entry(key)
+    def glances(self) -> Iterator[list[Glance]]:
+        """All entries, some thousands at a time; those that come or go meanwhile may be missed or come twice."""
+        for keys, values in bpf.batches(self._pinned.maps["flows"], FLOW_KEY.size, FLOW.size):
+            whole, entries = _WHOLE_KEY.iter_unpack(keys), _GLANCE.iter_unpack(values)
+            yield [Glance._make(key + entry) for key, entry in zip(whole, entries, strict=True)]
 
-    def take(self, key: bytes) -> Flow | None:
-        """The same, and out of the table in the same moment: no packet's change of it is lost unseen."""
-        return self._entry(key, take=True)
+    def collect(self, candidates: Sequence[Candidate]) -> list[bool]:
+        """Which of them were over and are out of the table, with their other halves and their part of a pod's share.
 
-    def put_back(self, flow: Flow) -> None:
-        """Enters again what should not have been taken; where there is another entry by now, that one stays."""
-        value = _ENTRY.pack(*flow[Flow._fields.index("created_ns") :])
-        try:
-            bpf.update(self._pinned.maps["flows"], flow.key, value, bpf.NOEXIST)
-        except BpfError as error:
-            if error.errno != errno.EEXIST:
-                raise
-
-    def _entry(self, key: bytes, *, take: bool = False) -> Flow | None:
-        value = bpf.lookup(self._pinned.maps["flows"], key, FLOW.size, take=take)
-        return None if value is None else Flow(key, *_KEY.unpack(key), *_ENTRY.unpack(value))
+        The program that does it looks at each again: what a packet has touched meanwhile stays. None are, while it is
+        in no slot.
+        """
+        with programs.reached(self._pinned.maps[programs.ARRAY], "collect") as program:
+            if program is None:
+                return [False] * len(candidates)
+            return [
+                over
+                for at in range(0, len(candidates), _AT_ONCE)
+                for over in _run(program, candidates[at : at + _AT_ONCE])
+            ]
 
     def counts(self) -> dict[int, int]:
         """Flows of each slot that has some."""
@@ -157,3 +179,9 @@ class FlowMaps:
         """Says how many flows slots have. What programs count in the same moment is lost until the next time."""
         keys = b"".join(U32.pack(slot) for slot in counts)
         bpf.update_batch(self._pinned.maps["flow_counts"], keys, b"".join(map(U64.pack, counts.values())), len(counts))
+
+
+def _run(program: int, candidates: Sequence[Candidate]) -> list[bool]:
+    packed = [CANDIDATE.pack(one.key, *(one.ends or (0, 0)), one.ends is not None) for one in candidates]
+    bits = bpf.run_program(program, _FRAME_HEADER + b"".join(packed)).verdict
+    return [bool(bits & 1 << place) for place in range(len(candidates))]

@@ -354,7 +354,7 @@ def _running_artifact(directory: Path, kept: Kept | None) -> Artifact | None:
         if array is None:
             return None
         stack.callback(os.close, array)
-        name = programs.running(array, HOOKS["pod"])
+        name = programs.running(array, "pod")
     return None if name is None else kept.find(name.partition("_")[2])
 
 
@@ -415,5 +415,5 @@ def attach_sockets(pinned: Pinned, cgroup: Path) -> None:
 
 def running(pinned: Pinned) -> dict[str, str]:
     """Hook → name of the program in its slot, if any: ``HOOK_HASH``, the first 8 digits of its artifact's hash."""
-    found = {hook: programs.running(pinned.maps[programs.ARRAY], slot) for hook, slot in HOOKS.items()}
+    found = {hook: programs.running(pinned.maps[programs.ARRAY], hook) for hook in HOOKS}
     return {hook: name for hook, name in found.items() if name is not None}

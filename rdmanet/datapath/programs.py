@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rdmanet.datapath.artifact import CONTINUATIONS, HOOKS, INSTRUCTION_BYTES, S
 #: The map with the slots.
 ARRAY = "programs"
 #: In such an order that who sees an answer is new before who lets flows begin: old ones do not look into new maps.
-_ORDER = ("monitor", "parts", "uplink", "outside", "host", "pod", "nodeport")
+_ORDER = ("monitor", "parts", "collect", "uplink", "outside", "host", "pod", "nodeport")
 _SLOTS = dict(sorted((CONTINUATIONS | HOOKS).items(), key=lambda place: _ORDER.index(place[0])))
 
 
@@ -42,7 +42,7 @@ def load_all(
 ) -> Loaded:
     """Loads what does not run yet, or everything ``again``; the descriptors are the stack's."""
     loaded = Loaded([], {})
-    found = {hook: running(maps[ARRAY], slot) for hook, slot in _SLOTS.items()}
+    found = {hook: running(maps[ARRAY], hook) for hook in _SLOTS}
     # Empty ones come first, which others go on in; who goes on in another version's is replaced before it is emptied.
     for hook, slot in sorted(_SLOTS.items(), key=lambda place: found[place[0]] is not None):
         if hook in artifact.programs:
@@ -52,7 +52,7 @@ def load_all(
                 stack.callback(os.close, descriptor)
                 loaded.slots.append((slot, descriptor))
     for hook, slot in CONTINUATIONS.items():
-        if hook not in artifact.programs and running(maps[ARRAY], slot) is not None:
+        if hook not in artifact.programs and running(maps[ARRAY], hook) is not None:
             loaded.slots.append((slot, None))
     for program, name in sockets.attached(directory).items():
         if program in artifact.programs and name != sockets.program_name(program, artifact.hash):
@@ -88,25 +88,27 @@ def _slot_name(artifact: Artifact, hook: str) -> str:
     return f"{hook}_{artifact.hash[:8]}"[:15]
 
 
-def running(array: int, slot: int) -> str | None:
+def running(array: int, hook: str) -> str | None:
     """The name of the program in a slot, ``HOOK_HASH`` with the first 8 digits of its artifact's hash; or None."""
-    raw = bpf.lookup(array, struct.pack("=I", slot), 4)
-    if raw is None:
-        return None
-    descriptor = bpf.program_by_id(struct.unpack("=I", raw)[0])
-    if descriptor is None:
-        return None
+    with reached(array, hook) as descriptor:
+        return None if descriptor is None else bpf.program_info(descriptor).name
+
+
+@contextmanager
+def reached(array: int, hook: str) -> Iterator[int | None]:
+    """A descriptor of the program in a slot; None where there is none."""
+    raw = bpf.lookup(array, struct.pack("=I", _SLOTS[hook]), 4)
+    descriptor = None if raw is None else bpf.program_by_id(struct.unpack("=I", raw)[0])
     try:
-        return bpf.program_info(descriptor).name
+        yield descriptor
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def run_all(array: int, artifact: Artifact) -> bool:
     """Whether every slot has the artifact's program."""
-    return all(
-        running(array, slot) == _slot_name(artifact, hook) for hook, slot in _SLOTS.items() if hook in artifact.programs
-    )
+    return all(running(array, hook) == _slot_name(artifact, hook) for hook in _SLOTS if hook in artifact.programs)
 
 
 def maps_in_use(directory: Path) -> set[int]:

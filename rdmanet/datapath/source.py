@@ -20,6 +20,7 @@ ENTRY_FILES = (
     "nodeport.c",
     "monitor.c",
     "parts.c",
+    "collect.c",
     "dispatcher.c",
     "device.c",
     "socket.c",

@@ -92,6 +92,10 @@ NAT_WORK = StructTable(
     ("own", "20s"),
     ("pad", "4x"),
 )
+#: What bpf/collect.c is run on.
+CANDIDATE = StructTable(
+    "candidate", ("key", f"{FLOW_KEY.size}s"), ("origin", "I"), ("target", "I"), ("gone", "I"), ("pad", "4x")
+)
 FRAGMENT_KEY = StructTable(
     "fragment_key",
     ("source", "16s"),
@@ -191,6 +195,7 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "known_flows": (U32, KNOWN_FLOW),
     "packets": (U32, PACKET),
     "nat_work": (U32, NAT_WORK),
+    "collect_work": (U32, NAT_WORK),
     "fragments": (FRAGMENT_KEY, FRAGMENT),
     "waiting": (FRAGMENT_KEY, U64),
     "waiting_parts": (U32, WAITING_PART),

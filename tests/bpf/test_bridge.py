@@ -98,8 +98,8 @@ def test_an_outside_port_is_whose_it_is_by_now(
 
     def put_late(loaded: programs.Loaded, array: int, directory: Path) -> None:
         if not destinations:
-            for flow in list(bench.datapath.flows.all()):
-                bench.datapath.flows.take(flow.key)
+            bench.lab.forget_maps()
+            bench.clear("flows")
             outside_port(out(bench, bench.train_0, kind, version))
         put(loaded, array, directory)
         answer = back(bench, kind, version, lab.FIRST_PORT)
@@ -146,7 +146,7 @@ def test_the_old_table_is_let_go(bench: Bench) -> None:
         for found in maps.values():
             if found is not None:
                 os.close(found)
-    for flow in list(bench.datapath.flows.all()):
-        bench.datapath.flows.take(flow.key)
+    bench.lab.forget_maps()
+    bench.clear("flows")
     assert back(bench, "udp", 4, port).verdict != REDIRECT
     bench.datapath.swap(bench.lab.artifact)

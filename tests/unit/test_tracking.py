@@ -1,18 +1,30 @@
-"""rdmanet.tracking over a table in memory: what is taken out, in which order, and what is counted."""
+"""rdmanet.tracking over a table in memory: what may be over, and what is counted. The rest is in tests/bpf."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
 from rdmanet.datapath import tables
-from rdmanet.datapath.flows import ALIAS, NO_SLOT, ORIGIN_IS_HIGH, REPLIED, SERVICE, TRANSLATED, Flow, key_of
+from rdmanet.datapath.flows import (
+    ALIAS,
+    NO_SLOT,
+    ORIGIN_IS_HIGH,
+    REPLIED,
+    SERVICE,
+    TRANSLATED,
+    Candidate,
+    Flow,
+    Glance,
+    key_of,
+)
 from rdmanet.model import address_key
-from rdmanet.tracking import Tracking, alias_key, inside_key, timeout_s
+from rdmanet.tracking import Tracking, timeout_s
+from testbed.flow_halves import alias_key, inside_key
 
 TCP, UDP, ICMP = 6, 17, 1
 POD, OTHER_POD = 5, 6
@@ -86,44 +98,47 @@ def served(*, idle_s: float = 0.0) -> tuple[Flow, Flow]:
 
 
 class Table:
-    """The maps, and what was asked of them in order."""
+    """The maps; the program says of everything that it is asked about that it is over, but for what is ``spared``."""
+
+    max_entries = 1024
 
     def __init__(self, *entries: Flow, counts: Mapping[int, int] | None = None):
         self.entries = {entry.key: entry for entry in entries}
         self.said = dict(counts or {})
-        self.taken: list[bytes] = []
-        self.reads = 0
-        self.revived: dict[bytes, Flow] = {}  # touched by a packet after the table was read
+        self.asked: list[Candidate] = []
+        self.spared: set[bytes] = set()
 
-    max_entries = 1024
+    def glances(self) -> Iterator[list[Glance]]:
+        for flow in list(self.entries.values()):
+            yield [Glance._make(getattr(flow, name) for name in Glance._fields)]
 
-    def all(self) -> Iterator[Flow]:
-        self.reads += 1
-        yield from list(self.entries.values())
-
-    def find(self, key: bytes) -> Flow | None:
-        return self.revived.get(key) or self.entries.get(key)
-
-    def take(self, key: bytes) -> Flow | None:
-        self.taken.append(key)
-        return self.entries.pop(key, None)
-
-    def put_back(self, flow: Flow) -> None:
-        self.entries.setdefault(flow.key, flow)
+    def collect(self, candidates: Sequence[Candidate]) -> list[bool]:
+        self.asked += candidates
+        over = [one.key in self.entries and one.key not in self.spared for one in candidates]
+        for one, gone in zip(candidates, over, strict=True):
+            if gone:
+                entry = self.entries.pop(one.key)
+                if (other := alias_key(entry)) is not None:
+                    self.entries.pop(other, None)
+                if entry.slot in self.said:
+                    self.said[entry.slot] -= 1
+        return over
 
     def counts(self) -> dict[int, int]:
-        return dict(self.said)
+        return {slot: count for slot, count in self.said.items() if count}
 
     def set_counts(self, counts: Mapping[int, int]) -> None:
         self.said.update(counts)
 
 
-def collect(table: Table, attachments: Collection[int] = (POD, OTHER_POD)) -> int:
+def collect(table: Table, *attachments: Collection[int]) -> int:
+    """``attachments``: what there are, each time that it is asked for."""
+    answers = iter(attachments or [(POD, OTHER_POD)] * 2)
     with ThreadPoolExecutor(1) as executor:
-        return Tracking(table, lambda: attachments, executor, 1.0).collect()
+        return Tracking(table, lambda: next(answers), executor, 1.0).collect()
 
 
-ONE, TWO = ("10.0.0.5", 4000), ("10.0.0.6", 80)
+ONE, TWO, THREE = ("10.0.0.5", 4000), ("10.0.0.6", 80), ("10.0.0.6", 81)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +155,8 @@ ONE, TWO = ("10.0.0.5", 4000), ("10.0.0.6", 80)
         (132, REPLIED, 0, 300),
     ],
 )
-def test_a_flow_goes_after_its_states_time(protocol: int, flags: int, closing: int, seconds_s: int) -> None:
-    def idle(idle_s: float) -> Flow:
-        return flow(ONE, TWO, protocol, idle_s=idle_s, flags=flags, closing=closing, target=OTHER_POD)
-
-    assert timeout_s(idle(0)) == seconds_s
-    young, old = Table(idle(seconds_s - 5)), Table(idle(seconds_s + 5))
-    assert (collect(young), len(young.entries)) == (0, 1)
-    assert (collect(old), len(old.entries)) == (1, 0)
+def test_the_time_of_each_state(protocol: int, flags: int, closing: int, seconds_s: int) -> None:
+    assert timeout_s(flow(ONE, TWO, protocol, flags=flags, closing=closing, target=OTHER_POD)) == seconds_s
 
 
 HALVES: dict[str, Callable[[], tuple[Flow, Flow]]] = {
@@ -163,137 +172,58 @@ def test_halves_know_each_other(kind: str) -> None:
     inside, alias = HALVES[kind]()
     assert alias_key(inside) == alias.key
     assert inside_key(alias) == inside.key
-    table = Table(inside, alias)
+
+
+def test_what_is_asked_about() -> None:
+    """What has been idle for the shortest of all times, and outside's halves that are not quite new."""
+    table = Table(
+        flow(ONE, TWO, idle_s=59, target=OTHER_POD),
+        old := flow(ONE, THREE, idle_s=61, target=OTHER_POD),
+        masqueraded(port=1)[1],
+        served()[1]._replace(created_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC)),
+    )
+    table.spared = set(table.entries)
     assert collect(table) == 0
-    assert len(table.entries) == 2
+    assert table.asked == [Candidate(old.key, None), Candidate(masqueraded(port=1)[1].key, None)]
 
 
-@pytest.mark.parametrize("protocol", [TCP, UDP, ICMP])
-def test_both_halves_go_together_outsides_first(protocol: int) -> None:
-    inside, alias = masqueraded(protocol, idle_s=9999)
-    table = Table(inside, alias)
-    assert collect(table) == 2
-    assert table.taken == [alias.key, inside.key]
-
-
-def test_a_services_flow_goes_with_its_alias() -> None:
-    table = Table(*served(idle_s=9999))
-    assert collect(table) == 2
+def test_what_goes_is_counted_with_its_other_half() -> None:
+    table = Table(*masqueraded(idle_s=9999), flow(ONE, TWO, idle_s=9999, target=OTHER_POD))
+    assert collect(table) == 3
     assert not table.entries
 
 
-def test_a_half_without_the_other_is_an_orphan() -> None:
-    _, alias = masqueraded()
-    assert collect(Table(alias)) == 1
-    # Of a flow that has another port by now.
-    inside, _ = masqueraded(port=61001)
-    table = Table(inside, alias)
-    assert collect(table) == 1
-    assert list(table.entries) == [inside.key]
-
-
-def test_a_half_that_has_just_been_entered_waits_for_the_other() -> None:
-    _, alias = masqueraded()
-    young = alias._replace(created_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC))
-    assert collect(Table(young)) == 0
-
-
-def test_a_packet_that_comes_meanwhile_saves_its_flow() -> None:
-    inside, alias = masqueraded(idle_s=9999)
-    table = Table(inside, alias)
-    table.revived[inside.key] = masqueraded()[0]
-    assert collect(table) == 0
-    assert len(table.entries) == 2
-
-
-class Racing(Table):
-    """A program does something right before the entry of a key is taken."""
-
-    def __init__(self, *entries: Flow, before: bytes, act: Callable[[Racing], None]):
-        super().__init__(*entries)
-        self.before, self.act = before, act
-
-    def take(self, key: bytes) -> Flow | None:
-        if key == self.before:
-            self.act(self)
-        return super().take(key)
-
-
-@pytest.mark.parametrize("which", ["alias", "inside"])
-def test_a_flow_that_begins_anew_before_it_is_taken_stays_with_both_halves(which: str) -> None:
-    """Under the same key and behind the same port, as port searches begin at the same place."""
-    inside, alias = masqueraded(idle_s=9999)
-    anew, half = masqueraded()
-    half = half._replace(created_ns=half.created_ns + 1)
-
-    def begin_anew(table: Racing) -> None:
-        table.entries |= {anew.key: anew} | ({half.key: half} if which == "alias" else {})
-
-    table = Racing(inside, alias, before={"alias": alias, "inside": inside}[which].key, act=begin_anew)
-    assert collect(table) == 0
-    assert table.entries == {anew.key: anew, alias.key: half if which == "alias" else alias}
-
-
-def test_a_flow_that_a_program_is_entering_keeps_its_outside_half() -> None:
-    """The idle entry has been removed, the new alias is there and the rest not yet."""
-    inside, alias = masqueraded(idle_s=9999)
-    young = alias._replace(created_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC))
-
-    def enter_half(table: Racing) -> None:
-        del table.entries[inside.key]
-        table.entries[alias.key] = young
-
-    table = Racing(inside, alias, before=alias.key, act=enter_half)
-    assert collect(table) == 0
-    assert table.entries == {alias.key: young}
-
-
-def test_an_orphan_that_is_found_again_stays() -> None:
+def test_flows_of_a_pod_that_has_gone() -> None:
     inside, alias = masqueraded()
-
-    def enter(table: Racing) -> None:
-        table.entries[inside.key] = inside
-
-    table = Racing(alias, before=alias.key, act=enter)
-    assert collect(table) == 0
-    assert set(table.entries) == {inside.key, alias.key}
-
-
-def test_an_alias_whose_flow_was_entered_while_the_table_was_read_is_not_taken() -> None:
-    inside, alias = masqueraded()
-    table = Table(alias)
-    table.revived[inside.key] = inside
-    assert collect(table) == 0
-    assert table.taken == []
+    other = flow(("10.0.0.6", 1), ("10.0.0.7", 2), origin=OTHER_POD, target=7, slot=2)
+    table = Table(inside, alias, other)
+    table.spared = {alias.key}
+    assert collect(table, (OTHER_POD, 7), (OTHER_POD, 7)) == 2
+    assert list(table.entries) == [other.key]
+    assert Candidate(inside.key, (POD, 0)) in table.asked
 
 
-def test_anothers_alias_stays() -> None:
-    """The port has been given to another flow: its half is not the idle one's."""
-    idle, _ = masqueraded(idle_s=9999)
-    remote, pod, own = ("198.51.100.9", 80), ("10.0.0.5", 4001), ("192.0.2.1", 61000)
-    other = flow(pod, remote, flags=REPLIED | TRANSLATED, translated=own)
-    alias = flow(own, remote, flags=TRANSLATED | ALIAS, translated=pod, slot=NO_SLOT)
-    table = Table(idle, other, alias)
-    assert collect(table) == 1
-    assert set(table.entries) == {other.key, alias.key}
-
-
-def test_flows_of_a_pod_that_has_gone_go_at_once() -> None:
-    table = Table(*masqueraded(), flow(("10.0.0.6", 1), ("10.0.0.7", 2), origin=OTHER_POD, target=7, slot=2))
-    assert collect(table, attachments=(OTHER_POD, 7)) == 2
-    assert [entry.origin for entry in table.entries.values()] == [OTHER_POD]
+def test_flows_of_a_pod_that_comes_while_the_table_is_read_stay() -> None:
+    table = Table(flow(ONE, TWO, target=OTHER_POD))
+    assert collect(table, (POD,), (POD, OTHER_POD)) == 0
+    assert table.asked == []
 
 
 def test_shares_are_what_is_there() -> None:
-    table = Table(*masqueraded(), flow(ONE, TWO, target=OTHER_POD, slot=3), counts={1: 5, 2: 9, 3: 1})
-    collect(table)
+    idle = flow(ONE, THREE, idle_s=9999, target=OTHER_POD, slot=3)
+    table = Table(*masqueraded(), flow(ONE, TWO, target=OTHER_POD, slot=3), idle, counts={1: 5, 2: 9, 3: 2})
+    table.spared = {masqueraded()[1].key}
+    assert collect(table) == 1
     assert table.said == {1: 1, 2: 0, 3: 1}
 
 
-def test_an_empty_table_is_not_looked_at_twice() -> None:
-    table = Table()
-    assert collect(table) == 0
-    assert (table.reads, table.taken) == (1, [])
+def test_how_many_are_left() -> None:
+    table = Table(*masqueraded(), flow(ONE, TWO, UDP, idle_s=9999, target=OTHER_POD))
+    table.spared = {masqueraded()[1].key}
+    with ThreadPoolExecutor(1) as executor:
+        tracking = Tracking(table, lambda: [POD, OTHER_POD], executor, 1.0)
+        tracking.collect()
+    assert tracking.entries == 2
 
 
 def test_the_lesser_end_comes_first() -> None:

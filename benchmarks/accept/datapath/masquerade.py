@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rdmanet.datapath.flows import Flow
-from rdmanet.tracking import alias_key, inside_key
+from testbed.flow_halves import alias_key, inside_key
 from testbed.rows import Figure, need
 from testbed.services import FAMILIES, KINDS, NETWORK, NODE, wait_until
 from testbed.terrain import FAR, ON_LINK, Terrain
