@@ -179,5 +179,5 @@ QUESTION = Question(
         Goal("*", "ptp*", 1.0),
         Goal("*", "bridge", 1.0),
     ),
-    timeout_s=2400.0,
+    timeout_s=5400.0,
 )
