@@ -81,7 +81,8 @@ def run(end: End, directory: Path, names: Sequence[str] = ()) -> dict[str, str]:
     found = outcomes(printed)
     ran = re.search(r"^Ran (\d+) tests", printed, re.MULTILINE)
     if done.returncode is None or ran is None:
-        raise StepError(f"rdma-core's tests on {end.device} did not end: {printed.strip()[-300:]}")
+        how = f"within {TIMEOUT_S:g} s" if done.returncode is None else f"but with status {done.returncode}"
+        raise StepError(f"rdma-core's tests on {end.device} did not come to their end {how}: {printed.strip()[-300:]}")
     need(len(found) == int(ran[1]), f"{ran[1]} tests ran on {end.device}, and {len(found)} outcomes were understood")
     return found
 
