@@ -54,8 +54,9 @@ def refuse_strangers(attachments: Sequence[Attachment], database: str) -> None:
 
 
 def adopt(parts: steps.Parts, attachments: Sequence[Attachment]) -> set[int]:
-    """Opens listeners, puts filters and map entries right; returns the ids of those whose pod and link are there.
+    """Opens listeners, puts filters and map entries right; returns the ids of those whose pods are there.
 
+    A link that somebody has deleted is made again as under a running agent (``rdmanet.watch`` looks at all of them).
     Raises KernelError where the kernel refuses what is needed for all of them.
     """
     own, endpoints = parts.datapath.attachments(), parts.datapath.endpoints()
@@ -85,16 +86,19 @@ def _adopt(
         there = [one for one in attachments if one.id in cookies]
         links = _links(parts, there)
         _filters(parts, there, links)
-        alive = [one for one in there if one.id in links]
-        for attachment in alive:
+        for attachment in there:
             parts.datapath.enter_namespace(cookies[attachment.id], attachment.id)
-            _entries(parts, attachment, links[attachment.id], own, endpoints)
-        parts.limits.adopt(alive)
-        parts.listeners.open(*[(one, made.pop(one.netns_id, Listening())) for one in alive])
+            link = links.get(attachment.id)
+            if link is None:
+                log.warning("%s is gone, and its pod is not", attachment.host_ifname)
+            else:
+                _entries(parts, attachment, link, own, endpoints)
+        parts.limits.adopt(there)
+        parts.listeners.open(*[(one, made.pop(one.netns_id, Listening())) for one in there])
     finally:
         for listening in made.values():
             listening.close()
-    return {one.id for one in alive}
+    return {one.id for one in there}
 
 
 def _links(parts: steps.Parts, attachments: Sequence[Attachment]) -> dict[int, messages.Link]:

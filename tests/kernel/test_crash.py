@@ -5,92 +5,25 @@ The points are those that a first run records; a new step is covered without a c
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pytest
 
 from testbed.cni_spec import validate_error
 from testbed.container import CommandError
-from testbed.host import CniOutcome, Dump, diff
-from testbed.pod import Pod
-from tests.kernel.world import World, config, refused, succeeded
+from tests.kernel.crashing import Crashes, add, delete
+from tests.kernel.world import config, refused, succeeded
 
-PROGRAM = "tests.kernel.crash_agent"
-ORDER, RECORD = "/run/crash-order", "/run/crash-record"
 STEPS = ["link", "filter", "addresses", "device", "slot", "limits", "listener", "endpoint"]
 #: Of a DEL: the first five before it answers, the others in the background.
 CUT = ["commit releasing", "undo endpoint", "undo listener", "undo limits", "undo slot", "undo device"]
 REMOVAL = ["undo link", "forget"]
 
 
-@dataclass
-class Crashes:
-    """A host whose agent dies when told to."""
-
-    world: World
-    pristine: Dump
-
-    def start(self) -> None:
-        """An agent that obeys ORDER."""
-        self.world.start_agent("-m", PROGRAM, ORDER, RECORD)
-
-    def order(self, fatal: int, how: str = "") -> None:
-        """From now on: count, and die at this point (0: at none), or ``raise``."""
-        self.world.host.container.act(("write", ORDER, f"{fatal} {how}".strip()))
-
-    def forget_order(self) -> list[str]:
-        """Live on; what was recorded meanwhile."""
-        host = self.world.host
-        recorded = host.exec(["cat", RECORD], check=False).stdout.split("\n")[:-1]
-        host.exec(["rm", "-f", ORDER, RECORD])
-        return recorded
-
-    def points(self, act: Callable[[], CniOutcome]) -> list[str]:
-        """The fault points of a call and of what it leaves to the background, by doing it."""
-        self.order(0)
-        act()
-        self.world.host.settle()
-        return self.forget_order()
-
-    def die(self, fatal: int, points: list[str], act: Callable[[], CniOutcome]) -> CniOutcome:
-        """A call during which the agent is killed at that point."""
-        agent = self.world.host.agent
-        assert agent is not None
-        self.order(fatal)
-        outcome = act()
-        assert agent.process.wait() == -9, f"the agent survived point {fatal}"
-        assert self.forget_order() == points[:fatal]
-        self.world.host.kill_agent()
-        return outcome
-
-    def nothing_left(self, where: str) -> None:
-        """As at first."""
-        assert self.world.status()["attachments"] == [], where
-        assert diff(self.pristine, self.world.snapshot()) == [], where
-
-
 @pytest.fixture(scope="module")
 def crashes() -> Iterator[Crashes]:
-    with World.start("crash", agent=False) as world:
-        found = Crashes(world, {})
-        found.start()
-        found.pristine = world.snapshot()
-        yield found
-
-
-def add(world: World, pod: Pod) -> CniOutcome:
-    return world.host.cni("ADD", pod, config({}))
-
-
-def delete(world: World, pod: Pod) -> CniOutcome:
-    """DEL, and what it leaves to the background."""
-    outcome = world.host.cni("DEL", pod, config({}))
-    with contextlib.suppress(OSError, http.client.HTTPException):  # the agent dies meanwhile, where a test wants it so
-        world.host.settle()
-    return outcome
+    with Crashes.begin("crash") as crashes:
+        yield crashes
 
 
 def test_add(crashes: Crashes) -> None:

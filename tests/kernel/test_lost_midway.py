@@ -12,7 +12,8 @@ import pytest
 
 from testbed.cni_spec import validate_error
 from testbed.host import diff
-from tests.kernel.test_crash import CUT, ORDER, PROGRAM, RECORD, STEPS
+from tests.kernel.crashing import ORDER, PROGRAM, RECORD
+from tests.kernel.test_crash import CUT, STEPS
 from tests.kernel.world import World, config, succeeded
 
 GATE = "/run/lost-gate"

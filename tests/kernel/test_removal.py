@@ -14,7 +14,8 @@ from rdmanet.errors import UnavailableError
 from rdmanet.model import address_key
 from testbed.host import CniOutcome, diff
 from testbed.pod import Pod
-from tests.kernel.test_crash import CUT, ORDER, PROGRAM, RECORD
+from tests.kernel.crashing import ORDER, PROGRAM, RECORD
+from tests.kernel.test_crash import CUT
 from tests.kernel.world import Attached, World, config, refused, succeeded
 
 GATE = "/run/removal-gate"

@@ -13,6 +13,7 @@ import pytest
 from rdmanet.adoption import AT_ONCE
 from rdmanet.datapath.layout import EndpointEntry
 from rdmanet.model import address_key
+from testbed import breaking
 from testbed.container import CommandError, Process
 from testbed.host import diff
 from testbed.outside import FAR_IPV4
@@ -152,15 +153,13 @@ def test_more_pods_than_are_looked_at_together(world: World) -> None:
         attached = list(threads.map(lambda _: world.add(), range(AT_ONCE + 7)))
         before = world.snapshot()
         world.host.kill_agent()
-        gone, without_link, *rest = attached
+        gone, *rest = attached
         gone.pod.destroy()
-        world.host.ip(f"link delete {without_link.host_ifname}")
         world.start_agent()
         assert {row["container_id"] for row in world.status()["attachments"]} == {a.pod.container_id for a in rest}
         for outcome in threads.map(world.check, rest[::10]):
             succeeded(outcome)
-        for again in (gone, without_link):
-            world.add(world.pod() if again is gone else again.pod)
+        world.add()
         world.host.kill_agent()
         world.start_agent()
         assert len(world.status()["attachments"]) == len(before["attachments"]) == len(attached)
@@ -189,19 +188,37 @@ def test_pins_that_are_gone(world: World) -> None:
 
 def test_what_is_gone_is_released(world: World) -> None:
     before = world.snapshot()
-    kept, netns_gone, link_gone, other_netns = (world.add() for _ in range(4))
+    kept, netns_gone, other_netns = (world.add() for _ in range(3))
     world.host.kill_agent()
     netns_gone.pod.destroy()
-    world.host.ip(f"link delete {link_gone.host_ifname}")
     other_netns.pod.destroy()
     world.pod(other_netns.pod.name)
     world.start_agent()
     assert [row["container_id"] for row in world.status()["attachments"]] == [kept.pod.container_id]
     with world.datapath() as datapath:
         assert set(datapath.endpoints()) == {address_key(address) for address in kept.addresses}
-    for gone in (netns_gone, link_gone, other_netns):
+    for gone in (netns_gone, other_netns):
         world.delete(gone)
     world.delete(kept)
+    assert diff(before, world.snapshot()) == []
+
+
+def test_a_link_that_went_while_no_agent_ran_is_made_again(world: World) -> None:
+    """Its pod lives, and nobody else would give it a network again."""
+    before = world.snapshot()
+    broken, other = world.add(), world.add()
+    broken.pod.start()
+    world.host.kill_agent()
+    world.host.ip(f"link delete {broken.host_ifname}")
+    world.start_agent()
+    breaking.forgive(world.host, f"{broken.pod.namespace}/{broken.pod.name}")  # asks for a repair, and waits for it
+    assert breaking.repairs(world.host)["broken"] == []
+    succeeded(world.check(broken))
+    for version in (4, 6):
+        ping(world, broken, other.address(version))
+    broken.pod.stop()
+    world.delete(broken)
+    world.delete(other)
     assert diff(before, world.snapshot()) == []
 
 

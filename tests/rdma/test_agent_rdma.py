@@ -22,7 +22,7 @@ from testbed.host import Dump, diff
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
 from testbed.pod import rdma_nodes
-from tests.kernel.test_crash import ORDER, PROGRAM, RECORD
+from tests.kernel.crashing import ORDER, PROGRAM, RECORD
 from tests.kernel.world import Attached, World, config, refused, succeeded
 from tests.rdma.tools import devices, tool, unhealthy, until
 

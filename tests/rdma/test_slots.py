@@ -14,7 +14,7 @@ from rdmanet.errors import NotFoundError
 from rdmanet.model import RdmaMode
 from testbed.host import CniOutcome, Host, diff
 from testbed.kubelet_host import CDI, NETWORK, KubeletHost, Sandbox
-from tests.kernel.test_crash import ORDER, PROGRAM, RECORD
+from tests.kernel.crashing import ORDER, PROGRAM, RECORD
 from tests.kernel.world import refused, succeeded
 from tests.rdma.tools import tool
 
