@@ -67,7 +67,8 @@ class Repairs:
             self._record.forget(attachment_id)
             return Result(gone=True)
         if attachment.state is not AttachmentState.READY:
-            return Result()
+            # Its row goes after its link, which is the last that is announced: who watches it must forget it then.
+            return Result(again=True)
         name = f"{attachment.pod} {attachment.ifname}"
         started = time.monotonic()
         found = self._look(attachment)
