@@ -36,6 +36,8 @@ FARTHEST_POINT = 40
 REPAIR_S = 1.2
 EXECUTABLE_S = 0.03
 BUSY_S = 0.5
+#: Rows, links, namespaces and queued DELs are compared after each round, everything after so many.
+DUMP_EVERY = 5
 PENDING = "/var/lib/rdmanet/pending"
 #: Until the kernel has let go of a namespace that nobody holds.
 GONE_TIMEOUT_S = 30.0
@@ -54,7 +56,7 @@ class Chaos:
         self._conf = conf
         self._bystanders = [self._world.add(conf=conf) for _ in range(BYSTANDERS)]
         self._before = self._world.snapshot()
-        self._namespaces = self._count_namespaces()
+        self._named = self._names()
         self._gone: set[str] = set()  # containers whose namespaces have been removed
         begun = time.monotonic()
         self._world.host.kill_agent()
@@ -66,10 +68,11 @@ class Chaos:
             "of a start": self._of_a_start,
             "of executables": self._of_executables,
             "without a namespace": self._without_a_namespace,
-            "without a cgroup": self._without_a_cgroup,
             "with a busy database": self._with_a_busy_database,
             "of a repair": self._of_a_repair,
         }
+        if conf.get("rdma"):  # of the others nothing is in their cgroups
+            self._ways["without a cgroup"] = self._without_a_cgroup
         self.agents = self.executables = self.rounds = self.calls = 0
         self.ways: Counter[str] = Counter()
         self.codes: Counter[tuple[str, int]] = Counter()
@@ -99,6 +102,8 @@ class Chaos:
 
     def end(self) -> None:
         """The others go, too."""
+        left = diff(self._before, self._world.snapshot())
+        self.left += [f"at last: {line}" for line in left]
         for one in self._bystanders:
             self._world.delete(one)
             one.pod.destroy()
@@ -248,7 +253,7 @@ class Chaos:
         self._crashes.forget_order()
 
     def _kill_perhaps(self) -> None:
-        if self._chance.random() < 0.5:
+        if self._chance.random() < 0.75:
             self._kill()
 
     # Afterwards
@@ -281,20 +286,25 @@ class Chaos:
             checked = self._world.check(one)
             need(checked.returncode == 0, f"{where}: CHECK of a pod that took no part: {checked.sentence}")
         host = self._world.host
-        after = self._world.snapshot()
-        found = diff(self._before, after)
+        rows = {row["container_id"] for row in self._world.status()["attachments"]}
+        found = [f"a row of {row}" for row in rows - {one.pod.container_id for one in self._bystanders}]
         queue = host.path(PENDING)
         found += [f"queued: {path.name}" for path in (queue.iterdir() if queue.exists() else ()) if path.name != "lock"]
         deadline_s = time.monotonic() + GONE_TIMEOUT_S
-        while self._count_namespaces() > self._namespaces and time.monotonic() < deadline_s:
-            time.sleep(0.02)  # nobody says when the kernel has taken one down
-        if self._count_namespaces() > self._namespaces:
-            found.append("a network namespace that somebody holds")
-            self._namespaces = self._count_namespaces()
+        while (names := self._names()) != self._named and time.monotonic() < deadline_s:
+            time.sleep(0.02)  # nobody says when the kernel has taken a namespace down
+        found += [f"{name} is there" for name in names - self._named] + [
+            f"{n} is not there" for n in self._named - names
+        ]
+        if found or self.rounds % DUMP_EVERY == 0:
+            after = self._world.snapshot()
+            found += diff(self._before, after)
+            self._before, self._named = after, names
         if found:
             self.left += [f"{where}: {line}" for line in found]
             say(f"kill: {where}: left behind: {found[:3]}")
-        self._before = after
 
-    def _count_namespaces(self) -> int:
-        return len(self._world.host.exec(["ip", "netns", "list-id"]).stdout.splitlines())
+    def _names(self) -> set[str]:
+        """Of links and network namespaces that the host has, or has numbers for."""
+        done = self._world.host.exec(["sh", "-c", "ip netns list-id; ls /sys/class/net"])
+        return set(done.stdout.splitlines())
