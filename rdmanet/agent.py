@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
+from aiohttp.log import server_logger
 
 from rdmanet import adoption, node, notify, pending, steps
 from rdmanet.addresses import NodeAddresses
-from rdmanet.api import Api
+from rdmanet.api import Api, NotHttp
 from rdmanet.attach import Attachments
 from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import PodView
@@ -95,6 +96,7 @@ class Agent:
         self._config = config
         self._fault_point = fault_point
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="rdmanet")
+        server_logger.addFilter(NotHttp())
 
     async def serve(self) -> None:
         """Starts, says ``ready``, waits for a signal, stops."""

@@ -17,6 +17,9 @@ import asyncio
 import functools
 import json
 import logging
+import os
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from rdmanet import pending
 from rdmanet.attach import Attachments
@@ -127,7 +131,7 @@ class Api:
 
     def application(self) -> web.Application:
         """The aiohttp application for the root-only unix socket."""
-        app = web.Application(client_max_size=BODY_MAX_BYTES)
+        app = web.Application(client_max_size=BODY_MAX_BYTES, middlewares=[_roots_alone])
         app.router.add_post("/v1/cni", self._cni)
         app.router.add_get("/v1/status", self._get_status)
         app.router.add_get("/v1/rdma", self._get_rdma)
@@ -254,6 +258,27 @@ class Api:
         if pending.superseded(self._pending, call.container_id, call.ifname):
             self._attachments.delete(call.container_id, call.ifname)
         return self._attachments.add(call, slot)
+
+
+@web.middleware
+async def _roots_alone(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Mode 0600 keeps others from connecting; this holds also where somebody has changed the mode."""
+    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+    if sock is not None and sock.family == socket.AF_UNIX:
+        _, uid, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in (0, os.geteuid()):
+            return web.json_response({"error": f"The agent answers root alone, not user {uid}."}, status=403)
+    return await handler(request)
+
+
+class NotHttp(logging.Filter):
+    """Leaves out what aiohttp says of requests that are no HTTP, a traceback for each: they are answered with 400, and
+    a pod may send as many as it likes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _refusal(body: bytes, error: RdmanetError) -> tuple[int, dict[str, object] | None]:

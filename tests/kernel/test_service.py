@@ -178,3 +178,43 @@ def test_the_socket_is_roots_and_nothing_listens_on_the_network(world: World) ->
     for enter in ([], ["nsenter", f"--net={one.pod.netns}"]):
         done = world.host.exec([*enter, "sh", "-c", listening], check=False)
         assert done.stdout.split() == ["0", "0"], os.fsdecode(done.stdout)
+
+
+def test_another_user_is_refused_where_the_socket_can_be_reached(world: World) -> None:
+    """Somebody has opened directory and socket: the agent asks the kernel who has connected."""
+    world.start_agent()
+    path = world.host.path(SOCKET)
+    path.parent.chmod(0o755)
+    path.chmod(0o666)
+    asking = f"""
+import socket
+line = socket.socket(socket.AF_UNIX)
+line.connect({SOCKET!r})
+line.sendall(b"GET /v1/status HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
+print(line.recv(4096).decode())
+"""
+    python = ["/usr/bin/python3", "-c", asking]
+    other = world.host.exec(["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", *python]).stdout
+    assert other.startswith("HTTP/1.1 403 ")
+    assert "not user 1000" in other
+    assert world.host.exec(python).stdout.startswith("HTTP/1.1 200 ")
+
+
+def test_what_is_no_http_is_refused_without_a_word_in_the_log(world: World) -> None:
+    """A traceback for each would let a pod fill the host's disk."""
+    world.start_agent()
+    pod = world.add().pod
+    asking = """
+import socket, sys
+line = socket.socket(socket.AF_UNIX)
+line.connect(sys.argv[1].replace("@", "\\0"))
+line.sendall(b"GET / HTTP/x.y\\r\\nHost: a\\r\\n\\r\\n")
+print(line.recv(4096).decode())
+"""
+    for enter, name in (([], SOCKET), (["nsenter", f"--net={pod.netns}"], "@rdmanet")):
+        answer = world.host.exec([*enter, "/usr/bin/python3", "-c", asking, name]).stdout
+        assert answer.startswith(("HTTP/1.1 400 ", "HTTP/1.0 400 ")), answer
+    world.host.api("GET", "/v1/status")
+    assert world.host.agent is not None
+    assert "Traceback" not in world.host.agent.log
+    assert "BadStatusLine" not in world.host.agent.log

@@ -28,8 +28,9 @@ from tests.kernel.world import DATABASE, PINS, World, config, succeeded
 #: Map types with entries that come and go (include/uapi/linux/bpf.h): hash, per-CPU hash, LRU hash, per-CPU LRU hash,
 #: longest prefix match.
 COUNTED_MAPS = {1, 5, 9, 10, 11}
-#: Flows are taken out when they are idle, not with their pod.
+#: Flows are taken out when they are idle, not with their pod; a pod's stack may have had packets dropped, or not yet.
 BY_TIME = {"flows", "fragments"}
+DROPS_PER_POD = 4
 #: What a row, a log line that is kept, or an entry of a dictionary needs is more.
 GROWTH_BYTES = 50.0
 #: The write-ahead log is begun anew at a checkpoint, by SQLite's default at 1,000 pages (wal_autocheckpoint).
@@ -54,6 +55,7 @@ class State:
     few: Mapping[str, int]  # by medians: threads and descriptors of what is under way come and go
     bytes: Mapping[str, int]
     wal_pages: int
+    drops: int  # entries of the map with counters of drops
 
 
 def measure(sizes: Sizes = Sizes()) -> Figure:
@@ -156,6 +158,7 @@ class Churn:
             "rows": rows,
             **_entries(host.path(PINS)),
         }
+        drops = objects.pop("map drops")
         files = {path.name: path.stat().st_size for path in host.path(Path(DATABASE).parent).iterdir()}
         database = Path(DATABASE).name
         return State(
@@ -163,6 +166,7 @@ class Churn:
             {"descriptors": descriptors(pid), "threads": len(list(Path(f"/proc/{pid}/task").iterdir()))},
             {"memory": rss_bytes(pid), "database": files[database]},
             files.get(f"{database}-wal", 0) // 4096,
+            drops,
         )
 
 
@@ -190,6 +194,8 @@ def judge(states: Sequence[State], sizes: Sizes) -> dict[str, int]:
             for key, value in state.objects.items()
             if value != states[0].objects.get(key)
         }
+        drops = state.drops / sizes.live
+        need(drops <= DROPS_PER_POD, f"{state.drops} counters of drops after {number * sizes.every} attachments")
         need(not changed, f"not as at first after {number * sizes.every} attachments (before, after): {changed}")
         need(state.wal_pages < WAL_PAGES, f"the write-ahead log has {state.wal_pages} pages")
     third = max(1, len(states) // 3)
