@@ -131,7 +131,7 @@ class Api:
 
     def application(self) -> web.Application:
         """The aiohttp application for the root-only unix socket."""
-        app = web.Application(client_max_size=BODY_MAX_BYTES, middlewares=[_roots_alone])
+        app = web.Application(client_max_size=BODY_MAX_BYTES, middlewares=[_roots_alone, _to_the_end])
         app.router.add_post("/v1/cni", self._cni)
         app.router.add_get("/v1/status", self._get_status)
         app.router.add_get("/v1/rdma", self._get_rdma)
@@ -271,6 +271,17 @@ async def _roots_alone(
         if uid not in (0, os.geteuid()):
             return web.json_response({"error": f"The agent answers root alone, not user {uid}."}, status=403)
     return await handler(request)
+
+
+@web.middleware
+async def _to_the_end(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Whoever hangs up in the middle of its body, or sends none that can be read, is no error of the agent's."""
+    try:
+        return await handler(request)
+    except (ConnectionResetError, web.RequestPayloadError) as error:
+        return web.json_response({"error": f"The body cannot be read: {error}."}, status=400)
 
 
 class NotHttp(logging.Filter):

@@ -218,3 +218,17 @@ print(line.recv(4096).decode())
     assert world.host.agent is not None
     assert "Traceback" not in world.host.agent.log
     assert "BadStatusLine" not in world.host.agent.log
+
+
+def test_a_caller_that_hangs_up_in_the_middle_of_its_body_is_no_error(world: World) -> None:
+    """As a CNI executable that is killed."""
+    world.start_agent()
+    assert world.host.agent is not None
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(str(world.host.path(SOCKET)))
+            line.sendall(b"POST /v1/cni HTTP/1.1\r\nHost: a\r\nCNI-Command: ADD\r\nContent-Length: 100\r\n\r\n{")
+            line.shutdown(socket.SHUT_WR)
+            line.recv(4096)  # until the agent has closed it
+    world.delete(world.add())
+    assert "Traceback" not in world.host.agent.log
