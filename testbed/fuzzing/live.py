@@ -166,7 +166,7 @@ def _answer(line: socket.socket) -> bytes:
 
 def _gist(answer: bytes) -> Places:
     """What tells one answer from another: its first words, without what it repeats of the input."""
-    return {b" ".join(_WORD.findall(answer.partition(b"\r\n\r\n")[2] or answer)[:5])}
+    return {b" ".join(_WORD.findall(answer.partition(b"\r\n\r\n")[2] or answer)[:3])}
 
 
 @contextlib.contextmanager

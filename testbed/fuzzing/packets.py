@@ -59,7 +59,7 @@ def _target(bench: Bench) -> Target:
         if (outcome.verdict == SHOT) != bool(reasons) or not reasons <= names:
             raise Failure(f"verdict {outcome.verdict} with drops {outcome.drops}")
         counted = frozenset((path, direction) for _, path, direction in outcome.counters)
-        return {(hook, outcome.verdict, frozenset(reasons), counted, outcome.frame == packet, len(outcome.frame))}
+        return {(hook, outcome.verdict, frozenset(reasons), counted, outcome.frame == packet)}
 
     return Target("packets", _seeds(bench), run, _tokens(bench))
 
