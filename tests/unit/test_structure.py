@@ -251,7 +251,9 @@ def test_no_module_is_called_utils() -> None:
 
 
 def test_no_exception_is_swallowed() -> None:
-    """``except Exception`` and bare ``except`` only where what was caught is raised again in another thread."""
+    """``except Exception`` and bare ``except`` only where what was caught is raised again in another thread, or is what
+    was looked for, and saved with its input."""
+    finding = REPOSITORY / "testbed/fuzzing/search.py"
     wrong = []
     for path in [*python_files(PACKAGE), *python_files(REPOSITORY / "testbed")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -260,7 +262,7 @@ def test_no_exception_is_swallowed() -> None:
             caught = node.type.id if isinstance(node.type, ast.Name) else None
             ends_in_raise = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
             carried = path == PACKAGE / "netlink/namespace.py"
-            if (node.type is None or caught == "Exception") or (
+            if (node.type is None or (caught == "Exception" and path != finding)) or (
                 caught == "BaseException" and not ends_in_raise and not carried
             ):
                 wrong.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
