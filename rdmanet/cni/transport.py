@@ -32,7 +32,8 @@ def variables_of_headers(headers: Mapping[str, str]) -> dict[str, str]:
         value = folded.get(header.lower())
         if value:
             try:
-                variables[variable] = unquote_to_bytes(value).decode("utf-8")
+                # aiohttp hands over bytes that are not UTF-8 as surrogates, which are refused as well.
+                variables[variable] = unquote_to_bytes(value.encode("utf-8", "surrogatepass")).decode("utf-8")
             except UnicodeDecodeError:
                 raise environment_error(variable, "not UTF-8") from None
     return variables
