@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rdmanet import __version__, config
 from rdmanet.client import ask
-from rdmanet.commands import flows, monitor, objects, repair
+from rdmanet.commands import flows, monitor, objects, repair, run
 from rdmanet.errors import RdmanetError, UnavailableError
 
 #: From one `rdmanet rdma --watch` to the next.
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     monitor.add_to(commands, common)
     flows.add_to(commands, common)
     repair.add_to(commands, common)
+    run.add_to(commands, common)
 
     datapath = commands.add_parser("datapath", help="compile the eBPF artifact, or swap it under traffic")
     actions = datapath.add_subparsers(required=True, metavar="ACTION")

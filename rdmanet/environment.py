@@ -6,7 +6,8 @@ The agent writes it into the CDI file of a pod's slot, ``python -m rdmanet.verbs
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from rdmanet.model import IPAddress, address_key
 INFINIBAND = Path("/sys/class/infiniband")
 #: RoCE devices have one.
 PORT = 1
+#: GIDs come from a queue of the kernel's, some milliseconds after a device or an address.
+GID_TIMEOUT_S = 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,20 @@ def gid_index(device: str, address: IPAddress, infiniband: Path = INFINIBAND) ->
         operation="env",
         subject=device,
     )
+
+
+def gid_indexes(device: str, addresses: Iterable[IPAddress], infiniband: Path = INFINIBAND) -> dict[IPAddress, int]:
+    """``gid_index`` of each address of a device that was just made: waits a moment for those that are not there yet."""
+    pause_s, deadline_s = _FIRST_PAUSE_S, time.monotonic() + GID_TIMEOUT_S
+    wanted = tuple(addresses)
+    while True:
+        try:
+            return {address: gid_index(device, address, infiniband) for address in wanted}
+        except UnavailableError:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def is_soft_roce(device: str, infiniband: Path = INFINIBAND) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Protocol
 from rdmanet import cdi
 from rdmanet.cni import CniCode, CniError, Request
 from rdmanet.config import KubernetesConfig
-from rdmanet.environment import Environment, gid_index, is_soft_roce
+from rdmanet.environment import Environment, gid_indexes, is_soft_roce
 from rdmanet.errors import KernelError, NotFoundError, RdmanetError, RequestError, UnavailableError
 from rdmanet.model import Attachment, AttachmentState, Device, PodName, RdmaMode
 from rdmanet.netlink import namespace
@@ -32,9 +31,6 @@ log = logging.getLogger(__name__)
 DIRECTORY = "cdi-directory"
 #: Whoever watches slots is told something at least this often, so that an agent that hangs is noticed.
 HEARTBEAT_S = 5.0
-#: GIDs come from a queue of the kernel's, some milliseconds after a device or an address.
-GID_TIMEOUT_S = 5.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
 #: After an announcement.
 SECOND_LOOKS_S = (0.1, 1.0)
 RDMA_CM = Path("/sys/class/misc/rdma_cm/dev")
@@ -292,20 +288,10 @@ def connection_manager() -> list[cdi.Node]:
 def _variables(attachment: Attachment) -> dict[str, str]:
     assert attachment.device is not None
     name = attachment.device.name
-    pause_s, deadline_s = _FIRST_PAUSE_S, time.monotonic() + GID_TIMEOUT_S
-    while True:
-        try:
-            indexes = {address: gid_index(name, address) for address in attachment.addresses}
-            break
-        except UnavailableError:
-            if time.monotonic() > deadline_s:
-                raise
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     found = Environment(
         pod=str(attachment.pod),
         device=name,
-        gid_indexes=indexes,
+        gid_indexes=gid_indexes(name, attachment.addresses),
         soft_roce=is_soft_roce(name),
         traffic_class=attachment.traffic_class,
         service_level=attachment.service_level,

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rdmanet.errors import KernelError, NotFoundError, RequestError
+from rdmanet.errors import ConflictError, KernelError, NotFoundError, RequestError
 from rdmanet.model import NetnsId
 
 T = TypeVar("T")
 
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 1, 2, 4, 8, 0x4000, 0x80000  # mount(2)
+MS_BIND, MNT_DETACH = 0x1000, 2
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1  # netdevice(7)
 NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
 SO_NETNS_COOKIE = 71  # socket(7); kernel commit e8b9eab99232, 5.14
 
@@ -170,6 +172,54 @@ def _in_fresh_thread(function: Callable[[], T]) -> T:
     if failures:
         raise failures[0]
     return results[0]
+
+
+def create(path: Path) -> None:
+    """A new network namespace with its lo up, bound at ``path``, as `ip netns add` makes them.
+
+    Raises ConflictError where something is there, KernelError where the kernel refuses; nothing is left then.
+    """
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        path.touch(mode=0o444, exist_ok=False)
+    except FileExistsError as error:
+        raise ConflictError(
+            f"There is something at {path} already.", operation="create", subject=str(path), errno=error.errno
+        ) from error
+
+    def inside() -> None:
+        if (
+            _libc.unshare(CLONE_NEWNET) != 0
+            or _libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), None, MS_BIND, None) != 0
+        ):
+            raise KernelError(
+                "A network namespace cannot be made; it takes root (CAP_SYS_ADMIN).",
+                operation="unshare",
+                subject=str(path),
+                errno=ctypes.get_errno(),
+            )
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            request = fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("=16sH14x", b"lo", 0))
+            flags = struct.unpack("=16sH14x", request)[1]
+            fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("=16sH14x", b"lo", flags | IFF_UP))
+
+    try:
+        _in_fresh_thread(inside)
+    except BaseException:
+        remove(path)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Takes ``create`` back; idempotent. The namespace ends with its last process. Raises KernelError."""
+    while _libc.umount2(os.fsencode(path), MNT_DETACH) == 0:
+        pass
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOENT):  # nothing is mounted there, or nothing is there
+        raise KernelError(
+            "A network namespace cannot be unmounted.", operation="umount2", subject=str(path), errno=number
+        )
+    path.unlink(missing_ok=True)
 
 
 def netlink_socket(family: int) -> socket.socket:

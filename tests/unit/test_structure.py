@@ -108,7 +108,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "uninstall": NOUNS
     | {"adoption", "cdi", "config", "datapath", "devices", "documents", "limits", "netlink", "node"}
     | {"rdma", "rebuild", "removal", "reserve", "slots", "store"},
-    "commands": NOUNS | {"client", "config", "objects", "rebuild", "show"},
+    "run": NOUNS | {"client", "config", "environment", "netlink"},
+    "commands": NOUNS | {"client", "config", "objects", "rebuild", "run", "show"},
     "cli": NOUNS | {"agent", "client", "commands", "config", "datapath", "doctor", "kubelet", "show", "uninstall"},
     "__main__": {"cli"},
 }
@@ -121,6 +122,7 @@ MAY_KNOW["agent"] = set(MAY_KNOW) - {
     "doctor",
     "memlock",
     "rebuild",
+    "run",
     "uninstall",
     "verbs",
     "__main__",

@@ -1,0 +1,78 @@
+"""Ranks' output: cut into lines with the rank in front, written without ever blocking the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+
+#: A longer line is cut; nobody has to keep all of what a rank prints without a line's end.
+LINE_MAX_BYTES = 64 << 10
+
+
+class Lines:
+    """Cuts a stream into lines, each with ``prefix`` in front. A carriage return ends a line as well: that is how
+    progress bars write."""
+
+    def __init__(self, prefix: bytes):
+        self._prefix = prefix
+        self._rest = b""
+        self._after_return = False
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be written now."""
+        if self._after_return and data.startswith(b"\n"):
+            data = data[1:]
+        if data:
+            self._after_return = data.endswith(b"\r")
+        *whole, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        while len(self._rest) >= LINE_MAX_BYTES:
+            whole.append(self._rest[:LINE_MAX_BYTES])
+            self._rest = self._rest[LINE_MAX_BYTES:]
+        return b"".join(self._prefix + line + b"\n" for line in whole)
+
+    def end(self) -> bytes:
+        """A last line that has no end of its own."""
+        rest, self._rest = self._rest, b""
+        return self._prefix + rest + b"\n" if rest else b""
+
+
+class Printer:
+    """Writes to a descriptor from a thread of its own: whoever reads it may be slow, or stop."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._waiting: queue.SimpleQueue[tuple[bytes, asyncio.AbstractEventLoop, asyncio.Future[None]]] = (
+            queue.SimpleQueue()
+        )
+        # A daemon: a reader that has stopped for good must not keep the launcher from ending.
+        threading.Thread(target=self._work, name="rdmanet-run-output", daemon=True).start()
+
+    async def write(self, data: bytes) -> None:
+        """Returns when it is written; raises OSError, such as BrokenPipeError."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._waiting.put((data, loop, done))
+        await done
+
+    def _work(self) -> None:
+        while True:
+            data, loop, done = self._waiting.get()
+            failure: OSError | None = None
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError as error:
+                failure = error
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, done, failure)
+
+
+def _settle(done: asyncio.Future[None], failure: OSError | None) -> None:
+    if done.cancelled():
+        return
+    if failure is None:
+        done.set_result(None)
+    else:
+        done.set_exception(failure)

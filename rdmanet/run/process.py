@@ -1,0 +1,159 @@
+"""The launcher's side of a pod's first process (``pod_init.py``)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rdmanet.errors import KernelError
+from rdmanet.run.job import Ending
+from rdmanet.run.lines import Lines, Printer
+from rdmanet.run.pod_init import MESSAGE_MAX_BYTES
+
+INIT = Path(__file__).with_name("pod_init.py")
+CHUNK_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Specification:
+    """What the first process makes of itself."""
+
+    netns: str
+    cgroup: str | None
+    hostname: str
+    hosts: str  # /etc/hosts
+    nodes: Sequence[tuple[str, int, int]]  # character devices: path, major, minor
+    masked: Sequence[str]  # directories that the pod sees empty
+    argv: Sequence[str]
+    cwd: str
+    environment: Mapping[str, str]
+    umask: int
+    user: tuple[int, int, Sequence[int]] | None  # uid, gid, groups; None: root
+
+
+#: As root it needs no permission of net.core.wmem_max: environments may be large.
+SO_SNDBUFFORCE = 32
+
+
+class PodProcess:
+    """A rank's processes. ``start``, ``prepare``, ``go``, then ``ending``; ``close`` in any case."""
+
+    def __init__(
+        self, rank: int, process: asyncio.subprocess.Process, control: socket.socket, printers: tuple[Printer, Printer]
+    ):
+        self.rank = rank
+        self._process = process
+        self._control = control
+        self._output = [
+            asyncio.create_task(self._stream(stream, printer))
+            for stream, printer in zip((process.stdout, process.stderr), printers, strict=True)
+        ]
+
+    @classmethod
+    async def start(cls, rank: int, lock: int, printers: tuple[Printer, Printer]) -> PodProcess:
+        """Starts a first process that waits for what it is to be. ``lock`` is a descriptor that it holds for as long
+        as it lives."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            argv = [sys.executable, "-I", "-S", "-E", str(INIT), str(theirs.fileno()), str(lock)]
+            try:
+                # A session of its own: Ctrl-C is for the launcher, which passes it on.
+                process = await asyncio.create_subprocess_exec(
+                    *argv,
+                    pass_fds=(theirs.fileno(), lock),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MESSAGE_MAX_BYTES)
+        return cls(rank, process, ours, printers)
+
+    async def prepare(self, specification: Specification) -> None:
+        """Returns when the pod is all there but its command. Raises KernelError with what was refused."""
+        await self._tell(asdict(specification))
+        await self._hear("ready")
+
+    async def go(self) -> None:
+        """Starts the command. Raises KernelError when it cannot be executed."""
+        await self._tell({"start": True})
+        await self._hear("started")
+
+    async def ending(self) -> Ending:
+        """How the command ended. The pod's processes have all ended then, and its output is written."""
+        try:
+            status = int((await self._hear("status"))["status"])
+        except KernelError:
+            status = -signal.SIGKILL  # the first process was ended, and everything with it
+        at_s = asyncio.get_running_loop().time()
+        await self._process.wait()
+        await asyncio.gather(*self._output, return_exceptions=True)
+        return Ending(self.rank, status, at_s)
+
+    async def signal(self, number: int) -> None:
+        """To the command and what is in its process group; SIGKILL to everything in the pod."""
+        await self._tell({"signal": number})
+
+    def stop_writing(self) -> None:
+        """Whatever is not written yet is lost: nobody reads it."""
+        for task in self._output:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Ends everything in the pod that still runs; idempotent."""
+        self._control.close()
+        await self._process.wait()
+        self.stop_writing()
+        await asyncio.gather(*self._output, return_exceptions=True)
+
+    @property
+    def output_failure(self) -> OSError | None:
+        """Why output could not be written, if it was so."""
+        for task in self._output:
+            if task.done() and not task.cancelled():
+                failure = task.exception()
+                if isinstance(failure, OSError):
+                    return failure
+        return None
+
+    @property
+    def output(self) -> Sequence[asyncio.Task[None]]:
+        """Done when there is no more, or it cannot be written."""
+        return self._output
+
+    async def _stream(self, stream: asyncio.StreamReader | None, printer: Printer) -> None:
+        assert stream is not None
+        lines = Lines(f"[{self.rank}] ".encode())
+        while data := await stream.read(CHUNK_BYTES):
+            if found := lines.feed(data):
+                await printer.write(found)
+        if found := lines.end():
+            await printer.write(found)
+
+    async def _tell(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # it has ended: what it said before is still to be heard
+            await asyncio.get_running_loop().sock_sendall(self._control, json.dumps(message).encode())
+
+    async def _hear(self, word: str) -> dict[str, Any]:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._control, MESSAGE_MAX_BYTES)
+        except ConnectionError:
+            data = b""
+        message: dict[str, Any] = json.loads(data) if data else {"refused": "its first process ended", "errno": None}
+        if word not in message:
+            raise KernelError(
+                f"Rank {self.rank} cannot be started: {message['refused']}.", operation="run", errno=message["errno"]
+            )
+        return message
