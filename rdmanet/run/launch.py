@@ -163,8 +163,8 @@ class _Launch:
             for process in self._processes:
                 process.stop_writing()
             number = signal.SIGKILL
-        elif number in ENDING:
-            self._interrupted = self._interrupted or number
+        elif number in (signal.SIGINT, signal.SIGTERM):
+            self._interrupted = number
         self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
@@ -278,30 +278,28 @@ class _Launch:
         """Waits for all ranks. When one fails the others are told to end, and killed when they have not in time."""
         loop = asyncio.get_running_loop()
         running: set[asyncio.Task[Ending]] = {asyncio.create_task(process.ending()) for process in self._processes}
-        output = {task for process in self._processes for task in process.output}
+        silent = {process.silent for process in self._processes}
         endings: list[Ending] = []
         kill_at_s: float | None = None
+        broken: OSError | None = None
         ending = False
         while running:
             left_s = None if kill_at_s is None else max(0.0, kill_at_s - loop.time())
-            await asyncio.wait(
-                {*running, *(() if ending else output)}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            watched: set[asyncio.Future[Any]] = {*running, *(one for one in silent if not one.done())}
+            await asyncio.wait(watched, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             endings += [task.result() for task in running if task.done()]
             running = {task for task in running if not task.done()}
-            broken = next((one.output_failure for one in self._processes if one.output_failure), None)
-            output = {task for task in output if not task.done()}
+            broken = next((one.result() for one in silent if one.done() and one.result() is not None), None)
             if not ending and (broken is not None or any(one.status for one in endings)):
                 ending = True
                 if broken is not None:
-                    say(f"the output cannot be written: {broken.strerror}; the job is ended")
+                    say(f"the output cannot be written ({broken.strerror}): the ranks are ended")
                 kill_at_s = loop.time() + self._wish.grace_s
                 self._pass_on(signal.SIGTERM)
-            elif kill_at_s is not None and loop.time() >= kill_at_s:
+            elif kill_at_s is not None and running and loop.time() >= kill_at_s:
                 kill_at_s = None
                 say(f"ranks that did not end within {self._wish.grace_s:g} s are killed")
                 self._pass_on(signal.SIGKILL)
-        broken = next((one.output_failure for one in self._processes if one.output_failure), None)
         if broken is not None:
             raise KernelError("The job's output cannot be written.", operation="write", errno=broken.errno)
         return endings

@@ -27,15 +27,19 @@ class Lines:
         if data:
             self._after_return = data.endswith(b"\r")
         *whole, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        while len(self._rest) >= LINE_MAX_BYTES:
-            whole.append(self._rest[:LINE_MAX_BYTES])
+        written = b"".join(self._piece(line, at) for line in whole for at in range(0, len(line) or 1, LINE_MAX_BYTES))
+        while len(self._rest) > LINE_MAX_BYTES:
+            written += self._piece(self._rest, 0)
             self._rest = self._rest[LINE_MAX_BYTES:]
-        return b"".join(self._prefix + line + b"\n" for line in whole)
+        return written
 
     def end(self) -> bytes:
         """A last line that has no end of its own."""
         rest, self._rest = self._rest, b""
-        return self._prefix + rest + b"\n" if rest else b""
+        return self._piece(rest, 0) if rest else b""
+
+    def _piece(self, line: bytes, at: int) -> bytes:
+        return self._prefix + line[at : at + LINE_MAX_BYTES] + b"\n"
 
 
 class Printer:
@@ -49,12 +53,12 @@ class Printer:
         # A daemon: a reader that has stopped for good must not keep the launcher from ending.
         threading.Thread(target=self._work, name="rdmanet-run-output", daemon=True).start()
 
-    async def write(self, data: bytes) -> None:
-        """Returns when it is written; raises OSError, such as BrokenPipeError."""
+    def write(self, data: bytes) -> asyncio.Future[None]:
+        """Done when it is written, or has an OSError, such as BrokenPipeError."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         self._waiting.put((data, loop, done))
-        await done
+        return done
 
     def _work(self) -> None:
         while True:

@@ -93,8 +93,9 @@ def make_dev(nodes: list[tuple[str, int, int]], hosts: str) -> None:
     mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755,size=64k")
     for name in ("pts", "shm", "mqueue"):
         os.mkdir(f"/dev/{name}")  # noqa: PTH102
-    common = [(f"/dev/{name}", major, minor) for name, (major, minor) in COMMON_NODES.items()]
-    for path, major, minor in [*common, *nodes]:
+    wanted = {f"/dev/{name}": numbers for name, numbers in COMMON_NODES.items()}
+    wanted |= {path: (major, minor) for path, major, minor in nodes}
+    for path, (major, minor) in wanted.items():
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)  # noqa: PTH103, PTH120
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(major, minor))
         os.chmod(path, 0o666)  # noqa: PTH101 - mknod obeys the umask

@@ -50,6 +50,8 @@ class PodProcess:
         self, rank: int, process: asyncio.subprocess.Process, control: socket.socket, printers: tuple[Printer, Printer]
     ):
         self.rank = rank
+        #: Set when nothing is written any more: with the failure, or None where nobody wants it.
+        self.silent: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         self._process = process
         self._control = control
         self._output = [
@@ -99,48 +101,41 @@ class PodProcess:
             status = -signal.SIGKILL  # the first process was ended, and everything with it
         at_s = asyncio.get_running_loop().time()
         await self._process.wait()
-        await asyncio.gather(*self._output, return_exceptions=True)
+        await asyncio.gather(*self._output)
         return Ending(self.rank, status, at_s)
 
     async def signal(self, number: int) -> None:
         """To the command and what is in its process group; SIGKILL to everything in the pod."""
         await self._tell({"signal": number})
 
-    def stop_writing(self) -> None:
+    def stop_writing(self, failure: OSError | None = None) -> None:
         """Whatever is not written yet is lost: nobody reads it."""
-        for task in self._output:
-            task.cancel()
+        if not self.silent.done():
+            self.silent.set_result(failure)
 
     async def close(self) -> None:
         """Ends everything in the pod that still runs; idempotent."""
         self._control.close()
-        await self._process.wait()
         self.stop_writing()
-        await asyncio.gather(*self._output, return_exceptions=True)
-
-    @property
-    def output_failure(self) -> OSError | None:
-        """Why output could not be written, if it was so."""
-        for task in self._output:
-            if task.done() and not task.cancelled():
-                failure = task.exception()
-                if isinstance(failure, OSError):
-                    return failure
-        return None
-
-    @property
-    def output(self) -> Sequence[asyncio.Task[None]]:
-        """Done when there is no more, or it cannot be written."""
-        return self._output
+        await self._process.wait()
+        await asyncio.gather(*self._output)
 
     async def _stream(self, stream: asyncio.StreamReader | None, printer: Printer) -> None:
+        """Reads to the end, whatever becomes of it: asyncio waits for that with the process's end."""
         assert stream is not None
         lines = Lines(f"[{self.rank}] ".encode())
         while data := await stream.read(CHUNK_BYTES):
-            if found := lines.feed(data):
-                await printer.write(found)
-        if found := lines.end():
-            await printer.write(found)
+            await self._write(printer, lines.feed(data))
+        await self._write(printer, lines.end())
+
+    async def _write(self, printer: Printer, data: bytes) -> None:
+        if not data or self.silent.done():
+            return
+        written = printer.write(data)
+        both: set[asyncio.Future[Any]] = {written, self.silent}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if written.done() and isinstance(failure := written.exception(), OSError):
+            self.stop_writing(failure)
 
     async def _tell(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(ConnectionError):  # it has ended: what it said before is still to be heard
