@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import select
 import subprocess
 import sys
 import tempfile
@@ -150,21 +151,36 @@ class Gate:
     def __init__(self, host: Host, command: str, name: str):
         self.directory = f"/run/gate-{name}"
         self.plugin = f"{self.directory}/rdmanet"
-        self._host = host
         script = _GATE.format(command=command, directory=self.directory, executable=CNI_EXECUTABLE)
         host.container.act(("mkdir", self.directory), ("write", self.plugin, script))
         host.path(self.plugin).chmod(0o755)
-        for fifo in ("reached", "go"):
-            os.mkfifo(host.path(f"{self.directory}/{fifo}"))
+        paths = [host.path(f"{self.directory}/{fifo}") for fifo in ("reached", "go")]
+        for path in paths:
+            os.mkfifo(path)
+        # Both ways: who opens an end of it never waits.
+        self._reached, self._go = (os.open(path, os.O_RDWR) for path in paths)
 
-    def wait(self) -> None:
-        """Until a call has come to it."""
-        self._host.exec(["head", "-n", "1", f"{self.directory}/reached"], timeout_s=TIMEOUT_S)
+    def wait(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Until a call has come to it; UnavailableError where none does."""
+        poll = select.poll()
+        poll.register(self._reached, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            raise UnavailableError(f"no call came to {self.plugin} within {timeout_s:g} s")
+        while os.read(self._reached, 1) != b"\n":
+            pass
 
     def go(self, calls: int = 1) -> None:
         """Lets so many calls go on that wait, or will."""
-        for _ in range(calls):
-            self._host.exec(["sh", "-c", f"echo go > {self.directory}/go"], timeout_s=TIMEOUT_S)
+        os.write(self._go, b"go\n" * calls)
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._reached)
+        os.close(self._go)
 
 
 def python(program: str) -> Sequence[str]:

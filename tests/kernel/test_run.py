@@ -264,10 +264,11 @@ def test_a_signal_ends_a_job(world: World, number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_pods_are_made(world: World, number: signal.Signals) -> None:
     gate = Gate(world.host, "ADD", f"signal-{number}")
-    with Job(world.host, *python(WAIT), plugin=gate.plugin) as job:
+    with gate, Job(world.host, "--pods", "2", *python(WAIT), plugin=gate.plugin) as job:
         gate.wait()
         job.signal(number)
-        gate.go()
+        gate.wait()
+        gate.go(2)
         ended = job.end()
     assert ended.code == 128 + number
     assert ended.stdout == ""
@@ -305,25 +306,25 @@ def test_a_launcher_that_was_killed(world: World) -> None:
 
 def test_a_launcher_that_was_killed_in_an_add(world: World) -> None:
     """The ADD goes on without it; who takes the job back waits for it."""
-    gate = Gate(world.host, "ADD", "killed")
-    with Job(world.host, "--name", "lost", *python(WAIT), plugin=gate.plugin) as job:
-        gate.wait()
-        killed(job)
-    with Job(world.host, "--cleanup") as other:
-        gate.go()
-        assert other.end().code == 0
+    with Gate(world.host, "ADD", "killed") as gate:
+        with Job(world.host, "--name", "lost", *python(WAIT), plugin=gate.plugin) as job:
+            gate.wait()
+            killed(job)
+        with Job(world.host, "--cleanup") as other:
+            gate.go()
+            assert other.end().code == 0
 
 
 def test_a_launcher_that_was_killed_in_a_del(world: World) -> None:
-    gate = Gate(world.host, "DEL", "killed-del")
-    with Job(world.host, "--name", "lost", "--", "true", plugin=gate.plugin) as job:
-        gate.wait()
-        killed(job)
-    gate.go()
-    with Job(world.host, "--cleanup") as other:
-        gate.wait()
+    with Gate(world.host, "DEL", "killed-del") as gate:
+        with Job(world.host, "--name", "lost", "--", "true", plugin=gate.plugin) as job:
+            gate.wait()
+            killed(job)
         gate.go()
-        assert other.end().code == 0
+        with Job(world.host, "--cleanup") as other:
+            gate.wait()
+            gate.go()
+            assert other.end().code == 0
 
 
 def test_first_processes_that_were_killed(world: World) -> None:
