@@ -1,4 +1,4 @@
-"""`rdmanet run --rdma`: each rank has its own device and what it needs to use it; leases and plain verbs, both modes."""
+"""`rdmanet run --rdma`: each rank has its own device and what it needs to use it, in both modes."""
 
 from __future__ import annotations
 

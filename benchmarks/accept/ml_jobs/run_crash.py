@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 
 from benchmarks.peers.namespaces import agent_host
 from testbed.host import Host, diff
@@ -42,30 +43,30 @@ def measure() -> Figure:
             del after["state"]
             leaks[name] = left(host) + diff(before, after)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            way(f"{number.name} while it runs", lambda n=number: _signalled(host, n))  # type: ignore[misc]
-        way("two Ctrl-C of ranks that ignore one", lambda: _stubborn(host))
-        way("a rank crashes", lambda: _crash(host, "kill -SEGV $$", 139))
-        way("a rank fails", lambda: _crash(host, "exit 3", 3))
-        way("a pod's first process is killed", lambda: _first_process(host))
-        way("the launcher is killed while it runs", lambda: _killed(host, None))
-        way("the agent is killed while it runs", lambda: _agent_killed(host))
-        way("launcher and agent are killed", lambda: _both_killed(host))
-        for number in range(RANDOM_KILLS):
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            way(f"{one.name} while it runs", partial(_signalled, host, one))
+        way("two Ctrl-C of ranks that ignore one", partial(_stubborn, host))
+        way("a rank crashes", partial(_crash, host, "kill -SEGV $$", 139))
+        way("a rank fails", partial(_crash, host, "exit 3", 3))
+        way("a pod's first process is killed", partial(_first_process, host))
+        way("the launcher is killed while it runs", partial(_killed, host))
+        way("the agent is killed while it runs", partial(_agent_killed, host))
+        way("launcher and agent are killed", partial(_both_killed, host))
+        for _ in range(RANDOM_KILLS):
             after_s = choice.uniform(0.0, whole_s)
-            way(f"the launcher is killed after {after_s:.2f} s", lambda s=after_s: _killed(host, s))  # type: ignore[misc]
+            way(f"the launcher is killed after {after_s:.2f} s", partial(_killed, host, after_s))
         for number in range(RANDOM_SIGNALS):
             after_s = choice.uniform(0.0, whole_s)
             one = (signal.SIGINT, signal.SIGTERM)[number % 2]
-            way(f"{one.name} after {after_s:.2f} s", lambda s=after_s, n=one: _signalled(host, n, s))  # type: ignore[misc]
+            way(f"{one.name} after {after_s:.2f} s", partial(_signalled, host, one, after_s))
         for _ in range(RANDOM_AGENT_KILLS):
             after_s = choice.uniform(0.0, whole_s)
-            way(f"the agent is killed after {after_s:.2f} s", lambda s=after_s: _agent_killed(host, s))  # type: ignore[misc]
+            way(f"the agent is killed after {after_s:.2f} s", partial(_agent_killed, host, after_s))
     found = {name: what for name, what in leaks.items() if what}
     need(not found, f"left: {found}")
     detail = (
-        f"leaks after {len(leaks)} ways out: signals, crashes of ranks, of first processes and of the agent, the launcher"
-        f" killed while it runs and at {RANDOM_KILLS} random moments, signals at {RANDOM_SIGNALS}, the agent killed at"
+        f"leaks after {len(leaks)} ways out: signals, crashes of ranks, of first processes and of the agent, the"
+        f" launcher killed while it runs and at {RANDOM_KILLS} random moments, signals at {RANDOM_SIGNALS}, the agent killed at"
         f" {RANDOM_AGENT_KILLS}"
     )
     return Figure(0, "leaks", detail, {"seed": SEED, "ways": list(leaks), "job_s": whole_s})
@@ -117,7 +118,7 @@ def _first_process(host: Host) -> None:
     need(code == 137, f"a first process that was killed gave {code}")
 
 
-def _killed(host: Host, after_s: float | None) -> None:
+def _killed(host: Host, after_s: float | None = None) -> None:
     with _hold(host) as job:
         if after_s is None:
             _started(job)
