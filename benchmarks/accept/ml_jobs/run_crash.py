@@ -66,8 +66,8 @@ def measure() -> Figure:
     need(not found, f"left: {found}")
     detail = (
         f"leaks after {len(leaks)} ways out: signals, crashes of ranks, of first processes and of the agent, the"
-        f" launcher killed while it runs and at {RANDOM_KILLS} random moments, signals at {RANDOM_SIGNALS}, the agent killed at"
-        f" {RANDOM_AGENT_KILLS}"
+        f" launcher killed while it runs and at {RANDOM_KILLS} random moments, signals at {RANDOM_SIGNALS}, the agent"
+        f" killed at {RANDOM_AGENT_KILLS}"
     )
     return Figure(0, "leaks", detail, {"seed": SEED, "ways": list(leaks), "job_s": whole_s})
 
