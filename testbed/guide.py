@@ -2,8 +2,8 @@
 
 The first line of a block says its language and then the place, which a reader of the rendered page does not see:
 ``sh train-0`` (a pod), ``python train-0``, ``sh host``. With ``&`` behind the place it goes on running while the next
-block is carried out. ``json host PATH`` and ``toml host PATH`` are files. A ``text`` block is what the block before it
-prints, where … stands for anything.
+block is carried out. ``json host PATH``, ``toml host PATH`` and ``yaml host PATH`` are files. A ``text`` block is what
+the block before it prints, where … stands for anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rdmanet.errors import InputError
 
 HOST = "host"
 COMMANDS = {"sh", "python"}
-FILES = {"json", "toml"}
+FILES = {"json", "toml", "yaml"}
 OUTPUT = "text"
 _FENCE = "```"
 

@@ -22,8 +22,9 @@ class Lines:
 
     def feed(self, data: bytes) -> bytes:
         """What can be written now."""
-        if self._after_return and data.startswith(b"\n"):
-            data = data[1:]
+        if self._after_return and data:
+            data = data.removeprefix(b"\n")
+            self._after_return = False
         if data:
             self._after_return = data.endswith(b"\r")
         *whole, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
