@@ -155,9 +155,14 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _uninstall(chosen: argparse.Namespace) -> int:
+    import asyncio
+
+    from rdmanet.run import launch
     from rdmanet.uninstall import uninstall
 
-    uninstall(config.load(chosen.config))
+    known = config.load(chosen.config)
+    asyncio.run(launch.cleanup(known))  # their attachments go below in any case
+    uninstall(known)
     return 0
 
 

@@ -80,7 +80,7 @@ def _run(chosen: argparse.Namespace) -> int:
             plugin=chosen.plugin,
         )
         return asyncio.run(launch.run(wish, known))
-    except RdmanetError as error:
+    except (RdmanetError, OSError) as error:  # whatever was begun has been taken back
         print(f"rdmanet run: {error}", file=sys.stderr)
         return OWN_FAILURE
     except KeyboardInterrupt:  # before anything was begun

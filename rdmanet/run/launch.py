@@ -89,6 +89,10 @@ def _check(wish: Wish) -> tuple[Path, list[Node]]:
     _require_root()
     if shutil.which(wish.argv[0]) is None:
         raise InputError(f"There is no command {wish.argv[0]!r} here, or it cannot be executed.")
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise InputError("The directory that this is started in is gone: the ranks would start in it.") from error
     nodes = []
     for device in wish.devices:
         try:

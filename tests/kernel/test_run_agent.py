@@ -70,3 +70,14 @@ def test_launcher_and_agent_die(world: World) -> None:
         assert left(world.host) == []
         world.start_agent()
         assert left(world.host) == []
+
+
+def test_uninstall_takes_what_a_killed_launcher_left(world: World) -> None:
+    with Job(world.host, "--pods", "2", *python(WAIT)) as job:
+        there(job, 2)
+        job.signal(9)
+        job.end()
+    world.host.stop_agent()
+    world.host.uninstall()
+    assert left(world.host) == []
+    assert not world.host.path("/run/rdmanet").exists()

@@ -110,7 +110,8 @@ MAY_KNOW: dict[str, set[str]] = {
     | {"rdma", "rebuild", "removal", "reserve", "slots", "store"},
     "run": NOUNS | {"client", "config", "environment", "netlink"},
     "commands": NOUNS | {"client", "config", "objects", "rebuild", "run", "show"},
-    "cli": NOUNS | {"agent", "client", "commands", "config", "datapath", "doctor", "kubelet", "show", "uninstall"},
+    "cli": NOUNS
+    | {"agent", "client", "commands", "config", "datapath", "doctor", "kubelet", "run", "show", "uninstall"},
     "__main__": {"cli"},
 }
 #: The composition root: everything but what people type.
