@@ -41,12 +41,12 @@ print(json.dumps({
     "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK),
 }))
 """
-#: Even ranks serve; odd ones ask until their neighbour listens.
+#: Even ranks serve; odd ones ask until their neighbour listens. perftest finds its peer over IPv4; RoCE goes by the GID.
 LATENCY = """
 set -- ib_send_lat -d $RDMANET_DEVICE -x $RDMANET_GID_INDEX -F -n 50
 [ $((RANK % 2)) = 0 ] && exec "$@"
 for attempt in $(seq 100); do
-	"$@" $(echo $PEER_ADDRESSES | cut -d, -f$RANK) 2> /dev/null && exit 0
+	"$@" $(echo $RDMANET_PEER_ADDRESSES_IPV4 | cut -d, -f$RANK) 2> /dev/null && exit 0
 	sleep 0.2
 done
 exit 1
@@ -108,10 +108,9 @@ def _found(ended: Ended) -> list[str]:
 
 def _latency(host: Host, family: int) -> int:
     """RoCE packets that the pods sent."""
-    program = LATENCY.replace("$PEER_ADDRESSES", f"$RDMANET_PEER_ADDRESSES_IPV{family}")
-    words = (*JOB, "--family", str(family), "--", "sh", "-c", program)
+    words = (*JOB, "--family", str(family), "--", "sh", "-c", LATENCY)
     with Gate(host, "DEL", f"latency-{family}") as gate, Job(host, *words, plugin=gate.plugin) as job:
-        gate.wait()
+        gate.wait(timeout_s=600.0)
         sent = roce_packets(host)
         gate.go(PODS)
         ended = job.end()
