@@ -41,7 +41,7 @@ print(json.dumps({
     "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK),
 }))
 """
-#: Even ranks serve; odd ones ask until their neighbour listens. perftest finds its peer over IPv4; RoCE goes by the GID.
+#: Even ranks serve; odd ones ask until their neighbour listens: by IPv4, while RoCE goes by the GID that was chosen.
 LATENCY = """
 set -- ib_send_lat -d $RDMANET_DEVICE -x $RDMANET_GID_INDEX -F -n 50
 [ $((RANK % 2)) = 0 ] && exec "$@"

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from benchmarks.peers.namespaces import agent_host
 from testbed.host import Host, diff
@@ -34,14 +35,11 @@ def measure() -> Figure:
         began_s = time.monotonic()
         need(run(host, *JOB, "--", "true").code == 0, "a job that does nothing failed")
         whole_s = time.monotonic() - began_s
-        before = host.dump()
-        del before["state"]
+        before, devices = host.dump(), _devices()
 
         def way(name: str, work: Callable[[], object]) -> None:
             work()
-            after = host.dump()
-            del after["state"]
-            leaks[name] = left(host) + diff(before, after)
+            leaks[name] = left(host) + [f"device {name}" for name in _devices() if name not in devices]
 
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             way(f"{one.name} while it runs", partial(_signalled, host, one))
@@ -62,14 +60,23 @@ def measure() -> Figure:
         for _ in range(RANDOM_AGENT_KILLS):
             after_s = choice.uniform(0.0, whole_s)
             way(f"the agent is killed after {after_s:.2f} s", partial(_agent_killed, host, after_s))
+        after = host.dump()
+        for dump in (before, after):
+            del dump["state"]  # the agent's database
+        leaks["all of it"] = diff(before, after)
     found = {name: what for name, what in leaks.items() if what}
     need(not found, f"left: {found}")
     detail = (
-        f"leaks after {len(leaks)} ways out: signals, crashes of ranks, of first processes and of the agent, the"
+        f"leaks after {len(leaks) - 1} ways out: signals, crashes of ranks, of first processes and of the agent, the"
         f" launcher killed while it runs and at {RANDOM_KILLS} random moments, signals at {RANDOM_SIGNALS}, the agent"
         f" killed at {RANDOM_AGENT_KILLS}"
     )
     return Figure(0, "leaks", detail, {"seed": SEED, "ways": list(leaks), "job_s": whole_s})
+
+
+def _devices() -> list[str]:
+    """RDMA devices: in shared mode sysfs shows all of the machine's."""
+    return sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
 
 
 def _started(job: Job) -> None:
