@@ -60,6 +60,7 @@ class Job:
 
     def __init__(self, host: Host, *words: str, plugin: str = str(CNI_EXECUTABLE), stdout: int | None = None):
         argv = [sys.executable, "-m", "rdmanet", "run", "--config", host._config_file(), "--plugin", plugin, *words]
+        self._host = host
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = host.popen(
             argv,
@@ -118,7 +119,9 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.close()
+        if self.process.pidfd >= 0:  # it was not ended: what it has goes all the same
+            self.process.close()
+            run(self._host, "--cleanup")
 
 
 def run(host: Host, *words: str, **options: Any) -> Ended:
@@ -131,7 +134,7 @@ def left(host: Host) -> list[str]:
     """Everything on a host that a job has: records, network namespaces, cgroups with their processes, attachments."""
     found = [f"record {path.name}" for path in _entries(host.path(JOBS))]
     found += [f"namespace {path.name}" for path in _entries(host.path(NETNS)) if path.name.startswith("rdmanet-")]
-    for group in _entries(cgroup2_root() / CGROUPS):
+    for group in _directories(cgroup2_root() / CGROUPS):
         pids = [pid for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()]
         found.append(f"cgroup {group.name} with {len(pids)} processes")
     if host.agent is not None:
@@ -143,6 +146,10 @@ def left(host: Host) -> list[str]:
 
 def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _directories(directory: Path) -> list[Path]:
+    return [path for path in _entries(directory) if path.is_dir()]
 
 
 class Gate:
