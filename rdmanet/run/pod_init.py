@@ -171,6 +171,7 @@ class Init:
         os.set_blocking(writer, False)
         os.set_blocking(self._reader, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own handler would let the command end this process
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def start(self) -> None:
