@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rdmanet import __version__, config
 from rdmanet.client import ask
-from rdmanet.commands import flows, monitor, objects, repair, run
+from rdmanet.commands import flows, install, monitor, objects, repair, run
 from rdmanet.errors import RdmanetError, UnavailableError
 
 #: From one `rdmanet rdma --watch` to the next.
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     uninstall.set_defaults(run=_uninstall)
 
+    install.add_to(commands, common)
     objects.add_to(commands, common)
     monitor.add_to(commands, common)
     flows.add_to(commands, common)

@@ -109,7 +109,7 @@ MAY_KNOW: dict[str, set[str]] = {
     | {"adoption", "cdi", "config", "datapath", "devices", "documents", "limits", "netlink", "node"}
     | {"rdma", "rebuild", "removal", "reserve", "slots", "store"},
     "run": NOUNS | {"client", "config", "environment", "netlink"},
-    "commands": NOUNS | {"client", "config", "objects", "rebuild", "run", "show"},
+    "commands": NOUNS | {"client", "cni", "config", "objects", "rebuild", "run", "show"},
     "cli": NOUNS
     | {"agent", "client", "commands", "config", "datapath", "doctor", "kubelet", "run", "show", "uninstall"},
     "__main__": {"cli"},
