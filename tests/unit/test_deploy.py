@@ -1,0 +1,181 @@
+"""deploy/: manifests against Kubernetes' published schema, and against the programs that read what they carry."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rdmanet import cli, config
+from rdmanet.cni import NetworkConfig
+from testbed.openapi import violations
+from testbed.paths import REPOSITORY
+
+DEPLOY = REPOSITORY / "deploy"
+MANIFESTS = DEPLOY / "kubernetes"
+CUSTOM = "NetworkAttachmentDefinition"
+
+
+def documents(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((MANIFESTS / name).read_text(encoding="utf-8")))
+
+
+def one(name: str, kind: str) -> Any:
+    (found,) = [document for document in documents(name) if document["kind"] == kind]
+    return found
+
+
+DAEMON_SET = one("rdmanet.yaml", "DaemonSet")
+POD = DAEMON_SET["spec"]["template"]["spec"]
+CONTAINERS = {c["name"]: c for c in POD["initContainers"] + POD["containers"]}
+
+
+def settings(tmp_path: Path) -> config.Config:
+    path = tmp_path / "rdmanet.toml"
+    path.write_text(one("rdmanet.yaml", "ConfigMap")["data"]["rdmanet.toml"])
+    return config.load(path)
+
+
+@pytest.mark.parametrize("path", sorted(MANIFESTS.iterdir()), ids=lambda path: path.name)
+def test_manifests_are_what_the_schema_says(path: Path) -> None:
+    found = documents(path.name)
+    assert found
+    for document in found:
+        if document["kind"] != CUSTOM:
+            assert violations(document) == []
+
+
+def _typing_error(pod: Any) -> None:
+    pod["containers"][0]["volumeMounts"][0]["mountpath"] = "/etc"
+
+
+def _text_for_number(pod: Any) -> None:
+    pod["terminationGracePeriodSeconds"] = "30"
+
+
+def _without_name(pod: Any) -> None:
+    del pod["volumes"][0]["name"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (_typing_error, "containers[0].volumeMounts[0].mountpath is no field of V1VolumeMount"),
+        (_text_for_number, "terminationGracePeriodSeconds is '30' and not of type int"),
+        (_without_name, "volumes[0].name is missing"),
+    ],
+)
+def test_the_check_can_say_no(spoil: Callable[[Any], None], sentence: str) -> None:
+    document = copy.deepcopy(DAEMON_SET)
+    spoil(document["spec"]["template"]["spec"])
+    (found,) = violations(document)
+    assert sentence in found
+
+
+def test_volumes_are_there_and_used() -> None:
+    used = {mount["name"] for c in CONTAINERS.values() for mount in c["volumeMounts"]}
+    assert used == {volume["name"] for volume in POD["volumes"]}
+
+
+def test_everything_is_in_one_namespace_that_is_there() -> None:
+    (namespace,) = {d["metadata"]["namespace"] for d in documents("rdmanet.yaml") if d["kind"] != "Namespace"}
+    assert namespace == one("rdmanet.yaml", "Namespace")["metadata"]["name"]
+    assert POD["serviceAccountName"] == one("rdmanet.yaml", "ServiceAccount")["metadata"]["name"]
+    (config_volume,) = [volume for volume in POD["volumes"] if "configMap" in volume]
+    assert config_volume["configMap"]["name"] == one("rdmanet.yaml", "ConfigMap")["metadata"]["name"]
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_run_commands_that_exist(container: Any) -> None:
+    chosen = cli._parser().parse_args(container["args"])
+    # No --config: where the ConfigMap is mounted is where rdmanet looks.
+    assert chosen.config is None
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert f"{mounts['config']}/rdmanet.toml" == str(config.DEFAULT_PATH)
+    for probe in ("readinessProbe", "livenessProbe"):
+        if probe in container:
+            program, *words = container[probe]["exec"]["command"]
+            assert program == "rdmanet"
+            cli._parser().parse_args(words)
+
+
+def test_the_installer_writes_into_the_hosts_directories() -> None:
+    chosen = cli._parser().parse_args(CONTAINERS["install"]["args"])
+    hosts = {volume["name"]: volume.get("hostPath", {}).get("path") for volume in POD["volumes"]}
+    places = {mount["mountPath"]: hosts[mount["name"]] for mount in CONTAINERS["install"]["volumeMounts"]}
+    assert places[str(chosen.bin_dir)] == "/opt/cni/bin"
+    assert places[str(chosen.conf_dir)] == "/etc/cni/net.d"
+
+
+def test_the_configuration_is_read_and_its_directories_are_mounted(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    assert found.kubernetes.slots > 0
+    hosts = {volume["name"]: volume.get("hostPath", {}).get("path") for volume in POD["volumes"]}
+
+    def mounted(container: str) -> set[str]:
+        """Paths that are the host's under the same name."""
+        mounts = CONTAINERS[container]["volumeMounts"]
+        return {mount["mountPath"] for mount in mounts if hosts[mount["name"]] == mount["mountPath"]}
+
+    agent, kubernetes = found.agent, found.kubernetes
+    both = {str(agent.socket.parent)}
+    places = {agent.state_dir, found.datapath.bpffs_dir.parent, kubernetes.pod_resources.parent, kubernetes.cdi_dir}
+    assert {str(path) for path in places} | both <= mounted("agent")
+    assert {str(kubernetes.plugin_dir)} | both <= mounted("device-plugin")
+
+
+def test_only_the_agent_has_privileges() -> None:
+    for name, container in CONTAINERS.items():
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"]
+        if name == "agent":
+            assert context["privileged"]
+        else:
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["allowPrivilegeEscalation"] is False
+    assert POD["automountServiceAccountToken"] is False
+
+
+def test_the_job_asks_for_the_resource(tmp_path: Path) -> None:
+    resource = settings(tmp_path).kubernetes.resource
+    job = one("training-job.yaml", "Job")
+    (rank,) = job["spec"]["template"]["spec"]["containers"]
+    assert rank["resources"]["limits"] == {resource: "1"}
+    environment = {one["name"]: one.get("value") for one in rank["env"]}
+    assert int(environment["WORLD_SIZE"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    service = one("training-job.yaml", "Service")["metadata"]["name"]
+    assert job["spec"]["template"]["spec"]["subdomain"] == service
+    assert environment["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service}"
+
+
+def test_multus_network_is_one_of_ours(tmp_path: Path) -> None:
+    document = one("network-attachment-definition.yaml", CUSTOM)
+    assert document["apiVersion"] == "k8s.cni.cncf.io/v1"
+    assert set(document["spec"]) == {"config"}
+    found = NetworkConfig.parse(json.loads(document["spec"]["config"]))
+    assert found.name == document["metadata"]["name"]
+    assert "deviceID" in found.capabilities
+    resource = document["metadata"]["annotations"]["k8s.v1.cni.cncf.io/resourceName"]
+    assert resource == settings(tmp_path).kubernetes.resource
+
+
+def test_systemd_understands_the_device_plugins_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze (package systemd)")
+    name = "rdmanet-device-plugin.service"
+    text = (DEPLOY / name).read_text(encoding="utf-8")
+    assert "ExecStart=/opt/rdmanet/bin/rdmanet device-plugin\n" in text
+    unit = tmp_path / name
+    unit.write_text(text.replace("/opt/rdmanet/bin/rdmanet", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], check=False, capture_output=True, text=True
+    )
+    ours = [line for line in done.stderr.splitlines() if name in line]
+    assert (done.returncode, ours) == (0, []), done.stderr
