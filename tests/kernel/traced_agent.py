@@ -11,12 +11,16 @@ import argparse
 import asyncio
 import gc
 import signal
+import sys
 import tracemalloc
 from pathlib import Path
 
 from rdmanet import config
 from rdmanet.agent import Agent
 from rdmanet.store import owned
+
+#: More than the table has room for.
+INTERNED = 200_000
 
 
 def main() -> None:
@@ -25,6 +29,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     chosen = parser.parse_args()
     tracemalloc.start()
+    # Python's table of interned strings is made anew once, with 2 MB, when so many have come and gone: let that be now.
+    for number in range(INTERNED):
+        sys.intern(f"passing {number}")
 
     def tell(number: int, frame: object) -> None:
         gc.collect()
