@@ -19,7 +19,13 @@ from tests.bpf.test_fuzz import frames
 LONGEST_BYTES = 4096
 #: Flows of so many inputs fill a good part of the tables.
 RESET_EVERY = 2_000
-VERDICTS = {b"p": {OK, SHOT, REDIRECT}, b"h": {OK, SHOT, REDIRECT, UNSPEC}, b"u": {OK, SHOT, REDIRECT, UNSPEC}}
+#: include/uapi/linux/pkt_cls.h: a fragment that waits for the first one.
+STOLEN = 4
+VERDICTS = {
+    b"p": {OK, SHOT, REDIRECT, STOLEN},
+    b"h": {OK, SHOT, REDIRECT, STOLEN, UNSPEC},
+    b"u": {OK, SHOT, REDIRECT, STOLEN, UNSPEC},
+}
 
 
 @contextlib.contextmanager
