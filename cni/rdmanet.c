@@ -88,6 +88,9 @@ static bool is_version(const char *text)
 	for (part = 0; part < 3; part++) {
 		if (*text < '0' || *text > '9')
 			return false;
+		/* Section 2 there: numbers have no leading zeros. */
+		if (*text == '0' && text[1] >= '0' && text[1] <= '9')
+			return false;
 		while (*text >= '0' && *text <= '9')
 			text++;
 		if (part < 2 && *text++ != '.')

@@ -129,7 +129,10 @@ async def test_podmans_dummy_environment(runtime: Runtime) -> None:
     validate_version(json.loads(outcome.success()), "1.0.0")
 
 
-@pytest.mark.parametrize("version", [1, None, "", "1", '1.0.0"', "1.0", "v1.0.0", "1.0.0 ", "1.0.0-ä", "1" * 100])
+@pytest.mark.parametrize(
+    "version",
+    [1, None, "", "1", "1.1.000", "1.01.0", "01.0.0", '1.0.0"', "1.0", "v1.0.0", "1.0.0 ", "1.0.0-ä", "1" * 100],
+)
 async def test_what_is_no_version_cannot_be_decoded(runtime: Runtime, version: object) -> None:
     body = json.dumps({"cniVersion": version}).encode()
     (await runtime.run("VERSION", body)).error(6)
