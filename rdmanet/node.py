@@ -35,6 +35,9 @@ UPLINK_FILTER = "rdmanet/uplink"
 BPF_FS_MAGIC = 0xCAFE4A11
 #: In every new bpffs (kernel/bpf/inode.c, populate_bpffs).
 KERNELS_OWN_PINS = ("maps.debug", "progs.debug")
+#: The same on all machines (asm-generic/unistd.h); its flag from linux/mount.h.
+SYS_OPEN_TREE, OPEN_TREE_CLONE, AT_FDCWD = 428, 1, -100
+PROC = Path("/proc")
 DEFAULT_MTU_BYTES = 1500
 LOOPBACK_MTU_BYTES = 65535
 
@@ -205,14 +208,37 @@ def _refuse_overlap(ranges: tuple[ipam.IPNetwork, ...], route: RouteSocket, own:
 
 def _write_sysctl(path: Path, value: str) -> None:
     try:
-        path.write_text(value, encoding="ascii")
+        try:
+            path.write_text(value, encoding="ascii")
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            _write_below_mounts(path, value)
     except OSError as error:
         raise KernelError(
-            f"{path} cannot be written; is /proc/sys read-only, or IPv6 switched off on this host?",
+            f"{path} cannot be written; is IPv6 switched off on this host, or may the agent not mount (CAP_SYS_ADMIN,"
+            " AppArmor)?",
             operation="sysctl",
             subject=str(path),
             errno=error.errno,
         ) from error
+
+
+def _write_below_mounts(path: Path, value: str) -> None:
+    """Container runtimes mount /proc/sys over itself, read-only: over a copy of /proc's own mount nothing is mounted.
+    The copy is attached nowhere, and ends with its descriptor."""
+    proc = _libc.syscall(SYS_OPEN_TREE, AT_FDCWD, bytes(PROC), OPEN_TREE_CLONE | os.O_CLOEXEC)
+    if proc < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    try:
+        file = os.open(path.relative_to(PROC), os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            os.write(file, value.encode("ascii"))
+        finally:
+            os.close(file)
+    finally:
+        os.close(proc)
 
 
 def _undo_host_link(store: Store, route: RouteSocket) -> None:

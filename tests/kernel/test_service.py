@@ -135,6 +135,21 @@ def test_with_its_capabilities_everything_works(world: World) -> None:
     assert diff(before, world.host.dump()) == []
 
 
+def test_they_are_enough_where_proc_sys_is_read_only(world: World) -> None:
+    """As container runtimes mount it for all that are not privileged."""
+    for words in (["--bind", "/proc/sys", "/proc/sys"], ["-o", "remount,bind,ro", "/proc/sys"]):
+        world.host.exec(["mount", *words])
+    names = [f"/proc/sys/net/{family}/conf/rdmanet0/forwarding" for family in ("ipv4", "ipv6")]
+    world.start_agent(*program(*granted()))
+    assert world.host.exec(["cat", *names]).stdout.split() == ["1", "1"]
+    refused_by_kernel = world.host.exec(["sh", "-c", f"echo 0 > {names[0]}"], check=False)
+    assert "Read-only file system" in refused_by_kernel.stderr
+    one, two = world.add(), world.add()
+    one.pod.start()
+    for version in (4, 6):
+        one.pod.exec(["ping", "-c", "1", "-W", "5", two.address(version)])
+
+
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
