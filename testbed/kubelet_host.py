@@ -30,6 +30,7 @@ RESOURCE = "rdmanet.io/rdma"
 ROOT, CDI = "/run/kubelet", "/run/cdi-test"
 NETWORK: dict[str, Any] = {"cniVersion": "1.1.0", "name": "net", "type": "rdmanet"}
 AGENT = ("-m", "rdmanet", "agent")
+PLUGIN = ("-m", "rdmanet", "device-plugin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,13 @@ class KubeletHost:
         """With the sections of this host."""
         self.host.start_agent(self.sections, program=program)
 
-    def start_plugin(self) -> None:
+    def start_plugin(self, program: Sequence[str] = PLUGIN) -> None:
         """``rdmanet device-plugin``, as a process of its own."""
         self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115
             prefix=f"plugin-{self.host.name}-", suffix=".log", dir=session().path
         )
         self.plugin = self.host.popen(
-            [sys.executable, "-m", "rdmanet", "device-plugin", "--config", self.host._config_file()],
+            [sys.executable, *program, "--config", self.host._config_file()],
             cwd=str(REPOSITORY),
             stdout=self._log.fileno(),
             stderr=self._log.fileno(),

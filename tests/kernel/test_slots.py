@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from rdmanet.errors import UnavailableError
 from rdmanet.netlink import nldev
 from testbed.host import CniOutcome, Host, diff
 from testbed.kubelet import AdmissionError
-from testbed.kubelet_host import CDI, NETWORK, RESOURCE, KubeletHost, Sandbox
+from testbed.kubelet_host import CDI, NETWORK, PLUGIN, RESOURCE, KubeletHost, Sandbox
 from tests.kernel.world import refused, succeeded
 
 
@@ -58,6 +59,21 @@ def test_slots_that_nobody_can_use(stage: KubeletHost) -> None:
     assert all("this host has no RDMA devices for pods" in str(problem) for problem in problems)
     with pytest.raises(AdmissionError, match="available 0"):
         stage.admit("train-0")
+
+
+def test_the_plugin_needs_no_capability(stage: KubeletHost) -> None:
+    """As deploy/ starts it: by the unit, and by the DaemonSet."""
+    kubelet = stage.loop.kubelet
+    assert stage.stop_plugin() == 0
+    registered = len(kubelet.registrations)
+    stage.start_plugin(("-m", "testbed.limited", "", "--", *PLUGIN))
+    stage.loop.do(kubelet.until(lambda: len(kubelet.registrations) > registered, "the plugin without capabilities"))
+    assert stage.plugin is not None
+    status = Path(f"/proc/{stage.plugin.pid}/status").read_text()
+    assert "CapBnd:\t0000000000000000" in status
+    assert "CapEff:\t0000000000000000" in status
+    stage.loop.do(kubelet.until(lambda: len(kubelet.endpoints[RESOURCE].devices) == 4, "its list"))
+    stage.healthy()
 
 
 def test_a_pod_without_a_slot_gets_its_network(stage: KubeletHost) -> None:
