@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import yaml
 
 from rdmanet import cli, config
 from rdmanet.cni import NetworkConfig
+from testbed.limited import granted
 from testbed.openapi import violations
 from testbed.paths import REPOSITORY
 
@@ -131,15 +133,23 @@ def test_the_configuration_is_read_and_its_directories_are_mounted(tmp_path: Pat
     assert {str(kubernetes.plugin_dir)} | both <= mounted("device-plugin")
 
 
-def test_only_the_agent_has_privileges() -> None:
+def test_the_agent_has_the_units_capabilities_and_the_others_none() -> None:
+    """Those that tests/kernel/test_service.py takes away one by one, and docs/operations.md lists."""
+    listed = re.findall(r"^\| `CAP_(\w+)` \|", (REPOSITORY / "docs/operations.md").read_text(), re.MULTILINE)
+    assert tuple(listed) == granted()
     for name, container in CONTAINERS.items():
         context = container["securityContext"]
         assert context["readOnlyRootFilesystem"]
+        assert "privileged" not in context
+        assert context["capabilities"]["drop"] == ["ALL"]
         if name == "agent":
-            assert context["privileged"]
+            assert tuple(context["capabilities"]["add"]) == granted()
         else:
-            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "add" not in context["capabilities"]
             assert context["allowPrivilegeEscalation"] is False
+        # What goes from the container to the host needs a privileged one.
+        assert not [m for m in container["volumeMounts"] if m.get("mountPropagation") == "Bidirectional"]
+    assert (POD["hostNetwork"], POD["hostPID"]) == (True, True)
     assert POD["automountServiceAccountToken"] is False
 
 
