@@ -163,6 +163,13 @@ def test_the_job_asks_for_the_resource(tmp_path: Path) -> None:
     service = one("training-job.yaml", "Service")["metadata"]["name"]
     assert job["spec"]["template"]["spec"]["subdomain"] == service
     assert environment["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service}"
+    # The Job controller gives its pods this label; they are looked up before they are ready, and are on one node.
+    ranks = {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    spec = one("training-job.yaml", "Service")["spec"]
+    assert (spec["clusterIP"], spec["publishNotReadyAddresses"], spec["selector"]) == ("None", True, ranks)
+    affinity = job["spec"]["template"]["spec"]["affinity"]["podAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert (term["topologyKey"], term["labelSelector"]["matchLabels"]) == ("kubernetes.io/hostname", ranks)
 
 
 def test_multus_network_is_one_of_ours(tmp_path: Path) -> None:
