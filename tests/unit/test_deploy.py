@@ -116,6 +116,34 @@ def test_the_installer_writes_into_the_hosts_directories() -> None:
     assert places[str(chosen.conf_dir)] == "/etc/cni/net.d"
 
 
+def test_what_the_daemon_set_did_is_taken_back() -> None:
+    """By the same image with the same rights and mounts: its files, then everything that the agent did to the host."""
+    pod = one("remove.yaml", "DaemonSet")["spec"]["template"]["spec"]
+    files, uninstall = pod["initContainers"]
+    (done,) = pod["containers"]
+    parser = cli._parser()
+    removal, installation = (parser.parse_args(args) for args in (files["args"], CONTAINERS["install"]["args"]))
+    assert removal.remove
+    assert (removal.bin_dir, removal.conf_dir) == (installation.bin_dir, installation.conf_dir)
+    assert parser.parse_args(uninstall["args"]).config is None
+    assert {c["image"] for c in (files, uninstall, done)} == {CONTAINERS["agent"]["image"]}
+    assert uninstall["securityContext"] | {"runAsUser": 0} == CONTAINERS["agent"]["securityContext"]
+    assert (pod["hostNetwork"], pod["hostPID"], pod["tolerations"]) == (True, True, POD["tolerations"])
+
+    def places(pod: Any, container: Any) -> set[tuple[str, str, str]]:
+        """The host's directories: there, in the container, and which way mounts go."""
+        hosts = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+        return {
+            (hosts[m["name"]], m["mountPath"], m.get("mountPropagation", ""))
+            for m in container["volumeMounts"]
+            if m["name"] in hosts
+        }
+
+    assert places(pod, files) == places(POD, CONTAINERS["install"])
+    kubelets = {place for place in places(POD, CONTAINERS["agent"]) if place[0].startswith("/var/lib/kubelet/")}
+    assert places(pod, uninstall) == places(POD, CONTAINERS["agent"]) - kubelets
+
+
 def test_the_configuration_is_read_and_its_directories_are_mounted(tmp_path: Path) -> None:
     found = settings(tmp_path)
     assert found.kubernetes.slots > 0

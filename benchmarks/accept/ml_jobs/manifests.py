@@ -35,9 +35,10 @@ def measure() -> Figure:
         wrong = violations(document)
         need(not wrong, f"{document['kind']}: {'; '.join(wrong)}")
         spoiled += _refused(document)
-    (daemon_set,) = [document for document in found if document["kind"] == "DaemonSet"]
-    pod = daemon_set["spec"]["template"]["spec"]
-    commands = [container["args"] for container in pod["initContainers"] + pod["containers"]]
+    pods = [document["spec"]["template"]["spec"] for document in found if document["kind"] == "DaemonSet"]
+    containers = [container for pod in pods for container in pod["initContainers"] + pod["containers"]]
+    # Of the image's own program, which a command would replace.
+    commands = [container["args"] for container in containers if "command" not in container]
     for words in commands:
         cli._parser().parse_args(words)
     (config_map,) = [document for document in found if document["kind"] == "ConfigMap"]
