@@ -114,6 +114,10 @@ def test_the_installer_writes_into_the_hosts_directories() -> None:
     places = {mount["mountPath"]: hosts[mount["name"]] for mount in CONTAINERS["install"]["volumeMounts"]}
     assert places[str(chosen.bin_dir)] == "/opt/cni/bin"
     assert places[str(chosen.conf_dir)] == "/etc/cni/net.d"
+    # What it copies is where the image has it, and nothing of the host's is mounted over that.
+    (directory,) = re.findall(r"make -C cni OUT=/out(/\S+)", (REPOSITORY / "Dockerfile").read_text())
+    assert str(chosen.executable) == f"{directory}/rdmanet"
+    assert not [place for place in places if chosen.executable.is_relative_to(place)]
 
 
 def test_what_the_daemon_set_did_is_taken_back() -> None:
