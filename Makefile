@@ -2,7 +2,7 @@
 # Both set up what they need first; CONTRIBUTING.md and docs/testing.md tell more.
 PYTHON := .venv/bin/python
 
-# More for podman build; where a proxy signs: IMAGE_FLAGS="-v /etc/ssl/certs:/etc/ssl/certs:ro".
+# More for podman build, such as another base or pip's settings: docs/testing.md, "The image".
 IMAGE_FLAGS ?=
 
 .DEFAULT_GOAL := help
@@ -41,7 +41,7 @@ accept: setup
 	@$(PYTHON) -m benchmarks.accept --only "$(ONLY)" --rows "$(ROWS)"
 
 image:
-	podman build --network host --cap-add CAP_SYS_ADMIN $(IMAGE_FLAGS) -t rdmanet:test .
+	podman build --format docker --network host --cap-add CAP_SYS_ADMIN $(IMAGE_FLAGS) -t rdmanet:test .
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

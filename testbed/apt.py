@@ -125,6 +125,15 @@ def machine_archive() -> Archive:
     return Archive(uri, target["Release"], keyring_of(target.get("Sourcesentry", ""), uri))
 
 
+def machine_settings() -> list[str]:
+    """The machine's settings (proxies, certificates, retries) as lines of apt.conf; not its hooks and directories."""
+    return [
+        line
+        for line in _run(["apt-config", "dump"]).splitlines()
+        if not re.match(r"(Dir\b|DPkg\b|APT::(Update|NeverAutoRemove|Periodic)\b|.*-Invoke)", line)
+    ]
+
+
 class PrivateApt:
     """An apt root of its own under the cache, for ``suites`` of ``archive``."""
 
@@ -138,12 +147,7 @@ class PrivateApt:
         options = f"[signed-by={archive.keyring}] " if archive.keyring else ""
         sources = [f"deb {options}{archive.uri} {suite} main\n" for suite in suites]
         (self.root / "sources.list").write_text("".join(sources))
-        # The machine's settings (proxies, certificates, retries) hold; its hooks and directories do not.
-        keep = [
-            line
-            for line in _run(["apt-config", "dump"]).splitlines()
-            if not re.match(r"(Dir\b|DPkg\b|APT::(Update|NeverAutoRemove|Periodic)\b|.*-Invoke)", line)
-        ]
+        keep = machine_settings()
         own = {
             "Dir::Etc::main": "/dev/null",
             "Dir::Etc::parts": "/dev/null",

@@ -219,11 +219,25 @@ class Host:
         sections.setdefault("datapath", {}).setdefault("artifact_dir", str(ARTIFACT))
         file = self._config_file()
         self.container.act(("write", file, toml(sections)))
+        return self.run_agent(
+            [sys.executable, *program, "--config", file], environment=environment, timeout_s=timeout_s
+        )
+
+    def run_agent(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = READY_TIMEOUT_S,
+    ) -> float:
+        """Start the agent by a command of another's, such as a container runtime's, as `start_agent` does."""
+        if self.agent is not None:
+            raise UnavailableError(f"an agent runs on {self.name} already")
         started = time.monotonic()
         log = tempfile.NamedTemporaryFile(prefix=f"rdmanet-{self.name}-", suffix=".log", dir=session().path)  # noqa: SIM115
         reader, writer = os.pipe()
         process = self.popen(
-            [sys.executable, *program, "--config", file],
+            argv,
             cwd=str(REPOSITORY),
             stdout=writer,
             stderr=writer,

@@ -40,7 +40,7 @@ packages() {
 	# what benchmarks/ compares with, and chains behind our plugin
 	echo containernetworking-plugins iptables ipvsadm
 	# container runtimes, and what their test images are made of
-	echo podman runc conmon containerd busybox-static
+	echo podman runc conmon containerd busybox-static mmdebstrap
 	# the test kernel and its virtual machine
 	if ! kernel_has_rxe; then echo qemu-system-x86 cpio zstd e2fsprogs; fi
 }
