@@ -31,7 +31,7 @@ NETWORK = {"cniVersion": "1.1.0", "name": "net", "type": "rdmanet"}
 CONFIG_FILE = "/run/image/rdmanet.toml"
 CONFIG = ("--volume", f"{CONFIG_FILE}:{DEFAULT_PATH}:ro")
 #: Files and packages that compile, or that only compilers need.
-FILES = ("libLLVM*", "libclang*", "clang", "clang-*", "libbcc*", "bcc", "gcc", "cc1", "*musl*", "linux-headers-*")
+FILES = ("libLLVM*", "libclang*", "clang", "clang-*", "libbcc*", "gcc", "gcc-[0-9]*[0-9]", "cc1", "*musl*")
 PACKAGES = re.compile(
     r"(gcc|g\+\+|cpp|clang|llvm|tcc|musl-tools)(-[\d.]+)?|lib(llvm|clang|bpfcc)\S*|\S*bpfcc|\S*-dev|linux-headers\S*"
 )
@@ -48,8 +48,8 @@ def measure() -> Figure:
         with Podman.start(host) as podman:
             podman("load", "--quiet", "--input", str(built.archive), timeout_s=LOAD_TIMEOUT_S)
             packages = _without_compiler(podman)
-            before = host.dump()
             _write_config(host)
+            before = host.dump()
             ready_s = host.run_agent(_run(AGENT, "--privileged", *_like_a_daemon_set(), words=["agent"]))
             _commands(podman)
             _pod(host, podman)
@@ -96,7 +96,7 @@ def _without_compiler(podman: Podman) -> int:
     found = [package for package in packages if PACKAGES.fullmatch(package)]
     need(len(packages) > 50 and not found, f"of {len(packages)} packages some compile: {found}")
     names = [word for name in FILES for word in ("-o", "-name", name)][1:]
-    files = podman(*inside, "find", NAME, "/", "-xdev", "(", *names, ")").stdout.split()
+    files = podman(*inside, "find", NAME, "/", "-xdev", "!", "-type", "d", "(", *names, ")").stdout.split()
     need(not files, f"to compile with: {files[:5]}")
     return len(packages)
 
