@@ -1,6 +1,6 @@
-# One image for agent, device plugin, installer and command line; `make image` builds it, testbed/built_image.py on a base that is
-# made on the spot. The first stage compiles datapath and CNI executable. The image itself has neither compiler nor LLVM,
-# bcc or kernel headers: it has the artifact, and no `rdmanet datapath build`.
+# One image for agent, device plugin, installer and command line; `make image` builds it, testbed/built_image.py on a
+# base that is made on the spot. The first stage compiles datapath and CNI executable. The image itself has neither
+# compiler nor LLVM, bcc or kernel headers: it has the artifact, and no `rdmanet datapath build`.
 #
 # The agent runs as root, in the host's network and pid namespaces, privileged, with /run/rdmanet, /var/lib/rdmanet,
 # /sys/fs/bpf and the runtime's namespaces (/run/netns, shared propagation) mounted; docs/testing.md has the whole command.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rdmanet.cli import main
+from rdmanet.commands.install import EXECUTABLE, NAME
 from rdmanet.config import DatapathConfig
 from testbed.built_image import DOCKERFILE, sources
 from testbed.paths import REPOSITORY
@@ -35,6 +36,11 @@ def test_extras_are_the_projects() -> None:
 def test_the_artifact_is_where_the_agent_looks() -> None:
     (output,) = re.findall(r"--output /out(\S+)", TEXT)
     assert Path(output) == DatapathConfig().artifact_dir
+
+
+def test_the_cni_executable_is_where_the_installer_looks() -> None:
+    (output,) = re.findall(r"OUT=/out(\S+)", TEXT)
+    assert Path(output, NAME) == EXECUTABLE
 
 
 @pytest.mark.parametrize("keyword", ["CMD", "HEALTHCHECK"])

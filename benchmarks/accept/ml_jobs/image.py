@@ -1,8 +1,9 @@
 """Row `image`: agent, device plugin, command line and CNI executable of the image as a host runs them, and no compiler.
 
 It is built on a Debian base that is made here, and run by podman on a scratch host in the way of a DaemonSet: in the
-host's network, with the host's directories. Its own CNI executable adds and deletes a pod by the agent's socket. The
-device plugin runs without capabilities, says that kubelet is away, and registers when it comes.
+host's network, with the host's directories. Its installer puts the CNI executable on the host, which adds and deletes a
+pod by the agent's socket. The device plugin runs without capabilities, says that kubelet is away, and registers when it
+comes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ FILES = ("libLLVM*", "libclang*", "clang", "clang-*", "libbcc*", "gcc", "gcc-[0-
 PACKAGES = re.compile(
     r"(gcc|g\+\+|cpp|clang|llvm|tcc|musl-tools)(-[\d.]+)?|lib(llvm|clang|bpfcc)\S*|\S*bpfcc|\S*-dev|linux-headers\S*"
 )
+#: As the manifests run what is not the agent.
+PLAIN = (
+    "--cap-drop",
+    "all",
+    "--security-opt",
+    "no-new-privileges",
+    "--read-only",
+    "--network",
+    "none",
+    "--no-healthcheck",
+)
+#: Where the installer's files go; the testbed executes plugins that it sees itself.
+BIN_DIR, CONF_DIR = BUILD / "image-bin", "/run/image/net.d"
 LOAD_TIMEOUT_S = 300.0
 
 
@@ -50,7 +64,7 @@ def measure() -> Figure:
             packages = _without_compiler(podman)
             _write_config(host)
             before = host.dump()
-            ready_s = host.run_agent(_run(AGENT, "--privileged", *_like_a_daemon_set(), words=["agent"]))
+            ready_s = host.run_agent(_run(AGENT, "--privileged", "--read-only", *_like_a_daemon_set(), words=["agent"]))
             _commands(podman)
             _pod(host, podman)
             waiting = _plugin(host)
@@ -62,9 +76,9 @@ def measure() -> Figure:
     size, base = (round(count / 1e6) for count in (built.size_bytes, built.base_bytes))
     detail = (
         f"of which {base} MB are the Debian base; {packages} packages, no compiler, LLVM, bcc or headers; its agent was"
-        f" ready in {ready_s:.1f} s, the health check saw it, and that none runs elsewhere; its CNI executable"
-        f" added and deleted a pod with both families; its plugin without any capability: “{waiting}”, then registered;"
-        " nothing was left"
+        f" ready in {ready_s:.1f} s, the health check saw it, and that none runs elsewhere; the CNI executable"
+        " that its installer put on the host added and deleted a pod with both families; its plugin without any"
+        f" capability: “{waiting}”, then registered; nothing was left"
     )
     return Figure(size, "MB", detail, {"base": base, "ready_s": ready_s, "packages": packages})
 
@@ -85,7 +99,7 @@ def _run(name: str, *options: str, words: Sequence[str]) -> list[str]:
 def _write_config(host: Host) -> None:
     """What agent and plugin both read."""
     sections = {"kubernetes": {"slots": SLOTS, "plugin_dir": f"{ROOT}/device-plugins", "ask_kubelet": False}}
-    directories = ("/run/rdmanet", f"{ROOT}/device-plugins", str(Path(CONFIG_FILE).parent))
+    directories = ("/run/rdmanet", f"{ROOT}/device-plugins", CONF_DIR)
     host.container.act(*(("mkdir", path) for path in directories), ("write", CONFIG_FILE, toml(sections)))
 
 
@@ -113,10 +127,18 @@ def _commands(podman: Podman) -> None:
     podman("rm", "--force", "--time", "0", OTHER)
 
 
+def _install(host: Host, *words: str) -> None:
+    """The image's installer, as the DaemonSet's init container."""
+    volumes = [*CONFIG, "--volume", f"{BIN_DIR}:/host/bin", "--volume", f"{CONF_DIR}:/host/conf"]
+    argv = ["install", "--bin-dir", "/host/bin", "--conf-dir", "/host/conf", *words]
+    host.exec(_run(OTHER, *PLAIN, *volumes, words=argv))
+
+
 def _pod(host: Host, podman: Podman) -> None:
-    """ADD and DEL by the executable that lies in the image."""
-    executable = BUILD / "cni-of-image"
-    podman("cp", f"{AGENT}:/opt/cni/bin/rdmanet", str(executable))
+    """ADD and DEL by the executable that the image's installer puts on the host, which takes it out again."""
+    BIN_DIR.mkdir(parents=True, exist_ok=True)
+    executable = BIN_DIR / "rdmanet"
+    _install(host)
     # An image of busybox alone has no libraries.
     alone = ("--volume", f"{executable}:/rdmanet:ro", "--env", "CNI_COMMAND=VERSION", IMAGE, "/rdmanet")
     need("1.1.0" in podman("run", "--rm", "--network", "none", *alone).stdout, "the CNI executable is not static")
@@ -133,15 +155,17 @@ def _pod(host: Host, podman: Podman) -> None:
         need(deleted.returncode == 0, f"DEL: {deleted.sentence}")
     finally:
         pod.destroy()
-        executable.unlink()
+    conflist = host.path(CONF_DIR)
+    need(len(list(conflist.iterdir())) == 1, "the installer wrote no configuration")
+    _install(host, "--remove")
+    need(not list(BIN_DIR.iterdir()) and not list(conflist.iterdir()), "the installer has left something")
 
 
 def _plugin(host: Host) -> str:
     """What it says while kubelet is away; then kubelet comes, and it registers."""
     socket = str(Path(SOCKET).parent)
-    options = ["--cap-drop", "all", "--security-opt", "no-new-privileges", "--read-only", "--network", "none"]
-    options += ["--volume", f"{socket}:{socket}", "--volume", f"{ROOT}:{ROOT}"]
-    words = _run(PLUGIN, *options, *CONFIG, "--no-healthcheck", words=["device-plugin"])
+    volumes = ["--volume", f"{socket}:{socket}", "--volume", f"{ROOT}:{ROOT}"]
+    words = _run(PLUGIN, *PLAIN, *volumes, *CONFIG, words=["device-plugin"])
     with host.popen(["sh", "-c", 'exec "$@" 2>&1', "plugin", *words], stdout=subprocess.PIPE) as plugin:
         assert plugin.stdout is not None
         said = ""
