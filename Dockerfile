@@ -27,10 +27,10 @@ COPY cni cni
 RUN make -C cni OUT=/out/usr/lib/rdmanet/cni
 # Whoever has an index or certificates of their own gives pip's settings, and with `cert = /etc/pip.pem` certificates:
 # --secret id=pip.conf,src=FILE --secret id=pip.pem,src=FILE. What pip installs must not lean on this stage's packages;
-# only the image's pyverbs is the distribution's.
+# only the image's pyverbs is the distribution's. Bytecode is made here, as the image may be mounted read-only.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=pip.pem,target=/etc/pip.pem \
     python3 -m venv /opt/rdmanet \
-    && /opt/rdmanet/bin/pip install --no-cache-dir --no-compile '.[agent,kubernetes]' \
+    && /opt/rdmanet/bin/pip install --no-cache-dir '.[agent,kubernetes]' \
     && /opt/rdmanet/bin/pip uninstall -y -q pip \
     && sed -i 's/^include-system-site-packages.*/include-system-site-packages = true/' /opt/rdmanet/pyvenv.cfg
 # bcc makes the maps while it compiles: this step wants CAP_SYS_ADMIN in the build (make image gives it).

@@ -176,7 +176,8 @@ def _plugin(host: Host) -> str:
         need("waiting for kubelet" in said, f"the plugin ended: {said}")
         with running(host.path(ROOT)) as loop:
             loop.do(loop.kubelet.until(lambda: RESOURCE in loop.kubelet.endpoints, "the image's plugin"))
-        plugin.signal(15)
-        plugin.stdout.read()
-        need(plugin.wait() == 0, "the plugin's container did not end as it should")
+            plugin.signal(15)
+            rest = plugin.stdout.read().decode(errors="replace").strip()
+            status = plugin.wait()
+        need(status == 0, f"the plugin's container ended with status {status}: {rest[-600:]}")
     return said[said.index("waiting for kubelet") :]
