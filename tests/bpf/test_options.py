@@ -22,8 +22,8 @@ from tests.bpf.packets import TCP, Ip
 VERSIONS = (4, 6)
 PROG_TYPE_CGROUP_SOCK_ADDR = 18  # enum bpf_prog_type
 #: The verifier gives up at a million. Of `outside` it goes through 198,000 on Linux 6.18 and 189,000 on 6.1, of `pod`
-#: through 218,000 and 128,000.
-MOST_VERIFIED = 300_000
+#: through 218,000 and 128,000; of `outside` as Debian 13's compiler makes it, through 366,000.
+MOST_VERIFIED = 500_000
 #: Maps whose sizes are configured: as small as can be, and large.
 SIZED = ("flows", "policy", "prefixes", "services", "backends", "members", "maglev", "affinity", "sockets", "fragments")
 SIZES = {"smallest": 1, "as compiled": None, "large": 1 << 18}
