@@ -54,11 +54,13 @@ class Pair:
 
 
 @contextlib.contextmanager
-def agent_host(name: str) -> Iterator[Host]:
-    """A scratch host with an agent and its defaults. One at a time: agents name devices by their own numbers, and in
-    shared mode a name is the machine's."""
+def agent_host(name: str, program: Sequence[str] = ("-m", "rdmanet", "agent")) -> Iterator[Host]:
+    """A scratch host with an agent and its defaults; ``program`` is the agent's.
+
+    One at a time: agents name devices by their own numbers, and in shared mode a name is the machine's.
+    """
     with Host.scratch(name) as host:
-        host.start_agent()
+        host.start_agent(program=program)
         yield host
         host.stop_agent()
 

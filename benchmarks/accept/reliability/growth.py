@@ -10,7 +10,6 @@ attachment in thirty were remembered. Resident memory goes up by allocators' ste
 from __future__ import annotations
 
 import os
-import signal
 import statistics
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.accept.reliability.load import together
+from benchmarks.peers.allocated import TRACED, allocated_bytes
 from benchmarks.peers.churn import descriptors, rss_bytes
 from rdmanet.datapath import bpf
 from testbed.host import CniOutcome, diff
@@ -40,8 +40,6 @@ SPARE_BYTES = 100_000
 SPARE_FEW = 4
 #: Of resident memory and the database: arenas of allocators, and pages that are used more or less well.
 STEPS_BYTES = 4 << 20
-PROGRAM, ALLOCATED = "tests.kernel.traced_agent", "/run/allocated"
-ANSWER_TIMEOUT_S = 60.0
 #: The write-ahead log is begun anew at a checkpoint, by SQLite's default at 1,000 pages (wal_autocheckpoint).
 WAL_PAGES = 1100
 
@@ -70,7 +68,7 @@ class State:
 def measure(sizes: Sizes = Sizes()) -> Figure:
     """Bytes by which what the agent has allocated has grown."""
     with World.start("growth", agent=False) as world:
-        world.start_agent("-m", PROGRAM, ALLOCATED)
+        world.start_agent(*TRACED)
         pristine = world.snapshot()
         churn = Churn(world, sizes)
         churn.warm_up()
@@ -175,24 +173,10 @@ class Churn:
         return State(
             objects,
             {"descriptors": descriptors(pid), "threads": len(list(Path(f"/proc/{pid}/task").iterdir()))},
-            {"allocated": self._allocated(), "memory": rss_bytes(pid), "database": files[database]},
+            {"allocated": allocated_bytes(host), "memory": rss_bytes(pid), "database": files[database]},
             files.get(f"{database}-wal", 0) // 4096,
             drops,
         )
-
-    def _allocated(self) -> int:
-        """What the agent says; its garbage is collected then."""
-        host = self._world.host
-        assert host.agent is not None
-        answer = host.path(ALLOCATED)
-        host.agent.process.signal(signal.SIGUSR1)
-        deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
-        while not answer.exists():
-            need(time.monotonic() < deadline_s, "the agent does not say what it has allocated")
-            time.sleep(0.01)
-        found = int(answer.read_text(encoding="ascii"))
-        answer.unlink()
-        return found
 
 
 def _entries(pins: Path) -> dict[str, int]:
