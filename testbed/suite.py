@@ -29,7 +29,7 @@ from testbed.paths import BUILD, REPOSITORY
 from testbed.progress import say
 
 RESULTS = BUILD / "test"
-_VM_TIMEOUT_S = 2400.0
+_VM_TIMEOUT_S = 4500.0
 #: After this much silence a line says that a run goes on.
 _SILENCE_S = 10.0
 
