@@ -15,6 +15,7 @@ from rdmanet.errors import UnavailableError
 from rdmanet.model import IPAddress, address_key
 
 INFINIBAND = Path("/sys/class/infiniband")
+RDMA_CM = Path("/sys/class/misc/rdma_cm/dev")
 #: RoCE devices have one.
 PORT = 1
 #: GIDs come from a queue of the kernel's, some milliseconds after a device or an address.
@@ -91,6 +92,15 @@ def gid_index(device: str, address: IPAddress, infiniband: Path = INFINIBAND) ->
         operation="env",
         subject=device,
     )
+
+
+def connection_manager(file: Path = RDMA_CM) -> list[tuple[str, int, int]]:
+    """rdma_cm's node, which all devices share, with its numbers; nothing where the host has none."""
+    try:
+        major, minor = file.read_text(encoding="ascii").split(":")
+    except FileNotFoundError:
+        return []
+    return [("/dev/infiniband/rdma_cm", int(major), int(minor))]
 
 
 def gid_indexes(device: str, addresses: Iterable[IPAddress], infiniband: Path = INFINIBAND) -> dict[IPAddress, int]:

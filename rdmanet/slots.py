@@ -17,7 +17,7 @@ from typing import Protocol
 from rdmanet import cdi
 from rdmanet.cni import CniCode, CniError, Request
 from rdmanet.config import KubernetesConfig
-from rdmanet.environment import Environment, gid_indexes, is_soft_roce
+from rdmanet.environment import Environment, connection_manager, gid_indexes, is_soft_roce
 from rdmanet.errors import KernelError, NotFoundError, RdmanetError, RequestError, UnavailableError
 from rdmanet.model import Attachment, AttachmentState, Device, PodName, RdmaMode
 from rdmanet.netlink import namespace
@@ -33,7 +33,6 @@ DIRECTORY = "cdi-directory"
 HEARTBEAT_S = 5.0
 #: After an announcement.
 SECOND_LOOKS_S = (0.1, 1.0)
-RDMA_CM = Path("/sys/class/misc/rdma_cm/dev")
 
 
 class Kubelet(Protocol):
@@ -175,7 +174,10 @@ class Slots:
     def _nodes(self, attachment: Attachment) -> list[cdi.Node]:
         assert attachment.device is not None
         device = attachment.device
-        return [cdi.Node(f"/dev/infiniband/{device.uverbs}", device.major, device.minor), *connection_manager()]
+        return [
+            cdi.Node(f"/dev/infiniband/{device.uverbs}", device.major, device.minor),
+            *(cdi.Node(*one) for one in connection_manager()),
+        ]
 
     def _variables(self, attachment: Attachment, descriptor: int) -> dict[str, str]:
         """Where the device is seen: sysfs shows a device of exclusive mode in its own namespace alone."""
@@ -242,7 +244,9 @@ class Slots:
             problem = everywhere if attachment is None else unhealthy.get(attachment.id, everywhere)
             slots.append({"id": identity, "problem": problem, "pod": str(attachment.pod) if attachment else None})
         nodes = (
-            [] if device is None else [f"/dev/infiniband/{device.uverbs}", *(one.path for one in connection_manager())]
+            []
+            if device is None
+            else [f"/dev/infiniband/{device.uverbs}", *(path for path, _, _ in connection_manager())]
         )
         return {
             "resource": self._config.resource,
@@ -274,15 +278,6 @@ def undo(store: Store, config: KubernetesConfig) -> None:
         with contextlib.suppress(OSError):  # somebody else's files are in it by now, or it is gone
             Path(made).rmdir()
         store.forget_effect(DIRECTORY)
-
-
-def connection_manager() -> list[cdi.Node]:
-    """rdma_cm's node, which all devices share, where the host has it."""
-    try:
-        major, minor = RDMA_CM.read_text(encoding="ascii").split(":")
-    except FileNotFoundError:
-        return []
-    return [cdi.Node("/dev/infiniband/rdma_cm", int(major), int(minor))]
 
 
 def _variables(attachment: Attachment) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rdmanet import client
 from rdmanet.config import Config
-from rdmanet.environment import Environment, gid_indexes, is_soft_roce
+from rdmanet.environment import Environment, connection_manager, gid_indexes, is_soft_roce
 from rdmanet.errors import InputError, KernelError, RdmanetError, UnavailableError
 from rdmanet.model import IPAddress
 from rdmanet.netlink import namespace
@@ -31,7 +31,6 @@ from rdmanet.run.variables import Member, environment, hosts_file
 #: Passed on to the ranks; before these have started, the first four end the launcher.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
-RDMA_CM = Path("/sys/class/misc/rdma_cm/dev")
 
 Node = tuple[str, int, int]
 
@@ -240,7 +239,7 @@ class _Launch:
         rdma: dict[str, str] = {}
         nodes = list(devices)
         if row is not None and device is not None:
-            nodes += [(f"/dev/infiniband/{device['uverbs']}", device["major"], device["minor"]), *_connection_manager()]
+            nodes += [(f"/dev/infiniband/{device['uverbs']}", device["major"], device["minor"]), *connection_manager()]
             rdma = await asyncio.to_thread(self._rdma_variables, pod, row)
         group = self._plan.cgroup_of(pod)
         umask = os.umask(0o022)
@@ -312,12 +311,3 @@ class _Launch:
 def _range(wanted: Plan) -> str:
     first, last = wanted.pods[0].name, wanted.pods[-1].name
     return f"pod {first}" if first == last else f"pods {first} to {last}"
-
-
-def _connection_manager() -> list[Node]:
-    """rdma_cm's node, which all devices share, where the host has it."""
-    try:
-        major, minor = RDMA_CM.read_text(encoding="ascii").split(":")
-    except FileNotFoundError:
-        return []
-    return [("/dev/infiniband/rdma_cm", int(major), int(minor))]
