@@ -52,7 +52,7 @@ def load_all(
                 stack.callback(os.close, descriptor)
                 loaded.slots.append((slot, descriptor))
     for hook, slot in CONTINUATIONS.items():
-        if hook not in artifact.programs and running(maps[ARRAY], hook) is not None:
+        if hook not in artifact.programs and found[hook] is not None:
             loaded.slots.append((slot, None))
     for program, name in sockets.attached(directory).items():
         if program in artifact.programs and name != sockets.program_name(program, artifact.hash):
