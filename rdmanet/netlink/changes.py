@@ -32,6 +32,7 @@ from rdmanet.netlink.messages import (
     RTM_NEWLINK,
     RTM_NEWNETCONF,
     RTM_NEWROUTE,
+    RTN_UNICAST,
     attributes,
 )
 
@@ -148,21 +149,29 @@ def _socket(groups: Iterable[int], types: Collection[int], *, all_namespaces: bo
 
 
 def program(types: Collection[int], *, new: bool) -> bytes:
-    """A classic BPF program (struct sock_filter) that lets through announcements of these types, and of links those
-    that have gone down, with ``new`` those that are new as well."""
-    load_half, load_word, equal, any_bit, end = 0x28, 0x20, 0x15, 0x45, 0x06
-    type_at, flags_at, change_at = 4, 24, 28  # struct nlmsghdr; struct ifinfomsg behind it
+    """A classic BPF program (struct sock_filter) that lets through announcements of these types; of links those that
+    have gone down, with ``new`` those that are new as well; of neighbours the addresses of single interfaces: those of
+    groups (MLD's, router solicitations') every idle interface forgets after a while."""
+    load_half, load_word, load_byte, equal, any_bit, end = 0x28, 0x20, 0x30, 0x15, 0x45, 0x06
+    type_at, flags_at, change_at, neighbour_type_at = 4, 24, 28, 27  # struct nlmsghdr; ifinfomsg or ndmsg behind it
 
     def swapped(code: str, number: int) -> int:
         # It loads in the network's order.
         return int.from_bytes(struct.pack(code, number), "big")
 
     up = swapped("=I", IFF_UP)
-    wanted = sorted(types)
+    wanted = sorted(set(types) - {RTM_DELNEIGH})
+    neighbours = RTM_DELNEIGH in types
     code = [(load_half, 0, 0, type_at)]
     # Offsets count from the next instruction; the last two are what all others lead to.
     for place, number in enumerate(wanted):
-        code.append((equal, len(wanted) - place + 6, 0, swapped("=H", number)))
+        code.append((equal, len(wanted) - place + (9 if neighbours else 6), 0, swapped("=H", number)))
+    if neighbours:
+        code += [
+            (equal, 0, 2, swapped("=H", RTM_DELNEIGH)),
+            (load_byte, 0, 0, neighbour_type_at),
+            (equal, 7, 6, RTN_UNICAST),
+        ]
     code += [
         (equal, 0, 5, swapped("=H", RTM_NEWLINK)),
         (load_word, 0, 0, change_at),

@@ -119,6 +119,17 @@ def test_what_goes_inside_a_pod_is_heard_with_its_namespace(place: Place, words:
     source.close()
 
 
+def test_what_an_idle_pod_forgets_wakes_nobody(place: Place) -> None:
+    add_veth(place)
+    source = namespace.run_inside(place.host, changes.pod_changes)
+    place.in_pod("ip", "neigh", "add", "ff02::77", "lladdr", "33:33:00:00:00:77", "dev", "eth0", "nud", "noarp")
+    place.in_pod("ip", "neigh", "delete", "ff02::77", "dev", "eth0")
+    assert nothing_waits(source)
+    place.in_pod("ip", "neigh", "delete", "192.0.2.2", "dev", "eth0")
+    assert len(heard(source)) == 1
+    source.close()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -38,8 +38,8 @@ def tc(kind: int) -> bytes:
     return message(kind, struct.pack("=BxxxiIII", 0, 12, 0, 0, 0))
 
 
-def neighbour(kind: int) -> bytes:
-    return message(kind, struct.pack("=BxxxiHBB", 2, 12, 0x80, 0, 0))
+def neighbour(kind: int, type_: int = messages.RTN_UNICAST) -> bytes:
+    return message(kind, struct.pack("=BxxxiHBB", 2, 12, 0x80, 0, type_))
 
 
 def netconf(index: int) -> bytes:
@@ -96,6 +96,7 @@ def verdict(program: bytes, data: bytes) -> bool:
     load: dict[int, Callable[[int], int]] = {
         0x28: lambda at: int.from_bytes(data[at : at + 2], "big"),
         0x20: lambda at: int.from_bytes(data[at : at + 4], "big"),
+        0x30: lambda at: data[at],
     }
     while True:
         what, if_true, if_false, number = code[place]
@@ -116,7 +117,10 @@ def test_the_kernel_drops_what_nobody_reacts_to(types: tuple[int, ...], new: boo
     program = changes.program(types, new=new)
     for kind in range(16, 128):
         passes = verdict(program, message(kind, bytes(64)))
-        assert passes == (kind in types), f"type {kind}"
+        assert passes == (kind in types and kind != messages.RTM_DELNEIGH), f"type {kind}"
+    for type_ in range(16):
+        passes = verdict(program, neighbour(messages.RTM_DELNEIGH, type_))
+        assert passes == (messages.RTM_DELNEIGH in types and type_ == messages.RTN_UNICAST), f"neighbour {type_}"
     assert verdict(program, link(messages.RTM_NEWLINK, DOWN, 1))
     for flags in (UP, DOWN):
         assert verdict(program, link(messages.RTM_NEWLINK, flags, NEW)) == new
