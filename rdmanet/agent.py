@@ -25,7 +25,7 @@ from typing import TypeVar
 from aiohttp import web
 from aiohttp.log import server_logger
 
-from rdmanet import adoption, node, notify, pending, steps
+from rdmanet import adoption, memory, node, notify, pending, steps
 from rdmanet.addresses import NodeAddresses
 from rdmanet.api import Api, NotHttp
 from rdmanet.attach import Attachments
@@ -100,6 +100,7 @@ class Agent:
 
     async def serve(self) -> None:
         """Starts, says ``ready``, waits for a signal, stops."""
+        memory.share_arena()
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,6 +112,7 @@ class Agent:
             # middle of somebody's ADD.
             gc.collect()
             gc.freeze()
+            memory.give_back()
             log.info("ready after %.0f ms", (time.monotonic() - started) * 1000)
             print("ready", flush=True)
             notify.notify(notify.READY, notify.status("ready"))
@@ -202,7 +204,7 @@ class Agent:
         numbers = RdmaNumbers(self._devices, self._pods, self._limits, self._datapath)
         tracking = Tracking(
             self._datapath.flows,
-            lambda: {one.id for one in store.attachments()},
+            store.attachment_ids,
             self._executor,
             config.tracking.interval_s,
         )

@@ -211,6 +211,10 @@ class Store(Database):
             rows = self._rows(f"SELECT {_COLUMNS} FROM attachments ORDER BY id")
             return [self._read(row, keys.get(row["id"], [])) for row in rows]
 
+    def attachment_ids(self) -> set[int]:
+        """Of every attachment."""
+        return {row["id"] for row in self._rows("SELECT id FROM attachments")}
+
     def _read(self, row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
         try:
             return _attachment(row, keys)

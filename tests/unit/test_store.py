@@ -113,6 +113,7 @@ def test_round_trip_through_another_process_life(store: Store, path: Path, attac
     without_result = dataclasses.replace(ready, result={})
     assert again.attachments() == [without_result]
     assert isinstance(again.attachments()[0].state, AttachmentState)
+    assert again.attachment_ids() == {made.id}
     again.set_device(made.id, None)
     again.set_state(made.id, AttachmentState.RELEASING)
     assert again.attachments() == [dataclasses.replace(without_result, device=None, state=AttachmentState.RELEASING)]

@@ -24,6 +24,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "model": set(),
     "show": set(),
     "memlock": set(),
+    "memory": set(),
     "names": set(),
     "alias": {"model"},
     "client": {"errors"},
