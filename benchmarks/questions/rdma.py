@@ -130,5 +130,5 @@ QUESTION = Question(
         Goal("*-lat/*", "routed", 1.0),
         Goal("*-bw/*", "routed", 1.0),
     ),
-    timeout_s=1800,
+    timeout_s=5400,
 )
