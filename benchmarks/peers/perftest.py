@@ -16,9 +16,10 @@ from pathlib import Path
 
 from benchmarks.peers.namespaces import Pair
 from rdmanet.errors import UnavailableError
-from testbed.container import CommandError, Completed, cgroup2_root
+from testbed.container import CommandError, Completed, Process, cgroup2_root
 from testbed.demo.rdma import last_figures, wait_for_line
 from testbed.paths import BUILD
+from testbed.rows import StepError
 
 LISTENING = "Waiting for client"
 #: perftest 4.5's ib_send_lat takes one completion per event: when two come with one it waits for ever, on any path.
@@ -103,7 +104,7 @@ def _run(pair: Pair, test: Test, size_bytes: int, iterations: int, version: int)
         # Line by line: what says that the server listens would else stay in its buffer.
         pair.server.pod.popen(["stdbuf", "-oL", *ends[0]], stdout=subprocess.PIPE, stderr=log.fileno()) as server,
     ):
-        wait_for_line(server, LISTENING, STALLED_S)
+        _wait_until_listening(server)
         while True:
             done = pair.client.pod.exec([*ends[1], pair.server.addresses[4]], timeout_s=STALLED_S, check=False)
             # It says that it waits just before it listens.
@@ -117,6 +118,16 @@ def _run(pair: Pair, test: Test, size_bytes: int, iterations: int, version: int)
             raise CommandError(f"ended with status {done.returncode}: {said!r}", done)
         server.wait(STALLED_S)
     return done
+
+
+def _wait_until_listening(server: Process) -> None:
+    """TimeoutError when it does not say that it listens, as where instructions are counted and the machine around is
+    busy: whenever the guest waits for its disk alone, its time goes to the next timer at once, which may be this one.
+    """
+    try:
+        wait_for_line(server, LISTENING, STALLED_S)
+    except StepError as error:
+        raise TimeoutError(str(error)) from error
 
 
 @contextlib.contextmanager
