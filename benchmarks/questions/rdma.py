@@ -31,7 +31,7 @@ LARGE_MTU_BYTES = 9000
 SERVICE = "bench"
 #: Bytes → name, and operations: per latency test and per stream of messages. So many that the first, which finds
 #: nothing in the caches of the emulated machine's kernel, does not show.
-SIZES = {64: ("64B", 300, 2000), 4096: ("4KiB", 200, 1000), 65536: ("64KiB", 100, 300), 1 << 20: ("1MiB", 12, 40)}
+SIZES = {64: ("64B", 300, 2000), 4096: ("4KiB", 100, 1000), 65536: ("64KiB", 100, 300), 1 << 20: ("1MiB", 12, 40)}
 SMOKE_OPERATIONS = 10
 #: One that sleeps and one that polls, a latency and a stream; not ib_send_lat, which stalls often on two processors.
 SMOKE_TESTS = ("read-lat", "write-bw")
