@@ -133,7 +133,8 @@ class Database:
                 try:
                     yield self._db
                 except BaseException:
-                    self._db.execute("ROLLBACK")
+                    if self._db.in_transaction:  # SQLite takes some back itself (lang_transaction.html, section 3)
+                        self._db.execute("ROLLBACK")
                     raise
                 self._db.execute("COMMIT")
             except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import signal
 import sqlite3
@@ -365,6 +366,21 @@ def test_a_database_that_became_unreadable_is_a_state_error(store: Store) -> Non
         store.attachments()
     with pytest.raises(StateError, match="cannot be written"):
         store.forget(1)
+
+
+def test_a_full_disk_in_the_middle_of_a_statement_is_no_damage(store: Store) -> None:
+    """SQLite has taken the transaction back by then, as for errors of input and output."""
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    made = 0
+    with pytest.raises(StateError, match="The disk is full: free space") as caught:
+        for number in range(1, 1000):
+            store.reserve(wanted(number))
+            made = number
+    assert (type(caught.value), caught.value.errno) == (StateError, errno.ENOSPC)
+    assert [one.id for one in store.attachments()] == list(range(1, made + 1))
+    store.forget(1)
+    store.reserve(wanted(made + 1))
 
 
 def test_one_owner_per_state_directory(tmp_path: Path) -> None:
