@@ -53,13 +53,19 @@ def entries(directory: Path) -> list[tuple[Path, dict[str, str], bytes]]:
     """(file, environment variables, standard input) of every whole entry, oldest first.
 
     An entry that cannot be read can never be carried out: it is set aside under a name that begins with
-    ``malformed-``, and logged.
+    ``malformed-``, and logged. One that goes meanwhile has been superseded by an ADD.
     """
     found = []
-    files = [path for path in directory.iterdir() if "@" in path.name]
-    for path in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+    ages_ns: dict[Path, int] = {}
+    for path in directory.iterdir():
+        if "@" in path.name:
+            with contextlib.suppress(FileNotFoundError):
+                ages_ns[path] = path.stat().st_mtime_ns
+    for path in sorted(ages_ns, key=ages_ns.__getitem__):
         try:
             variables, body = parse_pending(path.read_bytes())
+        except FileNotFoundError:
+            continue
         except RdmanetError as error:
             log.error("The queued DEL %s is malformed and set aside: %s", path, error)
             path.rename(path.with_name("malformed-" + path.name.replace("@", "-")))

@@ -106,6 +106,15 @@ async def test_an_add_meanwhile_withdraws_its_del(directory: Path) -> None:
     assert calls.seen == [("c1", BODY, False)]
 
 
+async def test_an_add_may_withdraw_it_between_the_listing_and_the_reading(directory: Path) -> None:
+    """A name that is listed, and that nothing is behind any more."""
+    queue(directory, "c1")
+    (directory / pending_name("c2", "eth0")).symlink_to(directory / "gone")
+    calls = Calls()
+    assert await pending.drain(directory, calls) == 1
+    assert [name for name, _, _ in calls.seen] == ["c1"]
+
+
 def test_superseded(directory: Path) -> None:
     queue(directory, "c1", ifname="eth%0")
     assert not pending.superseded(directory, "c1", "eth0")
