@@ -60,6 +60,8 @@ class Attachments:
         self._ranges = (ipam.Range(parts.network.ipv4_range), ipam.Range(parts.network.ipv6_range))
         # Choosing addresses and committing them is one act.
         self._choosing = threading.Lock()
+        # Ids of what could not be taken back, which nobody else may come back for.
+        self._unfinished: set[int] = set()
         self._host = namespace.own()
 
     # ADD
@@ -248,8 +250,12 @@ class Attachments:
             self._undo(attachment)
             self._removals.put(attachment)
         except RdmanetError as error:
-            # The row stays, and the next DEL, GC or start finishes it.
-            log.error("%s is left half-made: %s", attachment.host_ifname, error)
+            self._leave(attachment, error)
+
+    def _leave(self, attachment: Attachment, error: RdmanetError) -> None:
+        """The row stays, and with it the addresses: a DEL, GC, the watch or a start finishes it."""
+        log.error("%s is left half-made: %s", attachment.host_ifname, error)
+        self._unfinished.add(attachment.id)
 
     def ready(self) -> None:
         """CNI's STATUS: raises CniError (50) while no ADD can be served."""
@@ -279,6 +285,20 @@ class Attachments:
     def _release(self, attachment: Attachment) -> None:
         self._cut(attachment)
         self._removals.put(attachment)
+        self._unfinished.discard(attachment.id)
+
+    def finish(self, attachment_id: int) -> None:
+        """Takes back what a failed ADD or a start has left half-made; nothing where there is no such thing.
+
+        In turn with the calls of its container. Raises as ``delete``.
+        """
+        if attachment_id not in self._unfinished:
+            return
+        attachment = self._parts.store.get(attachment_id)
+        if attachment is None:
+            self._unfinished.discard(attachment_id)
+        else:
+            self.release(attachment)
 
     def _cut(self, attachment: Attachment) -> None:
         self._commit_releasing(attachment)
@@ -348,7 +368,8 @@ class Attachments:
         """Finishes what an earlier agent left: undoes half-made and half-removed attachments, adopts the ready ones.
 
         Where a pod's namespace is gone nothing of an attachment can be alive: it is taken back and its addresses are
-        freed. After a reboot ``Store.begin`` has marked all of them.
+        freed. After a reboot ``Store.begin`` has marked all of them. What cannot be taken back now is left to
+        ``finish``: it must not keep the agent from all other pods.
         """
         attachments = self._parts.store.attachments()
         for space in self._ranges:
@@ -360,15 +381,22 @@ class Attachments:
         adopted = adoption.adopt(self._parts, ready)
         left = [attachment for attachment in attachments if attachment.id not in adopted]
         self._find_host_ends({attachment.id for attachment in left})
-        for attachment in left:
-            self._cut(attachment)
-        if left:
-            failures = self._removals.remove(left)
-            for attachment in left:
+        cut = [attachment for attachment in left if self._cut_or_leave(attachment)]
+        if cut:
+            failures = self._removals.remove(cut)
+            for attachment in cut:
                 if attachment.id in failures:
                     log.warning("%s is not removed yet: %s", attachment.host_ifname, failures[attachment.id])
                     self._removals.put(attachment)
         self._forget_strangers()
+
+    def _cut_or_leave(self, attachment: Attachment) -> bool:
+        try:
+            self._cut(attachment)
+        except RdmanetError as error:
+            self._leave(attachment, error)
+            return False
+        return True
 
     def _find_host_ends(self, numbers: set[int]) -> None:
         """By what the datapath holds: the link may be gone, and its index another's."""

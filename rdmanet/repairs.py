@@ -67,6 +67,10 @@ class Repairs:
             self._record.forget(attachment_id)
             return Result(gone=True)
         if attachment.state is not AttachmentState.READY:
+            try:
+                self._attachments.finish(attachment_id)
+            except RdmanetError as error:
+                log.error("%s is left half-made still: %s", attachment.host_ifname, error)
             # Its row goes after its link, which is the last that is announced: who watches it must forget it then.
             return Result(again=True)
         name = f"{attachment.pod} {attachment.ifname}"

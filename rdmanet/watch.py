@@ -317,9 +317,8 @@ class Watch:
         self._everything_at_s = self._loop.time()
         self._make_due(NODE)
         for attachment in await self._blocking(self._store.attachments):
-            if attachment.state is AttachmentState.READY:
-                self._know(attachment)
-                self._make_due(attachment.id)
+            self._know(attachment)  # also what a start could not take back
+            self._make_due(attachment.id)
 
     def _make_due(self, place: int, pause_s: float = SETTLE_S, *, again: bool = False) -> None:
         if place in self._due:

@@ -5,6 +5,7 @@ The points are those that a first run records; a new step is covered without a c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ STEPS = ["link", "filter", "addresses", "device", "slot", "limits", "listener", 
 #: Of a DEL: the first five before it answers, the others in the background.
 CUT = ["commit releasing", "undo endpoint", "undo listener", "undo limits", "undo slot", "undo device"]
 REMOVAL = ["undo link", "forget"]
+WITHIN_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,26 @@ def test_recovery(crashes: Crashes) -> None:
         assert crashes.forget_order() == recovery[:fatal]
     crashes.start()
     crashes.nothing_left("after a recovery that was killed at every point")
+
+
+def test_recovery_that_is_refused_at_any_point_is_finished_later(crashes: Crashes) -> None:
+    """What cannot be taken back of one pod is no reason to be away for all others."""
+    world, pod, other = crashes.world, crashes.world.pod(), crashes.world.pod()
+    points = crashes.points(lambda: add(world, pod))
+    succeeded(delete(world, pod))
+    crashes.die(len(points), points, lambda: add(world, pod))
+    crashes.order(0)
+    crashes.start()
+    recovery = crashes.forget_order()
+    for fatal, point in enumerate(recovery, 1):
+        crashes.die(len(points), points, lambda: add(world, pod))
+        crashes.order(fatal, "raise")
+        crashes.start()
+        deadline_s = time.monotonic() + WITHIN_S
+        while world.status()["attachments"]:
+            assert time.monotonic() < deadline_s, f"not finished after a failure before {point}"
+            time.sleep(0.05)
+        assert crashes.forget_order()[:fatal] == recovery[:fatal]
+        assert "A test wants it so." in world.host.agent.log  # type: ignore[union-attr]
+        world.delete(world.add(other))
+        crashes.nothing_left(f"failed before {point} of a recovery")

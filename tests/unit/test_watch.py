@@ -28,7 +28,8 @@ async def test_a_row_that_is_looked_at_between_its_link_and_itself_is_forgotten(
         number = store.reserve(wanted()).id
         store.set_state(number, AttachmentState.RELEASING)
         parts = cast("Any", SimpleNamespace(store=store))
-        repairs = Repairs(parts, nobody, nobody, record, enabled=True)
+        nothing_unfinished = cast("Any", SimpleNamespace(finish=lambda _: None))
+        repairs = Repairs(parts, nothing_unfinished, nobody, record, enabled=True)
         watch = Watch(repairs, nobody, record, store, HostEnds(), Calls(), executor, lambda _: None)
         watch.look_at(number)
         async with asyncio.timeout(WITHIN_S):
