@@ -40,6 +40,8 @@ events_logger = "file"
 runtime = "runc"
 """
 BACK_END = '[network]\nnetwork_backend = "cni"\n'
+#: Of podman that was built without it.
+NO_BACK_END = "cni support is not enabled"
 POLICY = '{"default": [{"type": "insecureAcceptAnything"}]}'
 #: podman, with its containers in a group of the host's: they end when the host does, however podman ended.
 WRAPPER = "/run/podman-testbed/podman"
@@ -56,9 +58,7 @@ def prepare(host: Host) -> None:
 
     UnavailableError where a program is missing.
     """
-    for program in ("podman", "runc", "conmon"):
-        if shutil.which(program) is None:
-            raise UnavailableError(f"{program} is missing; run: make setup")
+    _require_programs()
     actions: list[tuple[Any, ...]] = []
     for place in PLACES:
         actions += [("mkdir", place), ("mount", "tmpfs", place, "tmpfs", 0, "mode=755")]
@@ -71,6 +71,30 @@ def prepare(host: Host) -> None:
     host.path(WRAPPER).chmod(0o755)
 
 
+def _require_programs() -> None:
+    for program in ("podman", "runc", "conmon"):
+        if shutil.which(program) is None:
+            raise UnavailableError(f"{program} is missing; run: make setup")
+
+
+def why_no_networks(host: Host) -> str:
+    """Why podman has no CNI networks: the sentence that names what is missing; empty where it has them.
+
+    UnavailableError where podman does not work at all.
+    """
+    _require_programs()
+    settings, storage = "/run/podman-asked.conf", "/run/podman-asked"
+    host.container.act(("write", settings, BACK_END))
+    places = ("--root", f"{storage}/root", "--runroot", f"{storage}/run", "--storage-driver", "vfs")
+    asked = host.exec(["podman", *places, "info"], environment={"CONTAINERS_CONF": settings}, check=False)
+    host.exec(["rm", "-r", "-f", settings, storage])
+    if NO_BACK_END in asked.stderr:
+        return f"podman has no CNI back end: {asked.stderr.strip().splitlines()[-1]}"
+    if asked.returncode != 0:
+        raise UnavailableError(f"podman does not work: {asked.stderr.strip()}", operation="podman info")
+    return ""
+
+
 @dataclass
 class Podman:
     """podman on a host; `start` makes it ready, with our plugin in its place and an image of busybox."""
@@ -80,7 +104,9 @@ class Podman:
     @classmethod
     @contextlib.contextmanager
     def start(cls, host: Host) -> Iterator[Podman]:
-        """Ready to run; afterwards its containers are gone."""
+        """Ready to run; afterwards its containers are gone. UnavailableError where podman has no CNI back end."""
+        if missing := why_no_networks(host):
+            raise UnavailableError(missing)
         prepare(host)
         podman = cls(host)
         host.container.act(("write", "/etc/containers/containers.conf.d/cni.conf", BACK_END))

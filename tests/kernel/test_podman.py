@@ -12,7 +12,7 @@ from testbed.container import Completed
 from testbed.hold import Hold
 from testbed.host import Dump, diff
 from testbed.outside import HOST_IPV4, HOST_IPV6
-from testbed.podman import IMAGE, PLUGINS, Podman
+from testbed.podman import IMAGE, PLUGINS, Podman, why_no_networks
 from tests.kernel.test_chain import without_bases
 from tests.kernel.world import World
 
@@ -38,6 +38,8 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def podman(world: World) -> Iterator[Podman]:
+    if missing := why_no_networks(world.host):
+        pytest.skip(missing)
     with Podman.start(world.host) as podman:
         podman.network("net", [OURS, PORTMAP])
         for version in VERSIONS:

@@ -65,6 +65,8 @@ class Reader:
 def podman_reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     with Host.scratch("podman-guide") as host:
         host.start_agent()
+        if missing := podmans.why_no_networks(host):
+            pytest.skip(missing)
         podmans.prepare(host)
         reader = Reader(host, tmp_path_factory.mktemp("podman"))
         reader.tool("podman", f'exec {podmans.WRAPPER} "$@"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from benchmarks.peers import namespaces
 from rdmanet.model import RdmaMode
 from testbed import images
 from testbed.paths import REPOSITORY
-from testbed.podman import IMAGE, USR_IMAGE, USR_MOUNTS, Podman
+from testbed.podman import IMAGE, USR_IMAGE, USR_MOUNTS, Podman, why_no_networks
 from tests.rdma import in_containers
 from tests.rdma.in_containers import NAMES
 
@@ -22,7 +23,11 @@ def podman(rdma_mode: RdmaMode) -> Iterator[Podman]:
     """Two pods, each with a container that has the pod's device."""
     if rdma_mode is not RdmaMode.SHARED:
         pytest.skip(f"the RDMA subsystem's namespace mode here is {rdma_mode}, not shared")
-    with namespaces.agent_host("podman") as host, Podman.start(host) as podman:
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(namespaces.agent_host("podman"))
+        if missing := why_no_networks(host):
+            pytest.skip(missing)
+        podman = stack.enter_context(Podman.start(host))
         podman.load(USR_IMAGE, images.usr_layer())
         podman.network("rdma", [{"type": "rdmanet", "rdma": True}])
         for name in NAMES:
