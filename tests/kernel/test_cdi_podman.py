@@ -18,7 +18,7 @@ NODES = [cdi.Node("/dev/infiniband/uverbs3", 1, 3)]
 VARIABLES = {"RDMANET_DEVICE": "rxe_rn7", "NCCL_IB_HCA": "=rxe_rn7:1"}
 ROOT = "/run/image"
 STORAGE = ["--root", "/run/podman", "--runroot", "/run/podman-run", "--storage-driver", "vfs"]
-LIMITS = ["--pids-limit", "-1", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
+LIMITS = ["--pids-limit", "0", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
 PODMAN = ["podman", "--cgroup-manager", "cgroupfs", *STORAGE, "run", "--rm", "--network", "none", *LIMITS]
 
 
