@@ -2,13 +2,17 @@
 
 A runtime may read both directories at any moment: each file appears whole, by a rename, and the configuration comes
 after the executable that it names. Removing goes the other way round. Whatever ends it in between, calling it again
-finishes it.
+finishes it. Where rdmanet is a further network beside another one (by Multus), the executable comes alone.
+
+A directory that is not there is made, and recorded before: a file beside the topmost one that was missing. Removing
+takes what is recorded away again, as far as it is empty.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -52,6 +56,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     install.add_argument(
         "--cni-version", choices=SUPPORTED_VERSIONS, default="1.0.0", help="1.1.0 needs containerd 2 or CRI-O 1.31"
     )
+    install.add_argument(
+        "--no-conflist",
+        action="store_true",
+        help="the executable alone, where another network is the pods' own (Multus); an earlier configuration goes",
+    )
     install.add_argument("--portmap", action="store_true", help="chain portmap behind rdmanet, for host ports")
     install.add_argument("--remove", action="store_true", help="take both files away again")
     install.set_defaults(run=_run)
@@ -63,6 +72,10 @@ def _run(chosen: argparse.Namespace) -> int:
         print("\n".join(f"removed {path}" for path in removed) or "nothing was installed")
         return 0
     settings = config.load(chosen.config)
+    if chosen.no_conflist:
+        install(chosen.executable, chosen.bin_dir, chosen.conf_dir, None)
+        print(f"installed {chosen.bin_dir / NAME}, and no network")
+        return 0
     if chosen.portmap and not (chosen.bin_dir / PORTMAP).exists():
         raise UnavailableError(
             f"{chosen.bin_dir} has no {PORTMAP}, and every ADD would fail: install the reference plugins, or leave"
@@ -98,8 +111,10 @@ def conflist(settings: config.Config, network: str, version: str, *, portmap: bo
     return json.dumps({"cniVersion": version, "name": network, "plugins": plugins}, indent=2) + "\n"
 
 
-def install(executable: Path, bin_dir: Path, conf_dir: Path, content: str, fault_point: FaultPoint = no_fault) -> None:
-    """Executable first, configuration last. Idempotent.
+def install(
+    executable: Path, bin_dir: Path, conf_dir: Path, content: str | None, fault_point: FaultPoint = no_fault
+) -> None:
+    """Executable first, configuration last; without a configuration (None) an earlier one of ours goes. Idempotent.
 
     Raises ConflictError where a file of that name is somebody else's, NotFoundError without an executable, StateError
     where a file cannot be written.
@@ -124,8 +139,11 @@ def install(executable: Path, bin_dir: Path, conf_dir: Path, content: str, fault
             f"{bin_dir / NAME} is there and is no plain file: somebody else made it. Move it aside.",
             subject=str(bin_dir / NAME),
         )
+    if content is None:
+        _unlink(target, fault_point)
     _place(bin_dir / NAME, program, 0o755, fault_point)
-    _place(target, content.encode(), 0o644, fault_point)
+    if content is not None:
+        _place(target, content.encode(), 0o644, fault_point)
 
 
 def remove(bin_dir: Path, conf_dir: Path, fault_point: FaultPoint = no_fault) -> list[Path]:
@@ -139,22 +157,9 @@ def remove(bin_dir: Path, conf_dir: Path, fault_point: FaultPoint = no_fault) ->
             f"{target} names no plugin {NAME}: somebody else wrote it, and it stays. Nothing was removed.",
             subject=str(target),
         )
-    removed = []
-    for path in (target, _beside(target), bin_dir / NAME, _beside(bin_dir / NAME)):
-        try:
-            path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise StateError(
-                f"{path} cannot be removed: {error.strerror}. Make {path.parent} writable and call again.",
-                operation="unlink",
-                subject=str(path),
-                errno=error.errno,
-            ) from error
-        removed.append(path)
-        fault_point(f"removed {path.name}")
-    return removed
+    files = (target, _beside(target), bin_dir / NAME, _beside(bin_dir / NAME))
+    removed = [path for path in files if _unlink(path, fault_point)]
+    return removed + _remove_directories(conf_dir, bin_dir)
 
 
 def before_ours(conf_dir: Path) -> list[Path]:
@@ -169,6 +174,65 @@ def _is_ours(path: Path) -> bool:
     return False
 
 
+def _unlink(path: Path, fault_point: FaultPoint) -> bool:
+    """Whether it was there. Raises StateError."""
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StateError(
+            f"{path} cannot be removed: {error.strerror}. Make {path.parent} writable and call again.",
+            operation="unlink",
+            subject=str(path),
+            errno=error.errno,
+        ) from error
+    fault_point(f"removed {path.name}")
+    return True
+
+
+def _record(directory: Path) -> Path:
+    """The file which says that a directory was made here, with what is below it on the way to ours."""
+    return directory.with_name(f".{directory.name}.made-by-{NAME}")
+
+
+def _make_directories(directory: Path, fault_point: FaultPoint) -> None:
+    """Makes a directory with what is above it, recorded first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    if missing:
+        _record(missing[-1]).touch(mode=0o644)
+        fault_point(f"recorded {missing[-1].name}")
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+
+def _recorded(directory: Path) -> list[Path]:
+    """A directory and those above it, to the topmost that was made here; none where none was."""
+    paths = [path for path in (directory, *directory.parents) if path.name]
+    tops = [number for number, path in enumerate(paths) if _record(path).exists()]
+    return paths[: tops[-1] + 1] if tops else []
+
+
+def _remove_directories(*directories: Path) -> list[Path]:
+    """Removes those that were made here and are empty. One that somebody uses is not ours any more. StateError."""
+    made = {path for directory in directories for path in _recorded(directory)}
+    removed = []
+    for path in sorted(made, key=lambda path: (-len(path.parts), path)):
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
+                removed.append(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
+                raise StateError(
+                    f"{path} cannot be removed: {error.strerror}. Make {path.parent} writable and call again.",
+                    operation="rmdir",
+                    subject=str(path),
+                    errno=error.errno,
+                ) from error
+        _record(path).unlink(missing_ok=True)
+    return removed
+
+
 def _beside(path: Path) -> Path:
     """Where a file is written before it is there; no runtime reads such a name."""
     return path.with_name(f".{path.name}.new")
@@ -178,7 +242,7 @@ def _place(path: Path, content: bytes, mode: int, fault_point: FaultPoint) -> No
     """Writes a file whole or not at all; it outlives a power failure from when this returns. Raises StateError."""
     beside = _beside(path)
     with _said(path, beside):
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make_directories(path.parent, fault_point)
         fault_point(f"directory of {path.name}")
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()  # of an installation that was interrupted

@@ -41,9 +41,12 @@ else:
 class Place:
     """Two directories that a runtime reads, and an executable to copy."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, *, made: bool = True):
         self.executable, self.bin_dir, self.conf_dir = root / "built", root / "opt/cni/bin", root / "etc/cni/net.d"
         self.executable.write_bytes(PROGRAM)
+        if made:
+            for directory in (self.bin_dir, self.conf_dir):
+                directory.mkdir(parents=True)
         self.program, self.conflist = self.bin_dir / install.NAME, self.conf_dir / install.CONFLIST
 
     def install(self, content: str = CONTENT) -> None:
@@ -51,6 +54,11 @@ class Place:
 
     def remove(self) -> list[Path]:
         return install.remove(self.bin_dir, self.conf_dir)
+
+    def directories(self) -> list[str]:
+        """What is there beside the executable to copy."""
+        root = self.executable.parent
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path != self.executable)
 
     def killed(self, what: str, number: int) -> bool:
         """Whether it came to that fault point; else it ended by itself."""
@@ -107,9 +115,57 @@ def test_other_networks_and_plugins_stay(place: Place) -> None:
     assert [path.read_text() for path in others] == ["theirs"] * 3
 
 
+def test_directories_that_were_made_go(tmp_path: Path) -> None:
+    place = Place(tmp_path, made=False)
+    place.install()
+    place.install()
+    removed = place.remove()
+    assert removed[:2] == [place.conflist, place.program]
+    assert {str(path.relative_to(tmp_path)) for path in removed[2:]} == {
+        *("etc", "etc/cni", "etc/cni/net.d", "opt", "opt/cni", "opt/cni/bin")
+    }
+    assert place.directories() == []
+    assert place.remove() == []
+
+
+def test_directories_that_were_there_stay(tmp_path: Path) -> None:
+    place = Place(tmp_path, made=False)
+    (tmp_path / "opt").mkdir()
+    place.conf_dir.mkdir(parents=True)
+    place.install()
+    place.remove()
+    assert place.directories() == ["etc", "etc/cni", "etc/cni/net.d", "opt"]
+
+
+def test_directories_that_somebody_uses_meanwhile_stay(tmp_path: Path) -> None:
+    place = Place(tmp_path, made=False)
+    place.install()
+    (place.bin_dir / "portmap").write_text("theirs")
+    place.remove()
+    assert place.directories() == ["opt", "opt/cni", "opt/cni/bin", "opt/cni/bin/portmap"]
+    (place.bin_dir / "portmap").unlink()
+    place.remove()
+    assert place.directories() == ["opt", "opt/cni", "opt/cni/bin"]  # theirs from then on
+
+
+def test_directories_below_one_that_was_made_go_with_it(tmp_path: Path) -> None:
+    place = Place(tmp_path, made=False)
+    place.bin_dir, place.conf_dir = tmp_path / "both/bin", tmp_path / "both/net.d"
+    place.install()
+    place.remove()
+    assert place.directories() == []
+
+
+def test_without_a_network_an_earlier_one_goes(place: Place) -> None:
+    place.install()
+    install.install(place.executable, place.bin_dir, place.conf_dir, None)
+    assert place.files() == ["rdmanet"]
+    assert place.sound()
+    assert place.remove() == [place.program]
+
+
 @pytest.mark.parametrize("theirs", ['{"name": "net", "plugins": [{"type": "bridge"}]}', "[]", "not JSON", ""])
 def test_somebody_elses_file_of_our_name_is_neither_replaced_nor_removed(place: Place, theirs: str) -> None:
-    place.conf_dir.mkdir(parents=True)
     place.conflist.write_text(theirs)
     for call in (place.install, place.remove):
         with pytest.raises(ConflictError, match="somebody else wrote it"):
@@ -120,7 +176,6 @@ def test_somebody_elses_file_of_our_name_is_neither_replaced_nor_removed(place: 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("elsewhere")])
 def test_an_executable_that_is_no_plain_file_stays(place: Place, make: Callable[[Path], None]) -> None:
-    place.bin_dir.mkdir(parents=True)
     make(place.program)
     with pytest.raises(ConflictError, match="is no plain file"):
         place.install()
@@ -132,15 +187,17 @@ def test_killed_anywhere_it_can_be_finished_and_taken_back(tmp_path: Path) -> No
     while True:
         root = tmp_path / str(number)
         root.mkdir()
-        place = Place(root)
+        place = Place(root, made=False)
         if not place.killed("install", number):
             break
         assert place.sound(), f"at fault point {number}"
         taken_back = number % 2 == 0
         place.remove() if taken_back else place.install()
         assert place.files() == ([] if taken_back else ["10-rdmanet.conflist", "rdmanet"])
+        place.remove()
+        assert place.directories() == []
         number, points = number + 1, points + 1
-    assert points == 6  # directory, written, renamed; of each
+    assert points == 8  # recorded, directory, written, renamed; of each
 
 
 def test_killed_while_it_removes(place: Place) -> None:
@@ -152,7 +209,7 @@ def test_killed_while_it_removes(place: Place) -> None:
 
 
 def test_a_directory_that_is_none_is_a_sentence(place: Place) -> None:
-    place.conf_dir.parent.mkdir(parents=True)
+    place.conf_dir.rmdir()
     place.conf_dir.write_text("a file")
     with pytest.raises(StateError, match=r"10-rdmanet\.conflist cannot be written: .*Make .* a writable directory"):
         place.install()
@@ -222,11 +279,18 @@ def test_the_command(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "nothing was installed\n"
 
 
+def test_the_command_without_a_network(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(place)) == 0
+    capsys.readouterr()
+    assert cli.main(words(place, "--no-conflist")) == 0
+    assert capsys.readouterr().out == f"installed {place.program}, and no network\n"
+    assert place.files() == ["rdmanet"]
+
+
 def test_portmap_must_be_there(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words(place, "--portmap")) == 1
     assert "has no portmap, and every ADD would fail" in capsys.readouterr().err
     assert place.files() == []
-    place.bin_dir.mkdir(parents=True)
     (place.bin_dir / "portmap").touch()
     assert cli.main(words(place, "--portmap")) == 0
     assert [p["type"] for p in json.loads(place.conflist.read_text())["plugins"]] == ["rdmanet", "portmap"]
