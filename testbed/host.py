@@ -41,7 +41,7 @@ REFERENCE_PLUGINS = Path("/usr/lib/cni")
 ARTIFACT = BUILD / "artifact"
 SOCKET = "/run/rdmanet/agent.sock"
 #: Emulated on a busy machine, importing the agent alone takes half a minute.
-READY_TIMEOUT_S = 150.0
+READY_TIMEOUT_S = 300.0
 DUMP = Path(__file__).with_name("dump.py")
 
 Dump = dict[str, Any]

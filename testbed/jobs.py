@@ -26,7 +26,7 @@ NETNS = "/run/netns"
 #: Of the directory of jobs' cgroups, on the whole machine.
 CGROUPS = "rdmanet-run"
 #: Emulated on a busy machine.
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 
 _GATE = """#!/bin/sh
 if [ "$CNI_COMMAND" = {command} ]; then

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rdmanet import config
 from rdmanet.errors import InputError, RdmanetError
+from rdmanet.interrupts import end_at_once
 
 #: What is not the job's own exit code: as docker and podman have it.
 OWN_FAILURE = 125
@@ -57,6 +58,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    # Until the launcher takes signals.
+    with end_at_once():
+        return _launched(chosen)
+
+
+def _launched(chosen: argparse.Namespace) -> int:
     from rdmanet.run import launch
 
     try:
@@ -83,7 +90,7 @@ def _run(chosen: argparse.Namespace) -> int:
     except (RdmanetError, OSError) as error:  # whatever was begun has been taken back
         print(f"rdmanet run: {error}", file=sys.stderr)
         return OWN_FAILURE
-    except KeyboardInterrupt:  # before anything was begun
+    except KeyboardInterrupt:  # when everything was taken back
         return 128 + signal.SIGINT
 
 

@@ -133,7 +133,6 @@ class _Launch:
             say(f"ended by {self._interrupted.name} before the job had started")
             return 128 + self._interrupted
         began_s = loop.time()
-        self._running = True
         code, sentence = verdict(wanted, await self._watch(), loop.time() - began_s)
         say(sentence)
         return code
@@ -208,6 +207,7 @@ class _Launch:
         names = [rows[pod.container_id]["device"]["name"] for pod in wanted.pods] if self._wish.rdma else []
         say(f"job {wanted.name}: {_range(wanted)}" + (f" with {', '.join(names)}" if names else ""))
         await asyncio.gather(*(process.go() for process in self._processes))
+        self._running = True  # from here on signals are for the ranks
         return wanted
 
     async def _begin(self, wanted: Plan) -> None:
