@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from testbed.chain import Chain
 from testbed.cni_spec import VERSIONS, validate_error, validate_result
 from testbed.host import diff
 from testbed.paths import REPOSITORY
-from tests.kernel.cni_rules import RULES, Rule, Whom
+from tests.kernel.cni_rule import Rule, Whom
+from tests.kernel.cni_rules import RULES
 from tests.kernel.world import World, config, refused, succeeded
 
 OURS: dict[str, Any] = {"type": "rdmanet"}
@@ -227,6 +229,62 @@ def test_status_is_not_needed() -> None:
         attached = fresh.add()
         succeeded(fresh.check(attached))
         fresh.delete(attached)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_result_lists_is_on_the_interface(world: World, version: str) -> None:
+    """0.4.0 "Routes": each entry is relevant for CNI_IFNAME; nor is there more than what is listed."""
+    attached = world.add(cniVersion=version)
+    inside = ["nsenter", f"--net={attached.pod.netns}", "ip", "-j"]
+    addresses = {
+        f"{row['local']}/{row['prefixlen']}"
+        for link in world.host.exec([*inside, "address", "show", "dev", "eth0"]).json()
+        for row in link["addr_info"]
+        if row["scope"] == "global"
+    }
+    assert addresses == {row["address"] for row in attached.result["ips"]}
+    for family, default in (("-4", "0.0.0.0/0"), ("-6", "::/0")):
+        (route,) = [route for route in attached.result["routes"] if (":" in route["dst"]) == (family == "-6")]
+        (found,) = world.host.exec([*inside, family, "route", "show", "default"]).json()
+        assert (route["dst"], found["dev"]) == (default, "eth0")
+        assert route["gw"] == found["gateway"]
+    world.delete(attached)
+
+
+# 3 Execution of network configurations
+
+
+def test_a_container_comes_again_after_del(world: World) -> None:
+    """And a runtime that has kept an older ADD's result still gets rid of it."""
+    with world.unchanged():
+        first = world.add()
+        world.delete(first)
+        second = world.add(first.pod)
+        succeeded(world.check(second))
+        second.result = first.result
+        world.delete(second)
+
+
+def test_gc_during_adds_and_dels(world: World) -> None:
+    """A runtime must not, and if it does: what it lists is kept, what it deletes goes, each call ends as alone."""
+    with world.unchanged():
+        kept, going, pods = world.add(), [world.add() for _ in range(4)], [world.pod() for _ in range(4)]
+        valid = [{"containerID": pod.container_id, "ifname": pod.ifname} for pod in [kept.pod, *pods]]
+        valid += [{"containerID": one.pod.container_id, "ifname": one.pod.ifname} for one in going]
+        listed = config({"cni.dev/valid-attachments": valid})
+        with ThreadPoolExecutor(len(pods) + len(going) + 2) as threads:
+            adds = [threads.submit(world.add, pod) for pod in pods]
+            dels = [threads.submit(world.delete, one) for one in going]
+            collected = [threads.submit(world.host.cni, "GC", None, listed) for _ in range(2)]
+            added = [one.result() for one in adds]
+            for one in dels:
+                one.result()
+            for outcome in collected:
+                succeeded(outcome.result())
+        assert len(world.status()["attachments"]) == 1 + len(added)
+        for attached in [kept, *added]:
+            succeeded(world.check(attached))
+            world.delete(attached)
 
 
 # 4 Plugin delegation

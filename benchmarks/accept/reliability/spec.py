@@ -6,7 +6,8 @@ from collections import Counter
 
 from benchmarks.accept.reliability.tested import passed
 from testbed.rows import Figure
-from tests.kernel.cni_rules import RULES, Whom
+from tests.kernel.cni_rule import Whom
+from tests.kernel.cni_rules import RULES
 
 
 def measure() -> Figure:
