@@ -25,6 +25,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "show": set(),
     "memlock": set(),
     "memory": set(),
+    "interrupts": set(),
     "names": set(),
     "alias": {"model"},
     "client": {"errors"},
@@ -110,10 +111,10 @@ MAY_KNOW: dict[str, set[str]] = {
     | {"adoption", "cdi", "config", "datapath", "devices", "documents", "limits", "netlink", "node"}
     | {"rdma", "rebuild", "removal", "reserve", "slots", "store"},
     "run": NOUNS | {"client", "config", "environment", "netlink"},
-    "commands": NOUNS | {"client", "cni", "config", "objects", "rebuild", "run", "show"},
+    "commands": NOUNS | {"client", "cni", "config", "interrupts", "objects", "rebuild", "run", "show"},
     "cli": NOUNS
     | {"agent", "client", "commands", "config", "datapath", "doctor", "kubelet", "run", "show", "uninstall"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "interrupts"},
 }
 #: The composition root: everything but what people type.
 MAY_KNOW["agent"] = set(MAY_KNOW) - {
@@ -122,6 +123,7 @@ MAY_KNOW["agent"] = set(MAY_KNOW) - {
     "commands",
     "show",
     "doctor",
+    "interrupts",
     "memlock",
     "rebuild",
     "run",
