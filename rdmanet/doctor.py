@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rdmanet import memlock
 from rdmanet.config import Config
-from rdmanet.datapath import sockets
+from rdmanet.datapath import bpf, sockets
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.errors import RdmanetError
 from rdmanet.model import Backend, RdmaMode
@@ -24,6 +24,8 @@ from rdmanet.node import find_uplinks, kernel_release
 from rdmanet.rdma.cgroup import Cgroups
 from rdmanet.rdma.rxe import wanted_release
 
+#: PROC_PID_INIT_INO (include/linux/proc_ns.h)
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 ROCE_MTU_BYTES = 4200  # 4096 of path MTU and the headers around it
 
 
@@ -75,6 +77,43 @@ def _bpf(config: Config) -> Lines:
         yield Verdict.MISSING, f"Linux {platform.release()} is too old: 5.14 or newer is needed; Debian 12 has 6.1"
         return
     yield Verdict.OK, f"Linux {platform.release()} runs the datapath (redirect_peer, fib_lookup, netns cookies)"
+
+
+def _pins(config: Config) -> Lines:
+    yield pins(config.datapath.bpffs_dir.parent)
+
+
+def pins(directory: Path, first: Path = Path("/proc/1")) -> tuple[Verdict, str]:
+    """Whether what is pinned below a directory outlives the agent, as a bpffs of its container's own would not.
+
+    ``first`` is of the host's first process, which is seen where the agent's container has the host's process ids.
+    """
+    try:
+        own, hosts = (process.joinpath("ns/mnt").stat() for process in (Path("/proc/self"), first))
+        if os.path.samestat(own, hosts):
+            if Path("/proc/self/ns/pid").stat().st_ino == INITIAL_PID_NAMESPACE:
+                return Verdict.OK, f"pins are the host's own at {directory}, where a bpffs is or will be mounted"
+        elif _same_bpffs(directory, first / "root" / directory.absolute().relative_to("/")):
+            return Verdict.OK, f"{directory} is the host's bpffs: pins outlive the agent"
+        else:
+            return (
+                Verdict.WARNING,
+                f"{directory} is not the host's bpffs: pins, and with them pods' traffic, would end with the agent's"
+                f" container; mount the host's {directory} there, as deploy/kubernetes/rdmanet.yaml does",
+            )
+    except PermissionError:
+        pass
+    return (
+        Verdict.WARNING,
+        f"it cannot be told here whether {directory} is the host's bpffs, as pins that outlive the agent need: that"
+        " takes root with CAP_SYS_PTRACE, and in a container the host's process ids (hostPID, --pid host)",
+    )
+
+
+def _same_bpffs(ours: Path, hosts: Path) -> bool:
+    if not all(path.exists() and bpf.is_bpffs(path) for path in (ours, hosts)):
+        return False
+    return ours.stat().st_dev == hosts.stat().st_dev
 
 
 def _services(config: Config) -> Lines:
@@ -244,6 +283,7 @@ def _memlock(config: Config) -> Lines:
 _CHECKS: tuple[tuple[str, Callable[[Config], Lines]], ...] = (
     ("privileges", _root),
     ("kernel", _bpf),
+    ("pins", _pins),
     ("services", _services),
     ("artifact", _artifact),
     ("network", _network),

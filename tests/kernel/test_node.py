@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 from testbed.container import CommandError
-from testbed.host import diff
+from testbed.host import Host, diff
 from testbed.outside import FAR_IPV4, FAR_IPV6, HOST_IPV4
+from testbed.paths import REPOSITORY
 from tests.kernel.world import World
 
 OURS = ("rdmanet0", "rdmanet1", "/sys/fs/bpf/rdmanet", "/run/rdmanet", "/var/lib/rdmanet")
@@ -124,6 +126,40 @@ def test_without_masquerade_pods_keep_their_address() -> None:
         source = world.traffic("pod", attached.pod.running)
         sent = source.ask("send", address=FAR_IPV4, port=port, bytes=100_000, verify=True)
         assert (sent["equal"], sent["peer"]) == (True, attached.address(4))
+
+
+NEW_MOUNTS = "unshare --mount"
+WITH_SHELL = "sh -e -c '{}; exec \"$@\"' sh"
+
+
+def pins(host: Host, change: str, first: str) -> str:
+    """What doctor says of the bpffs when something was done in a mount namespace of its own, as a container has it.
+
+    ``first`` stands for the machine's first process.
+    """
+    asked = f"pins(Path('/sys/fs/bpf'), Path('/proc/{first}'))"
+    program = f"from pathlib import Path; from rdmanet.doctor import pins; print(*{asked})"
+    script = f'exec {change} "$0" -c "$1"'
+    return host.exec(["sh", "-e", "-c", script, sys.executable, program], cwd=str(REPOSITORY)).stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("", "ok pins are the host's own at /sys/fs/bpf"),
+        (NEW_MOUNTS, "ok /sys/fs/bpf is the host's bpffs"),
+        (f"{NEW_MOUNTS} {WITH_SHELL.format('mount -t bpf bpf /sys/fs/bpf')}", "warning /sys/fs/bpf is not the host's"),
+        (f"{NEW_MOUNTS} {WITH_SHELL.format('umount /sys/fs/bpf')}", "warning /sys/fs/bpf is not the host's"),
+    ],
+)
+def test_doctor_knows_the_hosts_bpffs_from_a_containers(host: Host, change: str, said: str) -> None:
+    """The scratch host's first process is the host's."""
+    assert pins(host, change, str(host.container.pid)).startswith(said)
+
+
+def test_doctor_does_not_guess_whose_bpffs_it_is(host: Host) -> None:
+    """Without the host's process ids."""
+    assert pins(host, "unshare --pid --fork --mount-proc", "1").startswith("warning it cannot be told")
 
 
 def test_doctor_on_a_scratch_host() -> None:

@@ -31,6 +31,7 @@ def test_every_check_answers_on_this_host() -> None:
     assert {finding.check for finding in findings} == {
         "privileges",
         "kernel",
+        "pins",
         "services",
         "artifact",
         "network",
