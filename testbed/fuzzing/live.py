@@ -35,6 +35,9 @@ PER_LINE = 40
 #: a traceback in its log.
 STATUSES = {200, 204, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 415, 417, 426, 431, 500, 501, 503, 505, 507}
 
+#: What comes before an answer where the request asks for it (RFC 9110, section 10.1.1).
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 _WORD = re.compile(rb"[a-z_]{3,}")
 
 
@@ -153,6 +156,13 @@ def http(watched: Watched, host: Host) -> Target:
 
 def _answer(line: socket.socket) -> bytes:
     """Its beginning; nothing where the request has no end."""
+    answer = _heard(line)
+    while answer.startswith(CONTINUE):
+        answer = answer.removeprefix(CONTINUE) or _heard(line)
+    return answer
+
+
+def _heard(line: socket.socket) -> bytes:
     line.settimeout(SILENT_S)
     with contextlib.suppress(ConnectionResetError):
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from rdmanet.cni import CniError, parse_document
-from testbed.fuzzing import parsers
+from testbed.fuzzing import live, parsers
 from testbed.fuzzing import search as module
 from testbed.fuzzing.mutation import Mutator
 from testbed.fuzzing.search import Failure, Places, Target, search, traced
@@ -81,3 +83,18 @@ def test_seeds_are_understood(target: Target) -> None:
     for seed in target.seeds:
         places |= target.run(seed)
     assert len(places) > len(target.run(b""))
+
+
+def test_an_answer_may_follow_the_leave_to_continue() -> None:
+    """At once, or when the request has ended."""
+    final = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    with ThreadPoolExecutor(1) as thread:
+        for at_once in (True, False):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                theirs.sendall(live.CONTINUE + (final if at_once else b""))
+                answer = thread.submit(live._answer, ours)
+                if not at_once:
+                    assert theirs.recv(1) == b""
+                    theirs.sendall(final)
+                assert answer.result() == final
