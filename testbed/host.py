@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -215,13 +215,18 @@ class Host:
         """
         if self.agent is not None:
             raise UnavailableError(f"an agent runs on {self.name} already")
+        file = self.write_config(config)
+        return self.run_agent(
+            [sys.executable, *program, "--config", file], environment=environment, timeout_s=timeout_s
+        )
+
+    def write_config(self, config: Mapping[str, Mapping[str, Any]] | None) -> str:
+        """The agent's configuration file, as `start_agent` writes it; returns its path."""
         sections = {**{k: dict(v) for k, v in (config or {}).items()}}
         sections.setdefault("datapath", {}).setdefault("artifact_dir", str(ARTIFACT))
         file = self._config_file()
         self.container.act(("write", file, toml(sections)))
-        return self.run_agent(
-            [sys.executable, *program, "--config", file], environment=environment, timeout_s=timeout_s
-        )
+        return file
 
     def run_agent(
         self,
@@ -231,18 +236,21 @@ class Host:
         timeout_s: float = READY_TIMEOUT_S,
     ) -> float:
         """Start the agent by a command of another's, such as a container runtime's, as `start_agent` does."""
+
+        def begin(output: int) -> Process:
+            variables = {"PYTHONUNBUFFERED": "1", **(environment or {})}
+            return self.popen(argv, cwd=str(REPOSITORY), stdout=output, stderr=output, environment=variables)
+
+        return self.begin_agent(begin, timeout_s=timeout_s)
+
+    def begin_agent(self, begin: Callable[[int], Process], *, timeout_s: float = READY_TIMEOUT_S) -> float:
+        """Start the agent by a function that is told to which descriptor it prints, as `start_agent` does."""
         if self.agent is not None:
             raise UnavailableError(f"an agent runs on {self.name} already")
         started = time.monotonic()
         log = tempfile.NamedTemporaryFile(prefix=f"rdmanet-{self.name}-", suffix=".log", dir=session().path)  # noqa: SIM115
         reader, writer = os.pipe()
-        process = self.popen(
-            argv,
-            cwd=str(REPOSITORY),
-            stdout=writer,
-            stderr=writer,
-            environment={"PYTHONUNBUFFERED": "1", **(environment or {})},
-        )
+        process = begin(writer)
         os.close(writer)
         process.stdout = os.fdopen(reader, "rb")
         self.agent = Agent(process, log)

@@ -13,6 +13,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from rdmanet import config
@@ -52,12 +53,13 @@ class Reaper:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """With these arguments, or the process's own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("order", type=Path)
     parser.add_argument("record", type=Path)
     parser.add_argument("--config", type=Path)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     loaded = config.load(chosen.config)
     with owned(loaded.agent.state_dir):
         asyncio.run(Agent(loaded, Reaper(chosen.order, chosen.record)).serve())

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rdmanet.errors import RdmanetError
-from testbed.host import CniOutcome, Dump, diff
+from testbed.host import READY_TIMEOUT_S, CniOutcome, Dump, diff
 from testbed.pod import Pod
+from tests.kernel.nursery import Nursery
 from tests.kernel.world import World, config
 
 PROGRAM = "tests.kernel.crash_agent"
@@ -24,20 +25,25 @@ class Crashes:
 
     world: World
     pristine: Dump
+    nursery: Nursery
 
     @classmethod
     @contextlib.contextmanager
     def begin(cls, name: str) -> Iterator[Crashes]:
         """A host of that name, with such an agent."""
         with World.start(name, agent=False) as world:
-            found = cls(world, {})
-            found.start()
-            found.pristine = world.snapshot()
-            yield found
+            world.host.write_config(world.agent_config)
+            with contextlib.closing(Nursery(world.host)) as nursery:
+                found = cls(world, {}, nursery)
+                found.start()
+                found.pristine = world.snapshot()
+                yield found
 
-    def start(self) -> None:
-        """An agent that obeys ORDER."""
-        self.world.start_agent("-m", PROGRAM, ORDER, RECORD)
+    def start(self, timeout_s: float = READY_TIMEOUT_S) -> float:
+        """An agent that obeys ORDER; returns the seconds that took."""
+        host = self.world.host
+        arguments = [ORDER, RECORD, "--config", host._config_file()]
+        return host.begin_agent(lambda output: self.nursery.begin(arguments, output), timeout_s=timeout_s)
 
     def order(self, fatal: int, how: str = "") -> None:
         """From now on: count, and die at this point (0: at none), or ``raise``."""

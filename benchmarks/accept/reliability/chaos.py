@@ -20,7 +20,7 @@ from testbed.host import CNI_EXECUTABLE, CniOutcome, diff, kubernetes_args
 from testbed.pod import Pod
 from testbed.progress import say
 from testbed.rows import need
-from tests.kernel.crashing import DYING, ORDER, PROGRAM, RECORD, Crashes
+from tests.kernel.crashing import DYING, Crashes
 from tests.kernel.test_disk_full import held
 from tests.kernel.world import World
 
@@ -58,10 +58,8 @@ class Chaos:
         self._before = self._world.snapshot()
         self._named = self._names()
         self._gone: set[str] = set()  # containers whose namespaces have been removed
-        begun = time.monotonic()
         self._world.host.kill_agent()
-        self._crashes.start()
-        self._start_s = time.monotonic() - begun
+        self._start_s = self._crashes.start()
         self._ways: dict[str, Callable[[list[Pod]], None]] = {
             "at a point": self._at_a_point,
             "at a moment": self._at_a_moment,
@@ -126,9 +124,8 @@ class Chaos:
     def _of_a_start(self, players: list[Pod]) -> None:
         self._at_a_point(players)
         timeout_s = self._chance.uniform(0.02, 1.2 * self._start_s)
-        program = ("-m", PROGRAM, ORDER, RECORD)
         try:
-            self._world.host.start_agent(self._world.agent_config, timeout_s=timeout_s, program=program)
+            self._crashes.start(timeout_s)
         except CommandError:
             self.agents += 1  # it was not ready in time, and killed for that
         else:
