@@ -30,14 +30,16 @@ enum drop_reason {
 	DROP_NO_PROGRAM,	    /* the slot of the program that goes on is empty */
 	DROP_FLOW_TABLE_FULL,	    /* no room to track another flow */
 	DROP_FLOW_LIMIT,	    /* the pod tracks as many flows as one may */
-	DROP_FRAGMENT_UNKNOWN, /* a later part of a packet whose first part was not let through */
-	DROP_ICMP_UNRELATED,   /* an ICMP error about no tracked flow */
-	DROP_NEIGHBOUR,	       /* ARP or neighbour discovery for others than the next hops */
-	DROP_POLICY_EGRESS,    /* the sender's policies do not allow it */
-	DROP_POLICY_INGRESS,   /* the receiver's policies do not allow it */
-	DROP_NO_BACKEND,       /* the service has none that may be used from here */
-	DROP_SERVICE_CONFLICT, /* another flow has the backend's end already */
-	DROP_FRAGMENT_EARLY,   /* a later part before its first one: a copy waits for that */
+	DROP_FRAGMENT_UNKNOWN,	/* a later part of a packet whose first part was not let through */
+	DROP_ICMP_UNRELATED,	/* an ICMP error about no tracked flow */
+	DROP_NEIGHBOUR,		/* ARP or neighbour discovery for others than the next hops */
+	DROP_POLICY_EGRESS,	/* the sender's policies do not allow it */
+	DROP_POLICY_INGRESS,	/* the receiver's policies do not allow it */
+	DROP_NO_BACKEND,	/* the service has none that may be used from here */
+	DROP_SERVICE_CONFLICT,	/* another flow has the backend's end already */
+	DROP_FRAGMENT_EARLY,	/* a later part before its first one: a copy waits for that */
+	DROP_BANDWIDTH_EGRESS,	/* the pod sends more than it may */
+	DROP_BANDWIDTH_INGRESS, /* the pod gets more than it may */
 };
 
 /* Whose traffic it was: what the attachment sent, or what was for it. */
@@ -52,7 +54,7 @@ struct drop_key {
 	__u16 direction;
 };
 
-/* Not preallocated: 4096 attachments times 31 reasons, of which few ever occur. */
+/* Not preallocated: 4096 attachments times 33 reasons, of which few ever occur. */
 BPF_F_TABLE("percpu_hash", struct drop_key, __u64, drops, 81920, BPF_F_NO_PREALLOC);
 
 static __always_inline void count_drop(__u32 attachment, __u16 reason, __u16 direction)
@@ -73,8 +75,8 @@ static __always_inline void count_drop(__u32 attachment, __u16 reason, __u16 dir
 
 /*
  * The one exit of what is not let through: few instructions here, the rest is in monitor.c. Of
- * DROP_POLICY_INGRESS the attachment is the receiver; else the sender or, of what comes from the
- * host or outside, the one for which it was.
+ * DROP_POLICY_INGRESS and DROP_BANDWIDTH_INGRESS the attachment is the receiver; else the sender
+ * or, of what comes from the host or outside, the one for which it was.
  */
 static __always_inline int drop(struct __sk_buff *skb, __u32 attachment, enum drop_reason reason)
 {

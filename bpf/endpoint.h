@@ -8,6 +8,7 @@
 /* Flags of attachments and endpoints. */
 #define HAS_DEVICE 1 /* the pod has an RDMA device */
 #define ENFORCE	   2 /* no RoCE without a lease */
+#define LIMITED	   4 /* limit.h: what it sends (attachments), what it gets (endpoints) */
 
 struct attachment_entry {
 	__u32 id;
@@ -46,7 +47,8 @@ BPF_F_TABLE("hash", struct address_key, struct endpoint_entry, endpoints, 16384,
  * and addresses are given out one after another, so that nearly all have a place of their own, and
  * a look-up is a comparison instead of a hash. Who comes second stays in the hash alone. The agent
  * clears a place before it changes the hash and fills it after; an entry that is being written has
- * another key, or belongs to a pod that is just coming or going.
+ * another key, or belongs to a pod that is just coming or going. What is LIMITED has no place: the
+ * short way (usual.h) is for those that have one, and does not ask.
  */
 #define NEAR_PLACES 4096
 
@@ -65,14 +67,20 @@ struct near_endpoint {
 /* First the places of IPv4, then those of IPv6. */
 BPF_F_TABLE("array", __u32, struct near_endpoint, near_endpoint, 2 * NEAR_PLACES, 0);
 
-static __always_inline struct attachment_entry *attachment_lookup(__u32 ifindex)
+/* NULL: look into the hash. */
+static __always_inline struct attachment_entry *near_attachment_lookup(__u32 ifindex)
 {
 	__u32 place = ifindex % NEAR_PLACES;
 	struct near_attachment *near = near_attachment.lookup(&place);
 
-	if (near && near->ifindex == ifindex)
-		return &near->entry;
-	return attachments.lookup(&ifindex);
+	return near && near->ifindex == ifindex ? &near->entry : NULL;
+}
+
+static __always_inline struct attachment_entry *attachment_lookup(__u32 ifindex)
+{
+	struct attachment_entry *entry = near_attachment_lookup(ifindex);
+
+	return entry ? entry : attachments.lookup(&ifindex);
 }
 
 /* NULL: look into the hash. */

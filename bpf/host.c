@@ -6,6 +6,7 @@
 #include "flow.h"
 #include "fragment.h"
 #include "guard.h"
+#include "limit.h"
 #include "node.h"
 #include "packet.h"
 #include "policy.h"
@@ -63,6 +64,8 @@ int host(struct __sk_buff *skb)
 	/* Back where it came from. */
 	if (reason == FLOW_TO_STACK)
 		reason = DROP_NO_ROUTE;
+	if (!reason)
+		reason = limit_to_pod(skb, packet, endpoint);
 	if (reason)
 		return drop(skb, endpoint->attachment, reason);
 	fragment_keep(packet);

@@ -69,7 +69,7 @@ static __always_inline void event_describe(struct event *event, const struct pac
 
 static __always_inline __u8 direction_of(__u32 hook, __u32 reason)
 {
-	if (reason == DROP_POLICY_INGRESS)
+	if (reason == DROP_POLICY_INGRESS || reason == DROP_BANDWIDTH_INGRESS)
 		return TO_POD;
 	return hook == HOOK_POD || hook == HOOK_OUTSIDE || hook == HOOK_SOCKET ? FROM_POD : TO_POD;
 }

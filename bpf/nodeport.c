@@ -10,6 +10,7 @@
 #include "flow.h"
 #include "fragment.h"
 #include "hook.h"
+#include "limit.h"
 #include "monitor.h"
 #include "nat.h"
 #include "node.h"
@@ -159,6 +160,9 @@ static __always_inline int nodeport_begin(struct __sk_buff *skb, const struct pa
 	count_flow(FLOW_NO_SLOT, endpoint->slot);
 	monitor_flow(skb, config, packet, 0, endpoint->attachment, &work->pod.address,
 		     work->pod.port);
+	reason = limit_to_pod(skb, packet, endpoint);
+	if (reason)
+		return drop(skb, endpoint->attachment, reason);
 	if (rewrite(skb, packet, false, &work->pod))
 		return drop(skb, endpoint->attachment, DROP_MALFORMED);
 	fragment_keep(packet);

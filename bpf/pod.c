@@ -8,6 +8,7 @@
 #include "fragment.h"
 #include "guard.h"
 #include "hook.h"
+#include "limit.h"
 #include "monitor.h"
 #include "neighbour.h"
 #include "node.h"
@@ -53,6 +54,8 @@ static __always_inline int pod_to_pod(struct __sk_buff *skb, const struct packet
 	} else {
 		reason = flow_pass(skb, config, packet, &from, &to, epoch);
 	}
+	if (!reason)
+		reason = limit_to_pod(skb, packet, endpoint);
 	if (reason && reason != FLOW_TO_STACK)
 		return drop(skb, drop_attachment(reason, &from, &to), reason);
 	fragment_keep(packet);
@@ -71,18 +74,23 @@ int pod(struct __sk_buff *skb)
 	struct packet *packet;
 	struct attachment_entry *attachment;
 	struct endpoint_entry *endpoint;
+	__u32 epoch, ifindex;
 	int reason, verdict;
-	__u32 epoch;
 
 	enter(skb, HOOK_POD);
 	if (!config)
 		return drop(skb, 0, DROP_NO_NODE);
 	epoch = policy_epoch(config);
-	attachment = attachment_lookup(skb->ifindex);
-	if (!attachment)
-		return drop(skb, 0, DROP_NO_ATTACHMENT);
-	if (usual(skb, config, attachment, &verdict))
-		return verdict;
+	ifindex = skb->ifindex;
+	attachment = near_attachment_lookup(ifindex);
+	if (attachment) {
+		if (usual(skb, config, attachment, &verdict))
+			return verdict;
+	} else {
+		attachment = attachments.lookup(&ifindex);
+		if (!attachment)
+			return drop(skb, 0, DROP_NO_ATTACHMENT);
+	}
 
 	packet = packet_new();
 	if (!packet)
@@ -132,6 +140,9 @@ int pod(struct __sk_buff *skb)
 		if (set_traffic_class(skb, packet, attachment->traffic_class))
 			return drop(skb, attachment->id, DROP_MALFORMED);
 	}
+	reason = limit_from_pod(skb, packet, attachment);
+	if (reason)
+		return drop(skb, attachment->id, reason);
 
 	if (!endpoint)
 		endpoint = endpoints.lookup(&packet->destination);

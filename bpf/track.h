@@ -191,7 +191,7 @@ static __always_inline int flow_pass_error(struct __sk_buff *skb, const struct n
 static __always_inline __u32 drop_attachment(int reason, const struct flow_end *from,
 					     const struct flow_end *to)
 {
-	if (reason == DROP_POLICY_INGRESS && to->attachment)
+	if ((reason == DROP_POLICY_INGRESS || reason == DROP_BANDWIDTH_INGRESS) && to->attachment)
 		return to->attachment;
 	return from->attachment ? from->attachment : to->attachment;
 }

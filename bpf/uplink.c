@@ -10,6 +10,7 @@
 #include "fragment.h"
 #include "hook.h"
 #include "icmp.h"
+#include "limit.h"
 #include "nat.h"
 #include "node.h"
 #include "packet.h"
@@ -82,7 +83,9 @@ static __always_inline int uplink_error(struct __sk_buff *skb, const struct pack
 		if (reason)
 			return drop(skb, endpoint->attachment, reason);
 	}
-	reason = rewrite_error(skb, packet, &about, true, port, &pod);
+	reason = limit_to_pod(skb, packet, endpoint);
+	if (!reason)
+		reason = rewrite_error(skb, packet, &about, true, port, &pod);
 	if (reason)
 		return drop(skb, endpoint->attachment, reason);
 	count(skb, endpoint->slot, TO_POD, false);
@@ -120,7 +123,9 @@ static __always_inline int uplink_packet(struct __sk_buff *skb, const struct pac
 		flow->epoch = epoch;
 	}
 	flow_touch(flow, packet, from_origin, now_ns);
-	reason = rewrite(skb, packet, false, &pod);
+	reason = limit_to_pod(skb, packet, endpoint);
+	if (!reason)
+		reason = rewrite(skb, packet, false, &pod);
 	if (reason)
 		return drop(skb, endpoint->attachment, reason);
 	fragment_keep(packet);

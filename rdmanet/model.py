@@ -154,6 +154,24 @@ class PodCgroup:
     before: dict[str, str] = field(default_factory=dict)  # what its rdma.max said of the attachment's device
 
 
+class Limit(NamedTuple):
+    """How much of a pod's kernel traffic passes in one direction: so much on average, and at once no more than this."""
+
+    bits_per_s: int
+    burst_bytes: int  # of frames
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """The limits of a pod's kernel traffic, as CNI's conventions call its directions. None: no limit."""
+
+    ingress: Limit | None = None  # what the pod gets
+    egress: Limit | None = None  # what it sends
+
+
+UNLIMITED = Bandwidth()
+
+
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """One (container id, interface name) that CNI added."""
@@ -179,6 +197,7 @@ class Attachment:
     pod_uid: str | None = None  # Kubernetes'
     cgroup: PodCgroup | None = None  # None: not known (yet)
     labels: Mapping[str, str] = field(default_factory=dict)  # args.cni.labels; those of a Pod object come before them
+    bandwidth: Bandwidth = UNLIMITED
     slot: str | None = None  # the CDI device by which its container gets its RDMA device: rdmanet.io/rdma=slot-3
     result: dict[str, object] = field(default_factory=dict)  # the CNI result as 1.1.0, empty until ready
 

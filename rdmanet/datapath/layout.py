@@ -23,6 +23,7 @@ MAC_BYTES = 6
 
 HAS_DEVICE = 1  # bpf/endpoint.h
 ENFORCE = 2
+LIMITED = 4
 
 DIRECTIONS = ("from_pod", "to_pod")  # enum direction in bpf/counters.h
 KINDS = ("ip", "roce")
@@ -216,10 +217,11 @@ class AttachmentEntry:
     identity: int = 0
     ingress_set: int = 0  # of the policies that select its pod; 0: none does
     egress_set: int = 0
+    limited: bool = False  # what it sends
 
     def encode(self, slot: int) -> bytes:
         """struct attachment_entry; ``slot`` is its counters'."""
-        flags = _flags(self.device, self.enforce)
+        flags = _flags(self.device, self.enforce, self.limited)
         ipv4, ipv6, mac = address(self.ipv4), address(self.ipv6), _mac(self.mac)
         policy = (self.identity, self.ingress_set, self.egress_set)
         return ATTACHMENT.pack(self.attachment_id, flags, self.traffic_class, ipv4, ipv6, mac, slot, *policy)
@@ -239,6 +241,7 @@ class AttachmentEntry:
             identity=int(policy[0]),
             ingress_set=int(policy[1]),
             egress_set=int(policy[2]),
+            limited=bool(int(flags) & LIMITED),
         )
 
 
@@ -254,10 +257,11 @@ class EndpointEntry:
     identity: int = 0
     ingress_set: int = 0
     egress_set: int = 0
+    limited: bool = False  # what goes there
 
     def encode(self, slot: int) -> bytes:
         """struct endpoint_entry; ``slot`` is its attachment's counters'."""
-        flags = _flags(self.device, self.enforce)
+        flags = _flags(self.device, self.enforce, self.limited)
         policy = (self.identity, self.ingress_set, self.egress_set)
         return ENDPOINT.pack(self.ifindex, self.attachment_id, flags, _mac(self.mac), slot, *policy)
 
@@ -274,6 +278,7 @@ class EndpointEntry:
             identity=int(policy[0]),
             ingress_set=int(policy[1]),
             egress_set=int(policy[2]),
+            limited=bool(int(flags) & LIMITED),
         )
 
 
@@ -408,8 +413,8 @@ def _mac(raw: bytes) -> bytes:
     return raw
 
 
-def _flags(device: bool, enforce: bool) -> int:
-    return (HAS_DEVICE if device else 0) | (ENFORCE if enforce else 0)
+def _flags(device: bool, enforce: bool, limited: bool) -> int:
+    return (HAS_DEVICE if device else 0) | (ENFORCE if enforce else 0) | (LIMITED if limited else 0)
 
 
 def _raw(value: int | bytes) -> bytes:

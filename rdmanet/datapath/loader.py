@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdmanet.datapath import bpf, migration, programs, sockets
+from rdmanet.datapath import bpf, migration, near, programs, sockets
 from rdmanet.datapath.artifact import DEVICE_MAP, HOOKS, Artifact, Layout, MapDefinition
 from rdmanet.datapath.kept import NEXT, RUNNING, Kept, explained
 from rdmanet.datapath.migration import Move
@@ -135,7 +135,7 @@ def _bring(pinned: Pinned, artifact: Artifact) -> None:
         exchange = _Exchange.load(artifact, maps, moves, pinned.directory, stack)
         for move in moves:
             exchange.fill(move)
-            if move.name in migration.NEAR:
+            if move.name in near.HASHES:
                 migration.fill_near(maps, artifact.maps, move.name)
         if pinned.kept is not None:
             pinned.kept.begin(artifact)
@@ -324,7 +324,7 @@ def _movable(
     """The layout of a pinned map that is to become another. Raises StateError where it cannot be carried over."""
     same = (found.key_size, found.value_size) == (definition.key_size, definition.value_size)
     layout = migration.old_layout(name, found, known, artifact.layouts[name])
-    if layout is None and (same or name in migration.NEAR):
+    if layout is None and (same or name in near.HASHES):
         layout = artifact.layouts[name]
     if layout is not None and found.name == name and name != programs.ARRAY and found.type == definition.type:
         return layout

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
-from rdmanet.datapath import bpf, devices, layout, loader, tables
+from rdmanet.datapath import bpf, devices, layout, loader, near, tables
 from rdmanet.datapath.artifact import Artifact
+from rdmanet.datapath.bandwidth import BandwidthMap
 from rdmanet.datapath.flows import FlowMaps
 from rdmanet.datapath.kept import Kept
 from rdmanet.datapath.layout import (
@@ -33,14 +34,12 @@ from rdmanet.datapath.ring import Events
 from rdmanet.datapath.services import ServiceMaps
 from rdmanet.datapath.slots import Slots
 from rdmanet.errors import BpfError, ExhaustedError
-from rdmanet.model import DatagramEntry, GuardEntry
+from rdmanet.model import UNLIMITED, Bandwidth, DatagramEntry, GuardEntry
 
 __all__ = ["AttachmentEntry", "Count", "Datapath", "EndpointEntry", "NodeEntry", "UplinkEntry"]
 
 #: A newer version may have counted reasons that this one has no name for.
 SPARE_DROP_REASONS = 16
-#: Hash → its array of copies.
-_NEAR = {"attachments": "near_attachment", "endpoints": "near_endpoint"}
 
 
 class Datapath:
@@ -166,13 +165,13 @@ class Datapath:
         key = layout.U32.pack(ifindex)
         with self._lock:
             raw = entry.encode(self._slot(entry.attachment_id))
-            self._set("attachments", key, raw, ifindex % layout.NEAR_PLACES)
+            self._set("attachments", key, raw)
             self._attached[ifindex] = entry.attachment_id
 
     def delete_attachment(self, ifindex: int) -> None:
         """From now on nothing that the veth sends passes."""
         with self._lock:
-            self._leave("near_attachment", layout.U32.pack(ifindex), ifindex % layout.NEAR_PLACES)
+            near.leave(self._pinned.maps, "attachments", layout.U32.pack(ifindex))
             self._delete("attachments", layout.U32.pack(ifindex))
             self._attached.pop(ifindex, None)
 
@@ -190,13 +189,13 @@ class Datapath:
         key = layout.address(address)
         with self._lock:
             raw = entry.encode(self._slot(entry.attachment_id))
-            self._set("endpoints", key, raw, layout.near_endpoint_place(key))
+            self._set("endpoints", key, raw)
 
     def delete_endpoint(self, address: bytes) -> None:
         """From now on packets to ``address`` are dropped as ``no_endpoint``."""
         key = layout.address(address)
         with self._lock:
-            self._leave("near_endpoint", key, layout.near_endpoint_place(key))
+            near.leave(self._pinned.maps, "endpoints", key)
             self._delete("endpoints", key)
 
     def endpoints(self) -> dict[bytes, EndpointEntry]:
@@ -213,16 +212,26 @@ class Datapath:
                 if own is not None and (own.identity, own.ingress_set, own.egress_set) != policy:
                     own = replace(own, identity=identity, ingress_set=ingress_set, egress_set=egress_set)
                     key = layout.U32.pack(ifindex)
-                    self._set("attachments", key, own.encode(self._slot(attachment_id)), ifindex % layout.NEAR_PLACES)
+                    self._set("attachments", key, own.encode(self._slot(attachment_id)))
             for key in addresses:
                 there = self.endpoint(key)
                 if there is None or there.attachment_id != attachment_id:
                     continue
                 if (there.identity, there.ingress_set, there.egress_set) != policy:
                     there = replace(there, identity=identity, ingress_set=ingress_set, egress_set=egress_set)
-                    self._set(
-                        "endpoints", key, there.encode(self._slot(attachment_id)), layout.near_endpoint_place(key)
-                    )
+                    self._set("endpoints", key, there.encode(self._slot(attachment_id)))
+
+    def set_bandwidth(self, attachment_id: int, bandwidth: Bandwidth) -> None:
+        """Limits the attachment's kernel traffic: before the entries that say that it is limited. Buckets of limits
+        that are there already stay as they are."""
+        with self._lock:
+            BandwidthMap(self._pinned.maps).set(self._slot(attachment_id), bandwidth)
+
+    def bandwidth(self, attachment_id: int) -> Bandwidth:
+        """What of the attachment's limits the programs find."""
+        with self._lock:
+            slot = self._known_slots().find(attachment_id)
+            return UNLIMITED if slot is None else BandwidthMap(self._pinned.maps).get(slot)
 
     def endpoint(self, address: bytes) -> EndpointEntry | None:
         """Where packets to this address key go, or None."""
@@ -419,6 +428,7 @@ class Datapath:
         slot, new = self._known_slots().of(attachment_id)
         if new:
             self._clear(slot)
+            BandwidthMap(self._pinned.maps).set(slot, UNLIMITED)
         return slot
 
     def _clear(self, slot: int) -> None:
@@ -427,23 +437,12 @@ class Datapath:
             zeros = bytes(bpf.buffer_bytes(definition.type, definition.value_size))
             self._update(name, layout.U32.pack(slot), zeros)
 
-    def _set(self, name: str, key: bytes, raw: bytes, place: int) -> None:
-        """Writes into the hash, and into the near place if that is nobody else's. It is empty meanwhile: never would an
-        agent that died in between leave two values."""
-        owner = self._leave(_NEAR[name], key, place)
+    def _set(self, name: str, key: bytes, raw: bytes) -> None:
+        """Writes into the hash, and into the near place if that is nobody else's."""
+        free = near.leave(self._pinned.maps, name, key)
         self._update(name, key, raw)
-        if not any(owner):
-            self._update(_NEAR[name], layout.U32.pack(place), key + raw)
-
-    def _leave(self, near: str, key: bytes, place: int) -> bytes:
-        """Empties the near place if it is the key's; returns whose it is then."""
-        raw = self._lookup(near, layout.U32.pack(place))
-        assert raw is not None, "an array has all its elements"
-        owner = raw[: len(key)]
-        if owner != key:
-            return owner
-        self._update(near, layout.U32.pack(place), bytes(len(raw)))
-        return bytes(len(key))
+        if free:
+            near.enter(self._pinned.maps, name, key, raw)
 
     # One map
 

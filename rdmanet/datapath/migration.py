@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rdmanet.datapath import bpf, layout
+from rdmanet.datapath import bpf, near
 from rdmanet.datapath.artifact import Layout, MapDefinition, Places
 from rdmanet.errors import BpfError, StateError
 
 log = logging.getLogger(__name__)
 
-#: Copies of entries of hashes (bpf/endpoint.h): filled anew from those.
-NEAR = {"near_attachment": "attachments", "near_endpoint": "endpoints"}
 #: The table of flows, and what programs have in its place for a while: the table as it was.
 FLOWS, FLOWS_BEFORE = "flows", "flows_before"
 #: Nothing in them outlives a program.
@@ -82,7 +80,7 @@ def old_layout(name: str, found: MapDefinition, known: Layout | None, wanted: La
 
 def fill(move: Move) -> None:
     """Copies everything. Raises StateError when it does not fit."""
-    if move.name in _WITHOUT_CONTENTS or move.name in NEAR:
+    if move.name in _WITHOUT_CONTENTS or move.name in near.HASHES:
         return
     key_of, value_of = _converters(move)
     bound = move.new_definition.max_entries
@@ -137,7 +135,7 @@ def fill_rest(move: Move) -> None:
 
 def catch_up(move: Move) -> None:
     """Copies what has changed in the old map since it was read last. What the new map has by itself goes first."""
-    if move.name in _WITHOUT_CONTENTS or move.name in NEAR:
+    if move.name in _WITHOUT_CONTENTS or move.name in near.HASHES:
         return
     key_of, value_of = _converters(move)
     found = dict(_items(move.old, move.old_definition))
@@ -163,17 +161,9 @@ def catch_up(move: Move) -> None:
 
 
 def fill_near(maps: Mapping[str, int], definitions: Mapping[str, MapDefinition], name: str) -> None:
-    """Fills a new array of copies from its hash: who comes first has the place."""
-    hashed = NEAR[name]
-    taken = set()
-    for key, raw in _items(maps[hashed], definitions[hashed]):
-        if name == "near_endpoint":
-            place = layout.near_endpoint_place(key)
-        else:
-            place = int.from_bytes(key, sys.byteorder) % layout.NEAR_PLACES
-        if place not in taken:
-            taken.add(place)
-            bpf.update(maps[name], layout.U32.pack(place), key + raw)
+    """Fills a new array of copies from its hash."""
+    hashed = near.HASHES[name]
+    near.fill(maps, name, _items(maps[hashed], definitions[hashed]))
 
 
 def wait_for_programs() -> None:

@@ -96,6 +96,14 @@ NAT_WORK = StructTable(
 CANDIDATE = StructTable(
     "candidate", ("key", f"{FLOW_KEY.size}s"), ("origin", "I"), ("target", "I"), ("gone", "I"), ("pad", "4x")
 )
+LIMIT = StructTable(
+    "limit_entry",
+    ("bits_per_s", "Q"),
+    ("burst_bytes", "Q"),
+    ("byte_time", "Q"),
+    ("burst_ns", "Q"),
+    ("next_ns", "Q"),
+)
 FRAGMENT_KEY = StructTable(
     "fragment_key",
     ("source", "16s"),
@@ -196,6 +204,7 @@ MAPS: Mapping[str, tuple[StructTable, StructTable]] = {
     "packets": (U32, PACKET),
     "nat_work": (U32, NAT_WORK),
     "collect_work": (U32, NAT_WORK),
+    "limits": (U32, LIMIT),
     "fragments": (FRAGMENT_KEY, FRAGMENT),
     "waiting": (FRAGMENT_KEY, U64),
     "waiting_parts": (U32, WAITING_PART),

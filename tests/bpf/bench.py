@@ -8,12 +8,12 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.artifact import CONTINUATIONS, HOOKS, Artifact
 from rdmanet.datapath.maps import NodeEntry, UplinkEntry
-from rdmanet.model import address_key
+from rdmanet.model import UNLIMITED, Bandwidth, Limit, address_key
 from tests.bpf import lab as labs
 from tests.bpf import packets
 from tests.bpf.lab import GATEWAY_MAC, Lab, Pod
@@ -82,6 +82,7 @@ class Bench:
             self.clear(name)
         for pod in self.lab.pods:
             self.set_flow_count(pod, 0)
+            self.datapath.set_bandwidth(pod.id, UNLIMITED)
         self.datapath.configure(NodeEntry(GATEWAY_MAC, self.lab.host_ifindex, True, labs.FIRST_PORT, labs.LAST_PORT))
         self.datapath.set_uplink(
             self.lab.uplink_ifindex, UplinkEntry(address_key(labs.UPLINK[4]), address_key(labs.UPLINK[6]))
@@ -146,6 +147,18 @@ class Bench:
             {key: packets for key, packets in self.datapath.drops().items() if packets},
             {key: count.packets for key, count in self.datapath.counters().items()},
         )
+
+    def limit(self, pod: Pod, *, ingress: int | None = None, egress: int | None = None) -> None:
+        """Limits the pod to bursts of so many bytes, and after that to a byte a second."""
+        limits = [None if burst is None else Limit(8, burst) for burst in (ingress, egress)]
+        self.datapath.set_bandwidth(pod.id, Bandwidth(*limits))
+        entry = self.datapath.attachment(pod.ifindex)
+        assert entry is not None
+        self.datapath.set_attachment(pod.ifindex, replace(entry, limited=egress is not None))
+        for key in map(address_key, pod.addresses.values()):
+            endpoint = self.datapath.endpoint(key)
+            assert endpoint is not None
+            self.datapath.set_endpoint(key, replace(endpoint, limited=ingress is not None))
 
     def slot(self, hook: str) -> int:
         """The id of the program in the hook's slot, 0 when it is empty."""

@@ -430,6 +430,8 @@ ELSEWHERE = {
     "policy_ingress",
     "no_backend",
     "service_conflict",
+    "bandwidth_egress",
+    "bandwidth_ingress",
 }
 
 

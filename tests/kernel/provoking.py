@@ -16,7 +16,7 @@ from typing import Any
 from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.artifact import CONTINUATIONS, Artifact
 from rdmanet.datapath.maps import Datapath
-from rdmanet.model import GuardEntry, GuardState, address_key
+from rdmanet.model import UNLIMITED, Bandwidth, GuardEntry, GuardState, Limit, address_key
 from testbed.host import ARTIFACT
 from testbed.outside import GATEWAY_IPV4, GATEWAY_IPV6, UPLINK
 from testbed.peer import Peer
@@ -118,6 +118,7 @@ class Provoker:
         self._routes(version)
         self._masquerade(version)
         self._policy(version)
+        self._bandwidth(version)
         self._services(version)
         self._roce(version)
         self._broken(version)
@@ -193,6 +194,30 @@ class Provoker:
             self.stage.send([self.stage.flow(version, 5000)])
             self.expect(reason, version, peer="two")
             self.delete(*documents)
+
+    def _bandwidth(self, version: int) -> None:
+        """Limits into which nothing fits, written here: those that people ask for hold many packets."""
+        with self.datapath() as datapath:
+            attachments, endpoints = datapath.attachments(), datapath.endpoints()
+            own, target = address_key(self.stage.one.address(4)), address_key(self.stage.two.address(version))
+            sender, entry = next((index, one) for index, one in attachments.items() if one.ipv4 == own)
+            numbers = {"egress": entry.attachment_id, "ingress": endpoints[target].attachment_id}
+            nothing = {name: Bandwidth(**{name: Limit(1000, 1)}) for name in numbers}
+            try:
+                datapath.set_bandwidth(numbers["egress"], nothing["egress"])
+                datapath.set_attachment(sender, replace(entry, limited=True))
+                self.stage.send([self.stage.flow(version, 7000)])
+                self.expect("bandwidth_egress", version, peer="two")
+                datapath.set_attachment(sender, entry)
+                datapath.set_bandwidth(numbers["ingress"], nothing["ingress"])
+                datapath.set_endpoint(target, replace(endpoints[target], limited=True))
+                self.stage.send([self.stage.flow(version, 7000)])
+                self.expect("bandwidth_ingress", version, peer="two")
+            finally:
+                datapath.set_attachment(sender, entry)
+                datapath.set_endpoint(target, endpoints[target])
+                for number in numbers.values():
+                    datapath.set_bandwidth(number, UNLIMITED)
 
     def _services(self, version: int) -> None:
         self.put(service(node_port=NODE_PORT), *slices({}))

@@ -92,4 +92,6 @@ def test_the_real_source_has_the_designs_reasons() -> None:
         "no_backend",
         "service_conflict",
         "fragment_early",
+        "bandwidth_egress",
+        "bandwidth_ingress",
     )
