@@ -149,6 +149,7 @@ def _entries(
     policy = parts.policy.of(attachment.id)
     wanted, endpoint = steps.entries(attachment, link.index, policy)
     present = [endpoints.get(address_key(address)) for address in attachment.addresses]
-    if own.get(link.index) != wanted or any(found != endpoint for found in present):
+    limits = parts.datapath.bandwidth(attachment.id)
+    if (own.get(link.index), limits) != (wanted, attachment.bandwidth) or any(found != endpoint for found in present):
         log.warning("%s: datapath entries differed and are written again", attachment.host_ifname)
         steps.set_entries(parts.datapath, attachment, link.index, policy)

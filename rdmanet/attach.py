@@ -118,6 +118,7 @@ class Attachments:
                 service_level=_chosen(request.config.service_level, self._rdma.service_level),
                 pod_uid=request.args.pod_uid,
                 labels=request.labels,
+                bandwidth=request.bandwidth,
                 slot=slot,
             )
             attachment = self._reserve(wanted, request.ips)

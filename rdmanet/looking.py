@@ -80,6 +80,7 @@ def look(parts: steps.Parts, attachment: Attachment) -> Look:
         program_ids=tuple(messages.bpf_filter(payload).program_id for payload in reply.payloads),
         condition=condition,
         own=datapath.attachment(host.index),
+        bandwidth=datapath.bandwidth(attachment.id),
         endpoints={address: datapath.endpoint(address_key(address)) for address in attachment.addresses},
     )
     return Look(

@@ -114,6 +114,19 @@ class _State(Collector):
             size.add_metric(key, bytes_counted)
         yield packets
         yield size
+        limits = GaugeMetricFamily(
+            "rdmanet_pod_bandwidth_limit_bits_per_second",
+            "Bits a second of kernel traffic that the pod may send or get, where that is limited.",
+            labels=["pod", "interface", "direction"],
+        )
+        allowed: dict[tuple[str, str, str], int] = {}  # of two of one name, the newer one's
+        for one in attachments:
+            for direction, limit in (("from_pod", one.bandwidth.egress), ("to_pod", one.bandwidth.ingress)):
+                if limit is not None:
+                    allowed[*names[one.id], direction] = limit.bits_per_s
+        for pod_words, bits_per_s in allowed.items():
+            limits.add_metric(pod_words, bits_per_s)
+        yield limits
         drops = CounterMetricFamily(
             "rdmanet_drops",
             "Packets dropped, and sockets refused, by pod (empty: none known), direction and drop reason.",

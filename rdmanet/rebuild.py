@@ -25,8 +25,10 @@ from rdmanet.documents import Documents
 from rdmanet.errors import DamagedError, NotFoundError, RequestError
 from rdmanet.model import (
     DEFAULT_MAX_LEASES,
+    UNLIMITED,
     Attachment,
     AttachmentState,
+    Bandwidth,
     GuardMode,
     NetnsId,
     PodName,
@@ -163,6 +165,7 @@ class _Maps:
     attachments: Mapping[int, AttachmentEntry]  # by index of the host's end
     endpoints: Mapping[bytes, int]  # attachment ids
     last_id: int
+    bandwidths: Mapping[int, Bandwidth]  # by attachment id
 
 
 def _look(config: Config, store: Store, known: Sequence[Attachment]) -> _Found:
@@ -200,7 +203,7 @@ def _look(config: Config, store: Store, known: Sequence[Attachment]) -> _Found:
 
 def _maps(config: Config) -> _Maps:
     if not config.datapath.bpffs_dir.is_dir():
-        return _Maps({}, {}, 0)
+        return _Maps({}, {}, 0, {})
     artifact = Kept(config.datapath_dir).choose(Artifact.load(config.datapath.artifact_dir))
     pins = config.datapath.bpffs_dir
     with Datapath.open(artifact, pins, config.map_sizes(), config.datapath_dir) as datapath:
@@ -214,7 +217,8 @@ def _maps(config: Config) -> _Maps:
             *(number for number, _, _ in datapath.drops_by_direction()),
             *datapath.flows.attachments(),
         ]
-        return _Maps(attachments, endpoints, max(spoken, default=0))
+        bandwidths = {entry.attachment_id: datapath.bandwidth(entry.attachment_id) for entry in attachments.values()}
+        return _Maps(attachments, endpoints, max(spoken, default=0), bandwidths)
 
 
 def _number(link: messages.Link) -> int:
@@ -267,6 +271,7 @@ def _attachment(link: messages.Link, place: search.Place | None, maps: _Maps) ->
         traffic_class=entry.traffic_class if entry else 0,
         service_level=said.service_level,
         pod_uid=said.pod_uid,
+        bandwidth=maps.bandwidths[number] if entry else UNLIMITED,
     )
 
 

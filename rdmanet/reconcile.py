@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from rdmanet.datapath.layout import AttachmentEntry, EndpointEntry, NodeEntry, UplinkEntry
 from rdmanet.ipam import IPNetwork
-from rdmanet.model import Attachment, Backend, IPAddress
+from rdmanet.model import UNLIMITED, Attachment, Backend, Bandwidth, IPAddress
 from rdmanet.node import HOST_LINK
 from rdmanet.rdma.backend import Condition
 from rdmanet.steps import Way
@@ -99,6 +99,7 @@ class PodSeen:
     program_ids: tuple[int, ...] = ()
     condition: Condition | None = None
     own: AttachmentEntry | None = None
+    bandwidth: Bandwidth = UNLIMITED
     endpoints: Mapping[IPAddress, EndpointEntry | None] | None = None
 
 
@@ -132,6 +133,8 @@ def broken_pod(wanted: PodWanted, seen: PodSeen, gateway_mac: str) -> Iterator[B
         yield Broken(Kind.DEVICE, condition.problem, repairable=gone, waits=condition.leaving)
     if seen.own != wanted.own:
         yield Broken(Kind.ENTRY, "its entry in the datapath is missing or wrong")
+    if seen.bandwidth != attachment.bandwidth:
+        yield Broken(Kind.ENTRY, "its bandwidth's limits in the datapath are missing or wrong")
     for address, endpoint in (seen.endpoints or {}).items():
         if endpoint != wanted.endpoint:
             yield Broken(Kind.ENTRY, f"the endpoint {address} is missing from the datapath")

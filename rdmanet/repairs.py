@@ -148,7 +148,8 @@ class Repairs:
                 continue
             wanted, endpoint = steps.entries(attachment, ifindex, parts.policy.of(attachment.id))
             present = [endpoints.get(address_key(address)) for address in attachment.addresses]
-            if own.get(ifindex) != wanted or any(one != endpoint for one in present):
+            limits = parts.datapath.bandwidth(attachment.id)
+            if (own.get(ifindex), limits) != (wanted, attachment.bandwidth) or any(one != endpoint for one in present):
                 found.append(attachment.id)
         return found
 

@@ -50,6 +50,17 @@ def status(document: Mapping[str, Any]) -> str:
         )
     else:
         parts.append("no pods")
+    limited = [row for row in attachments if any((row.get("bandwidth") or {}).values())]
+    if limited:
+        parts.append(
+            table(
+                ("limited pod", "interface", "gets at most", "sends at most"),
+                [
+                    (row["pod"], row["ifname"], *(_rate(row["bandwidth"][way]) for way in ("ingress", "egress")))
+                    for row in limited
+                ],
+            )
+        )
     failing = document["releasing"]["failing"]
     if failing:
         parts.append(table(("link", "not removed yet, tried again"), failing.items()))
@@ -181,6 +192,17 @@ def _traffic(row: Mapping[str, Any], way: str, before: Mapping[str, Any] | None,
         return f"{packets} packets, {_bytes(size)}"
     new, more = packets - before[way]["packets"], size - before[way]["bytes"]
     return f"{packets} packets, {new / seconds:.0f}/s, {_bytes(more / seconds)}/s"
+
+
+def _rate(limit: Mapping[str, Any] | None) -> str:
+    if limit is None:
+        return "-"
+    bits = float(limit["bits_per_s"])
+    for unit in ("bit/s", "kbit/s", "Mbit/s", "Gbit/s"):
+        if bits < 1000:
+            return f"{bits:.4g} {unit}"
+        bits /= 1000
+    return f"{bits:.4g} Tbit/s"
 
 
 def _bytes(size: float) -> str:

@@ -110,6 +110,10 @@ class Status(NamedTuple):
                 "max_leases": attachment.max_leases,
                 "traffic_class": attachment.traffic_class,
                 "service_level": attachment.service_level,
+                "bandwidth": {
+                    "ingress": attachment.bandwidth.ingress and attachment.bandwidth.ingress._asdict(),
+                    "egress": attachment.bandwidth.egress and attachment.bandwidth.egress._asdict(),
+                },
                 "cgroup": limited.get(attachment.id, (None, ""))[0],
                 "not_limited": limited.get(attachment.id, (None, ""))[1] or None,
                 "device": asdict(attachment.device) if attachment.device else None,

@@ -404,8 +404,9 @@ class EndpointStep:
 
 
 def set_entries(datapath: Datapath, attachment: Attachment, ifindex: int, policy: PodPolicy) -> None:
-    """Writes the attachment's entries; those of endpoints last, as they let packets in."""
+    """Writes the attachment's entries; first what they refer to, those of endpoints last: they let packets in."""
     own, endpoint = entries(attachment, ifindex, policy)
+    datapath.set_bandwidth(attachment.id, attachment.bandwidth)
     datapath.set_attachment(ifindex, own)
     for address in attachment.addresses:
         datapath.set_endpoint(address_key(address), endpoint)
@@ -429,6 +430,7 @@ def entries(attachment: Attachment, ifindex: int, policy: PodPolicy) -> tuple[At
         identity=policy.identity,
         ingress_set=policy.ingress_set,
         egress_set=policy.egress_set,
+        limited=attachment.bandwidth.egress is not None,
     )
     endpoint = EndpointEntry(
         ifindex=ifindex,
@@ -439,6 +441,7 @@ def entries(attachment: Attachment, ifindex: int, policy: PodPolicy) -> tuple[At
         identity=policy.identity,
         ingress_set=policy.ingress_set,
         egress_set=policy.egress_set,
+        limited=attachment.bandwidth.ingress is not None,
     )
     return own, endpoint
 

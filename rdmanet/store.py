@@ -16,6 +16,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from rdmanet.database import Database
@@ -24,9 +25,11 @@ from rdmanet.model import (
     Attachment,
     AttachmentState,
     Backend,
+    Bandwidth,
     Device,
     GuardMode,
     IPAddress,
+    Limit,
     NetnsId,
     PodCgroup,
     PodName,
@@ -37,7 +40,7 @@ from rdmanet.model import (
 )
 
 FILE = "state.db"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -65,6 +68,7 @@ CREATE TABLE attachments (
     cgroup TEXT,
     labels TEXT NOT NULL DEFAULT '{}',
     slot TEXT,
+    bandwidth TEXT NOT NULL DEFAULT '{}',
     UNIQUE (container_id, ifname)
 ) STRICT;
 CREATE TABLE addresses (
@@ -92,11 +96,14 @@ ALTER TABLE attachments ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE attachments ADD COLUMN slot TEXT;
 CREATE UNIQUE INDEX attachments_by_slot ON attachments (slot);
 """,
+    5: """
+ALTER TABLE attachments ADD COLUMN bandwidth TEXT NOT NULL DEFAULT '{}';
+""",
 }
 
 _COLUMNS = (
     "id, container_id, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name, state, mac, mtu_bytes,"
-    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup, labels, slot"
+    " wants_rdma, guard, device, max_leases, traffic_class, service_level, pod_uid, cgroup, labels, slot, bandwidth"
 )
 
 
@@ -154,13 +161,13 @@ class Store(Database):
 
     def set_device(self, attachment_id: int, device: Device | None) -> None:
         """Commits what device the attachment has."""
-        text = json.dumps(dataclasses.asdict(device)) if device else None
+        text = json.dumps(asdict(device)) if device else None
         with self._transaction() as db:
             db.execute("UPDATE attachments SET device = ? WHERE id = ?", (text, attachment_id))
 
     def set_cgroup(self, attachment_id: int, cgroup: PodCgroup | None) -> None:
         """Commits in which cgroup the attachment's limits are about to hold; None: in none any more."""
-        text = json.dumps(dataclasses.asdict(cgroup)) if cgroup else None
+        text = json.dumps(asdict(cgroup)) if cgroup else None
         self._take_back(lambda db: db.execute("UPDATE attachments SET cgroup = ? WHERE id = ?", (text, attachment_id)))
 
     def free_slot(self, attachment_id: int) -> None:
@@ -262,7 +269,7 @@ class Store(Database):
 
 def _insert(db: sqlite3.Connection, attachment: Attachment, number: int | None) -> int:
     """A row with its addresses, under this id or the next; returns the id."""
-    device = json.dumps(dataclasses.asdict(attachment.device)) if attachment.device else None
+    device = json.dumps(asdict(attachment.device)) if attachment.device else None
     values = {
         "id": number,
         "container_id": attachment.container_id,
@@ -285,6 +292,7 @@ def _insert(db: sqlite3.Connection, attachment: Attachment, number: int | None) 
         "pod_uid": attachment.pod_uid,
         "labels": json.dumps(dict(attachment.labels)),
         "slot": attachment.slot,
+        "bandwidth": json.dumps({name: limit for name, limit in asdict(attachment.bandwidth).items() if limit}),
     }
     names, places = ", ".join(values), ", ".join("?" * len(values))
     cursor = db.execute(f"INSERT INTO attachments ({names}) VALUES ({places})", tuple(values.values()))
@@ -332,6 +340,7 @@ def _attachment(row: sqlite3.Row, keys: Iterable[bytes]) -> Attachment:
         cgroup=PodCgroup(**json.loads(row["cgroup"])) if row["cgroup"] else None,
         labels=json.loads(row["labels"]),
         slot=row["slot"],
+        bandwidth=Bandwidth(**{name: Limit(*limit) for name, limit in json.loads(row["bandwidth"]).items()}),
     )
 
 

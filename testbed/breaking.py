@@ -11,7 +11,7 @@ from typing import Any
 from rdmanet.datapath import bpf
 from rdmanet.datapath.artifact import HOOKS, Artifact
 from rdmanet.datapath.maps import Datapath
-from rdmanet.model import address_key
+from rdmanet.model import Bandwidth, Limit, address_key
 from testbed.host import ARTIFACT, Host
 from testbed.outside import FAR_IPV4, FAR_IPV6, UPLINK
 from testbed.pod import Pod
@@ -98,6 +98,12 @@ def _without_entry(datapath: Datapath, target: Target) -> None:
     datapath.delete_attachment(ifindex)
 
 
+def _other_limits(datapath: Datapath, target: Target) -> None:
+    endpoint = datapath.endpoint(address_key(target.addresses[4]))
+    assert endpoint is not None
+    datapath.set_bandwidth(endpoint.attachment_id, Bandwidth(egress=Limit(1000, 1 << 17)))
+
+
 def _renamed(target: Target) -> None:
     # Down first: older kernels rename no other.
     target.inside("ip", "link", "set", target.ifname, "down")
@@ -129,6 +135,7 @@ BREAKS: dict[str, Break] = {
     "pod-clsact": _on_host("filter", "tc", "qdisc", "delete", "dev", "{rn}", "clsact", node=False),
     "endpoint": Break("entry", _datapath(_without_endpoint)),
     "attachment": Break("entry", _datapath(_without_entry)),
+    "limits": Break("entry", _datapath(_other_limits)),
     "host-link": _on_host("link", "ip", "link", "delete", "rdmanet0"),
     "host-peer": _on_host("link", "ip", "link", "delete", "rdmanet1"),
     "host-link-down": _on_host("interface", "ip", "link", "set", "rdmanet0", "down"),

@@ -171,12 +171,19 @@ class Containerd:
     # Pods
 
     @staticmethod
-    def config(name: str, *, ports: Mapping[int, int] | None = None, uid: str | None = None) -> dict[str, Any]:
+    def config(
+        name: str,
+        *,
+        ports: Mapping[int, int] | None = None,
+        uid: str | None = None,
+        annotations: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         """A pod's configuration; `ports` are host ports and the pod's."""
         return {
             "metadata": {"name": name, "uid": uid or str(uuid.uuid4()), "namespace": "default"},
             "hostname": name,
             "port_mappings": [{"host_port": host, "container_port": own} for host, own in (ports or {}).items()],
+            "annotations": dict(annotations or {}),
             "linux": {},
         }
 

@@ -16,12 +16,13 @@ def status(cri: Cri) -> str:
     return "\n".join(f"{row['type']} {row.get('status', False)}" for row in conditions)
 
 
-def config(name: str, *ports: str) -> dict[str, Any]:
-    """A pod's; `ports` are HOST:POD."""
-    pairs = [port.split(":") for port in ports]
+def config(name: str, *words: str) -> dict[str, Any]:
+    """A pod's; `words` are ports, HOST:POD, and annotations, KEY=VALUE."""
+    pairs = [word.split(":") for word in words if "=" not in word]
     return {
         "metadata": {"name": name, "uid": name, "namespace": "default"},
         "port_mappings": [{"host_port": int(host), "container_port": int(own)} for host, own in pairs],
+        "annotations": dict(word.split("=", 1) for word in words if "=" in word),
         "linux": {},
     }
 
@@ -34,9 +35,9 @@ def pod_of(cri: Cri, name: str) -> str:
     raise InputError(f"there is no pod {name}")
 
 
-def run_pod(cri: Cri, name: str, *ports: str) -> str:
+def run_pod(cri: Cri, name: str, *words: str) -> str:
     """A sandbox; nothing to say."""
-    cri.call("RunPodSandbox", config=config(name, *ports))
+    cri.call("RunPodSandbox", config=config(name, *words))
     return ""
 
 

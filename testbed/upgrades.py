@@ -31,6 +31,7 @@ _SECOND_COLUMNS = """
     service_level INTEGER NOT NULL DEFAULT 0, pod_uid TEXT, cgroup TEXT,
 """
 _THIRD_COLUMNS = "labels TEXT NOT NULL DEFAULT '{}',"
+_FOURTH_COLUMNS = "slot TEXT,"
 _OTHERS = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE addresses (
@@ -46,6 +47,9 @@ SCHEMAS: Mapping[int, str] = {
     2: f"CREATE TABLE attachments ({_FIRST_COLUMNS} {_SECOND_COLUMNS} UNIQUE (container_id, ifname)) STRICT; {_OTHERS}",
     3: f"CREATE TABLE attachments ({_FIRST_COLUMNS} {_SECOND_COLUMNS} {_THIRD_COLUMNS}"
     f" UNIQUE (container_id, ifname)) STRICT; {_OTHERS}",
+    4: f"CREATE TABLE attachments ({_FIRST_COLUMNS} {_SECOND_COLUMNS} {_THIRD_COLUMNS} {_FOURTH_COLUMNS}"
+    f" UNIQUE (container_id, ifname)) STRICT; {_OTHERS}"
+    " CREATE UNIQUE INDEX attachments_by_slot ON attachments (slot);",
 }
 
 

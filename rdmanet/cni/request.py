@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rdmanet.cni import bandwidth
 from rdmanet.cni.labels import labels_of
 from rdmanet.cni.result import Dns, Result
 from rdmanet.cni.values import (
@@ -34,7 +35,7 @@ from rdmanet.cni.values import (
     string_of,
     strings_of,
 )
-from rdmanet.model import DEFAULT_NAMESPACE, GuardMode, IPAddress, PodName
+from rdmanet.model import DEFAULT_NAMESPACE, UNLIMITED, Bandwidth, GuardMode, IPAddress, PodName
 
 SUPPORTED_VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
@@ -54,7 +55,9 @@ SERVICE_LEVEL_RANGE = range(8)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*", re.ASCII)
 
 #: Capabilities that rdmanet acts upon or may safely be told (CONVENTIONS.md "Dynamic Plugin specific fields").
-CAPABILITIES = frozenset({"mac", "ips", "dns", "deviceID", "cgroupPath", "io.kubernetes.cri.pod-annotations"})
+CAPABILITIES = frozenset(
+    {"mac", "ips", "dns", "bandwidth", "deviceID", "cgroupPath", "io.kubernetes.cri.pod-annotations"}
+)
 
 
 class Command(enum.StrEnum):
@@ -121,6 +124,7 @@ class RuntimeConfig:
     device_id: str | None = None
     dns: Dns | None = None
     cgroup_path: str | None = None
+    bandwidth: Bandwidth = UNLIMITED
     pod_annotations: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -139,6 +143,7 @@ class RuntimeConfig:
             device_id=string_of("runtimeConfig: deviceID", given.get("deviceid", "")) or None,
             dns=Dns.from_json(given["dns"]) if "dns" in given else None,
             cgroup_path=string_of("runtimeConfig: cgroupPath", given.get("cgrouppath", "")) or None,
+            bandwidth=bandwidth.bandwidth_of("runtimeConfig: bandwidth", given.get("bandwidth")),
             pod_annotations={k: string_of(f"annotation {k}", v) for k, v in annotations.items()},
         )
 
@@ -159,6 +164,7 @@ class NetworkConfig:
     socket: str | None = None
     state_dir: str | None = None
     device_id: str | None = None  # deviceID, as Multus writes it
+    bandwidth: Bandwidth = UNLIMITED
     capabilities: frozenset[str] = frozenset()  # those that are true
     runtime_config: RuntimeConfig = field(default_factory=RuntimeConfig)
     args: Mapping[str, Json] = field(default_factory=dict)
@@ -198,6 +204,7 @@ class NetworkConfig:
             socket=path_of("socket", document.get("socket")),
             state_dir=path_of("stateDir", document.get("stateDir")),
             device_id=string_of("deviceID", document.get("deviceID") or "") or None,
+            bandwidth=bandwidth.bandwidth_of("", {key: document.get(key) for key in bandwidth.KEYS}),
             capabilities=frozenset(capabilities),
             runtime_config=RuntimeConfig.parse(document.get("runtimeConfig")),
             args=object_of("args", document.get("args")),
@@ -216,6 +223,7 @@ class NetworkConfig:
 
 
 _KNOWN_KEYS = (
+    *bandwidth.KEYS,
     "args",
     "capabilities",
     "cni.dev/attachments",
@@ -321,6 +329,11 @@ class Request:
         """MAC asked for: ``runtimeConfig.mac``, else ``args.cni.mac``, else MAC of CNI_ARGS."""
         listed = string_of("args.cni.mac", self._cni_args.get("mac") or "")
         return self.config.runtime_config.mac or mac_of_text("args.cni.mac", listed) or self.args.mac
+
+    @property
+    def bandwidth(self) -> Bandwidth:
+        """Limits: the lower one where both ``runtimeConfig`` and the network configuration have one."""
+        return bandwidth.lesser(self.config.runtime_config.bandwidth, self.config.bandwidth)
 
     @property
     def labels(self) -> Mapping[str, str]:

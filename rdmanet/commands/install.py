@@ -96,7 +96,7 @@ def conflist(settings: config.Config, network: str, version: str, *, portmap: bo
     Socket and state directory are named where they are not the executable's defaults; pods' annotations are asked for
     where kubelet gives slots.
     """
-    capabilities = {"mac": True, "ips": True, "dns": True}
+    capabilities = {"mac": True, "ips": True, "dns": True, "bandwidth": True}
     if settings.kubernetes.slots:
         capabilities["io.kubernetes.cri.pod-annotations"] = True
     plugin: dict[str, object] = {"type": NAME, "capabilities": capabilities}

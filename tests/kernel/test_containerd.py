@@ -91,6 +91,22 @@ def test_port_mappings(world: World, containerd: Containerd) -> None:
         assert containerd.exec(client, "main", "wget", "-q", "-O", "-", url(address, 8080)) == "from server\n"
 
 
+def test_bandwidth_by_annotations(world: World, containerd: Containerd) -> None:
+    """As Kubernetes has them; containerd says that the burst is 2^32-1 bits, and means that it has none in mind."""
+    containerd.network("net", [{"type": "rdmanet", "capabilities": {"bandwidth": True}}, PORTMAP])
+    wanted = {"kubernetes.io/ingress-bandwidth": "1G", "kubernetes.io/egress-bandwidth": "8M"}
+    served(containerd, "limited", annotations=wanted)
+    containerd.run_pod("free")
+    found = {row["pod"]: row["bandwidth"] for row in world.status()["attachments"]}
+    assert found == {
+        "default/limited": {
+            "ingress": {"bits_per_s": 10**9, "burst_bytes": 31_250_000},
+            "egress": {"bits_per_s": 8_000_000, "burst_bytes": 262_144},
+        },
+        "default/free": {"ingress": None, "egress": None},
+    }
+
+
 def test_many_pods_at_once(world: World, containerd: Containerd) -> None:
     with concurrent.futures.ThreadPoolExecutor(PODS_AT_ONCE) as pool:
         pods = list(pool.map(containerd.run_pod, [f"pod-{n}" for n in range(PODS_AT_ONCE)]))

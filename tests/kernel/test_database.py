@@ -54,7 +54,7 @@ def repair(world: World) -> list[str]:
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_under_live_pods(world: World, how: str) -> None:
     pristine = world.snapshot()
-    one = world.add(world.pod("one"))
+    one = world.add(world.pod("one"), ingressRate=10**9, egressRate=10**8, egressBurst=2**22)
     two = world.add(world.pod("two"), args=f"K8S_POD_NAMESPACE=shop;K8S_POD_NAME={LONG_NAME};K8S_POD_UID=6f2d-1")
     three = world.add(world.pod("three"))
     for attached in (one, two):

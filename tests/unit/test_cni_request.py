@@ -24,7 +24,7 @@ from rdmanet.cni import (
     pending_name,
     variables_of_headers,
 )
-from rdmanet.model import GuardMode, PodName
+from rdmanet.model import UNLIMITED, Bandwidth, GuardMode, Limit, PodName
 
 VARIABLES = {
     "CNI_COMMAND": "ADD",
@@ -112,6 +112,56 @@ def test_runtime_config_wins_and_its_keys_are_read_in_any_case() -> None:
     assert found.dns.nameservers == ("10.0.0.2",)
 
 
+M = 10**6
+QUARTER_OF_A_SECOND = 31_250_000  # bytes, at 1 Gbit/s
+
+
+@pytest.mark.parametrize(
+    ("static", "dynamic", "expected"),
+    [
+        ({}, {}, UNLIMITED),
+        ({}, {"ingressRate": 0, "ingressBurst": 0, "egressRate": None}, UNLIMITED),
+        ({"ingressRate": 8 * M, "ingressBurst": 1 << 20}, {}, Bandwidth(ingress=Limit(8 * M, 1 << 17))),
+        ({}, {"EgressRate": 8 * M, "EgressBurst": 1 << 22}, Bandwidth(egress=Limit(8 * M, 1 << 19))),
+        # No burst, or what runtimes write then: a quarter of a second, and room for some frames.
+        ({"egressRate": 1000 * M}, {}, Bandwidth(egress=Limit(1000 * M, QUARTER_OF_A_SECOND))),
+        ({}, {"IngressRate": 1000 * M, "IngressBurst": 2**32 - 1}, Bandwidth(Limit(1000 * M, QUARTER_OF_A_SECOND))),
+        ({}, {"ingressRate": 1000 * M, "ingressBurst": 2**35 - 9}, Bandwidth(Limit(1000 * M, QUARTER_OF_A_SECOND))),
+        ({"ingressRate": M}, {}, Bandwidth(Limit(M, 1 << 18))),
+        # Of two limits for a direction the lower rate, with its burst.
+        (
+            {"ingressRate": 3 * M, "ingressBurst": 1 << 20, "egressRate": 9 * M, "egressBurst": 1 << 21},
+            {"ingressRate": 4 * M, "ingressBurst": 1 << 22, "egressRate": 5 * M, "egressBurst": 1 << 23},
+            Bandwidth(Limit(3 * M, 1 << 17), Limit(5 * M, 1 << 20)),
+        ),
+        ({}, {"ingressRate": 1000, "egressRate": 10**15}, Bandwidth(Limit(1000, 1 << 18), Limit(10**15, 10**15 // 32))),
+    ],
+)
+def test_bandwidth(static: dict[str, Any], dynamic: dict[str, Any], expected: Bandwidth) -> None:
+    runtime: dict[str, Any] = {"bandwidth": dynamic} if dynamic else {}
+    found = request(capabilities={"bandwidth": True}, runtimeConfig=runtime, **static)
+    assert found.bandwidth == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ingressRate", 999, "write a whole number from 1000 to 1000000000000000"),
+        ("egressRate", 10**15 + 1, "write a whole number from 1000 to"),
+        ("egressRate", "8M", "write a whole number"),
+        ("ingressRate", -1, "write a whole number"),
+        ("ingressRate", 1e6, "write a whole number"),
+        ("ingressBurst", 1 << 21, 'has no "ingressRate" beside it'),
+        ("egressBurst", (1 << 20) - 1, "write 1048576 (128 KiB) or more"),
+        ("egressBurst", -5, "write a whole number"),
+    ],
+)
+def test_bandwidth_that_cannot_be(name: str, value: object, words: str) -> None:
+    dynamic: dict[str, Any] = {name: value} | ({"egressRate": 8 * M} if name == "egressBurst" else {})
+    refused(CniCode.CONFIG, f'"{name}"', words, **dynamic)
+    refused(CniCode.CONFIG, f'"runtimeConfig: bandwidth: {name}"', words, runtimeConfig={"bandwidth": dynamic})
+
+
 def test_an_unknown_key_is_refused_with_key_value_and_the_nearest_known_one() -> None:
     refused(CniCode.FIELD, '"rmda": true', 'did you mean "rdma"?', rmda=True)
     refused(CniCode.FIELD, '"statedir": "/x"', '"stateDir"', statedir="/x")
@@ -171,6 +221,7 @@ def test_capabilities_that_nobody_would_serve_are_refused() -> None:
         {"runtimeConfig": {"mac": "0a:58"}},
         {"runtimeConfig": {"ips": "10.0.0.1"}},
         {"runtimeConfig": []},
+        {"runtimeConfig": {"bandwidth": 5}},
         {"prevResult": {"ips": [{"address": "10.0.0.1/24", "interface": 0}]}},
         {"prevResult": {"ips": [{"address": "x"}]}},
         {"prevResult": {"routes": [{"dst": "x"}]}},

@@ -14,7 +14,7 @@ from rdmanet.broker.values import Counts
 from rdmanet.datapath.layout import Count
 from rdmanet.limits import Usage
 from rdmanet.metrics import Metrics
-from rdmanet.model import Backend, PodName
+from rdmanet.model import Backend, Bandwidth, Limit, PodName
 from rdmanet.numbers import DeviceNumbers
 from rdmanet.store import Store
 from tests.unit.test_store import DEVICE, wanted
@@ -125,6 +125,7 @@ def test_every_name_is_there_from_the_start(metrics: Metrics) -> None:
         "rdmanet_repairs",
         "rdmanet_pod_packets",
         "rdmanet_pod_bytes",
+        "rdmanet_pod_bandwidth_limit_bits_per_second",
         "rdmanet_drops",
         "rdmanet_events_lost",
         "rdmanet_pod_flows",
@@ -225,6 +226,19 @@ def test_tables_and_lost_events(metrics: Metrics) -> None:
         ("rdmanet_table_entries_max", labels(table="policy")): 50,
     }
     assert found["rdmanet_events_lost_total", labels()] == 12
+
+
+def test_bandwidth(store: Store, metrics: Metrics) -> None:
+    name = "rdmanet_pod_bandwidth_limit_bits_per_second"
+    store.reserve(wanted(1))
+    assert not [key for key in samples(metrics) if key[0] == name]
+    for number, limits in ((2, Bandwidth(Limit(1, 1), Limit(2, 1))), (3, Bandwidth(Limit(10**9, 1), Limit(10**8, 1)))):
+        made = store.reserve(wanted(number, bandwidth=limits, pod=PodName("default", "web")))
+    pod = {"pod": "default/web", "interface": made.ifname}
+    assert {key[1]: value for key, value in samples(metrics).items() if key[0] == name} == {
+        labels(**pod, direction="from_pod"): 10**8,
+        labels(**pod, direction="to_pod"): 10**9,
+    }
 
 
 def test_repairs(numbers: Numbers, metrics: Metrics) -> None:

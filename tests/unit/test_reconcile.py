@@ -11,7 +11,18 @@ import pytest
 
 from rdmanet import steps
 from rdmanet.datapath.layout import NodeEntry, UplinkEntry
-from rdmanet.model import GATEWAY_MAC, Attachment, AttachmentState, Backend, Device, NetnsId, PodName, RdmaMode
+from rdmanet.model import (
+    GATEWAY_MAC,
+    Attachment,
+    AttachmentState,
+    Backend,
+    Bandwidth,
+    Device,
+    Limit,
+    NetnsId,
+    PodName,
+    RdmaMode,
+)
 from rdmanet.node import NodeNetwork
 from rdmanet.policy.values import PodPolicy
 from rdmanet.rdma.backend import Condition
@@ -118,6 +129,11 @@ def test_a_default_route_may_lead_through_another_gateway_of_the_link() -> None:
         ),
         ({"host_end": False}, ["the host's end rn-7 is missing"], {"link", "filter", "addresses", "endpoint"}),
         ({"pod_end_up": False, **without(4)}, ["the interface eth0 is down"], {"filter", "addresses"}),
+        (
+            {"bandwidth": Bandwidth(egress=Limit(1000, 2**17))},
+            ["its bandwidth's limits in the datapath are missing or wrong"],
+            {"endpoint"},
+        ),
         ({"host_end_up": False}, ["the host's end rn-7 is down"], {"filter", "addresses"}),
         (without(4), ["the address 10.213.0.7 is missing from eth0"], {"addresses"}),
         (without(6), ["the address fd72:646d:616e::7 is missing from eth0"], {"addresses"}),

@@ -116,6 +116,24 @@ def test_everything() -> None:
         """)
 
 
+def test_limits_are_shown_where_there_are_some() -> None:
+    half = {"ingress": {"bits_per_s": 12_500_000, "burst_bytes": 390_625}, "egress": None}
+    both = {name: {"bits_per_s": bits, "burst_bytes": 1} for name, bits in (("ingress", 10**9), ("egress", 10**15))}
+    shown = document(
+        attachments=[
+            attachment("default/half", bandwidth=half),
+            attachment("default/none", bandwidth={"ingress": None, "egress": None}),
+            attachment("default/both", bandwidth=both),
+        ]
+    )
+    assert text("""
+        LIMITED POD   INTERFACE  GETS AT MOST  SENDS AT MOST
+        default/half  eth0       12.5 Mbit/s   -
+        default/both  eth0       1 Gbit/s      1000 Tbit/s
+        """) in show.status(shown)
+    assert "LIMITED" not in show.status(document(attachments=[attachment("default/none")]))
+
+
 def test_no_line_ends_in_blanks() -> None:
     shown = show.table(("a", "long heading"), [("much longer than its heading", ""), ("x", "y")])
     assert (

@@ -20,11 +20,14 @@ import pytest
 from rdmanet import store as module
 from rdmanet.errors import ConflictError, DamagedError, StateError
 from rdmanet.model import (
+    UNLIMITED,
     Attachment,
     AttachmentState,
     Backend,
+    Bandwidth,
     Device,
     GuardMode,
+    Limit,
     NetnsId,
     PodCgroup,
     PodName,
@@ -279,6 +282,7 @@ def test_an_older_versions_file_is_read_and_gets_defaults(path: Path, version: i
         assert found.addresses == (ipaddress.IPv4Address("10.213.0.7"),)
         assert (found.max_leases, found.traffic_class, found.service_level) == (256, 0, 0)
         assert (found.pod_uid, found.cgroup, found.labels, found.slot) == (None, None, {}, None)
+        assert found.bandwidth == UNLIMITED
         assert store.effects() == {"bpffs": "/sys/fs/bpf"}
         store.close()
     store = Store(path)
@@ -314,6 +318,15 @@ def test_limits_and_the_cgroup_are_kept(store: Store) -> None:
     assert store.attachments() == [found]
     store.set_cgroup(made.id, None)
     assert store.attachments()[0].cgroup is None
+
+
+@pytest.mark.parametrize(
+    "bandwidth",
+    [UNLIMITED, Bandwidth(egress=Limit(10**6, 2**17)), Bandwidth(Limit(10**15, 2**40), Limit(1000, 2**17))],
+)
+def test_bandwidth_is_kept(store: Store, bandwidth: Bandwidth) -> None:
+    store.reserve(wanted(bandwidth=bandwidth))
+    assert store.attachments()[0].bandwidth == bandwidth
 
 
 def test_labels_are_kept(store: Store) -> None:
