@@ -263,11 +263,15 @@ def _place(path: Path, content: bytes, mode: int, fault_point: FaultPoint) -> No
 
 @contextlib.contextmanager
 def _said(path: Path, beside: Path) -> Iterator[None]:
+    """A failure as a sentence, when what was begun is taken away again."""
+    there = path.parent.exists()
     try:
         yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+        with contextlib.suppress(OSError, StateError):
+            beside.unlink(missing_ok=True)
+            if not there:
+                _remove_directories(path.parent)
         raise StateError(
             f"{path} cannot be written: {error.strerror}. Make {path.parent} a writable directory with free space and"
             " call again.",
