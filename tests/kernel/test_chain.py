@@ -252,7 +252,7 @@ def test_a_later_plugin_that_refuses_leaves_nothing(world: World) -> None:
 
 def test_bandwidth_has_no_place_beside_our_filter(world: World) -> None:
     """Its ingress qdisc needs the one of our filter: it refuses egress rates, and nothing is left. Without a rate it
-    does nothing, and may be in the chain (its CHECK then panics)."""
+    does nothing, and may be in the chain (its CHECK then panics). Ours has its capability: test_bandwidth.py."""
     rates = {"egressRate": 1_000_000, "egressBurst": 1_000_000}
     pod = world.pod()
     with world.unchanged():
