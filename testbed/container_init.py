@@ -265,8 +265,10 @@ class Init:
     def _become(self, request: dict[str, Any], descriptors: list[int], complaint: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; commands expect the default
+            # As a terminal's commands expect it. Python ignores SIGPIPE; and where the tests themselves are in the
+            # background, the shell had SIGINT and SIGQUIT ignored in everything that they start.
+            for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
             os.setsid()
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             # Out of the way first: a source's number may be another one's target.

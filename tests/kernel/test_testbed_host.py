@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
@@ -22,6 +23,18 @@ def test_an_agent_that_cannot_start_says_why(host: Host) -> None:
     assert host.agent is None
     with pytest.raises(UnavailableError, match="no agent runs on"):
         host.stop_agent()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_signals_end_a_command_where_the_tests_ignore_them(number: signal.Signals) -> None:
+    """As what a shell has started in the background does."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Host.scratch("ignoring") as host:
+            done = host.exec(["sh", "-c", f"kill -{int(number)} $$; echo it goes on"], check=False)
+            assert done.returncode == -number
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("far", "own"), [(FAR_IPV4, HOST_IPV4), (FAR_IPV6, HOST_IPV6)])
