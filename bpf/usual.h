@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The usual packet: TCP or UDP (not RoCE) from one pod to another of this host, of a flow that is
- * known and judged under today's policy, whole, without IP options or extension headers. It is
- * judged here in as few instructions as can be and exactly as pod.c would: what is in any way else,
- * spoofed or malformed, is left to it.
+ * The usual packet: TCP or UDP (not RoCE) from one pod to another of this host, of which neither
+ * has a limit (those have no place near by, limit.h), of a flow that is known and judged under
+ * today's policy, whole, without IP options or extension headers. It is judged here in as few
+ * instructions as can be and exactly as pod.c would: what is in any way else, spoofed or malformed,
+ * is left to it.
  *
  * Loads wider than a field take what is beside it along: both architectures that the datapath runs
  * on (x86_64, aarch64) are little-endian and load from any address.
