@@ -11,7 +11,7 @@ import numpy as np
 
 from rdmanet.errors import InputError
 from testbed.host import Host
-from testbed.jobs import Job
+from testbed.jobs import TIMEOUT_S, Job
 from testbed.paths import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples/train/train.py"
@@ -35,7 +35,8 @@ def alone(host: Host, *options: str) -> tuple[dict[str, Any], Any]:
     """The report and the parameters of one process on the host."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "alone.npy"
-        done = host.exec([sys.executable, str(SCRIPT), *options, "--save", str(file)], cwd=str(REPOSITORY))
+        argv = [sys.executable, str(SCRIPT), *options, "--save", str(file)]
+        done = host.exec(argv, cwd=str(REPOSITORY), timeout_s=TIMEOUT_S)
         return done.json(), np.load(file)
 
 
