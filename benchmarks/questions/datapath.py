@@ -86,7 +86,7 @@ def judge(run: Run, stack: contextlib.ExitStack, loopback: Way) -> None:
 
     Beside loopback in the same rounds; on a host of their own, whose other pods are none.
     """
-    rules = run.pick(full=10_000, quick=10_000, smoke=200)
+    rules = run.pick(full=10_000, quick=1_000, smoke=200)
     attacher = stack.enter_context(paths.rdmanet(f"{OURS}-judged"))
     way = attacher.way()
     for contender in (UNJUDGED, OURS):
@@ -94,7 +94,7 @@ def judge(run: Run, stack: contextlib.ExitStack, loopback: Way) -> None:
             begun = time.monotonic()
             apply_rules(attacher, rules)
             run.tell(f"{rules} rules applied in {time.monotonic() - begun:.1f} s")
-        for _ in run.rounds(full=5, quick=2):
+        for _ in run.rounds(full=5, quick=1):
             for work in GROWING:
                 for family in FAMILIES:
                     case = f"{work.name}/{family}/rules-{rules}"
@@ -144,7 +144,7 @@ def grow(run: Run, attacher: Attacher, ours: Way) -> None:
             fill(run, attacher, pods)
             if run.place is Place.ICOUNT:
                 time.sleep(SETTLE_S)
-        for _ in run.rounds(full=5, quick=2):
+        for _ in run.rounds(full=5, quick=1):
             for work in GROWING:
                 for family in FAMILIES:
                     sample(run, f"{work.name}/{family}/growth-{pods}", contender, ours, work, family)

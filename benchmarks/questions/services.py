@@ -171,7 +171,7 @@ def measure(run: Run) -> None:
             if run.place is Place.ICOUNT:
                 time.sleep(SETTLE_S)
             later = sizes[1:] if size == sizes[0] else ()
-            for _ in run.rounds(full=3, quick=2):
+            for _ in run.rounds(full=3, quick=1):
                 for family in FAMILIES:
                     sample(run, contenders, bare, family, size, later)
 
