@@ -112,7 +112,8 @@ def _signalled(host: Host, number: signal.Signals, after_s: float | None = None)
 
 
 def _stubborn(host: Host) -> None:
-    program = "trap '' INT; echo there $RANK; while :; do sleep 1000; done"
+    # Both: signals that are pending together come in any order.
+    program = "trap '' INT TERM; echo there $RANK; while :; do sleep 1000; done"
     with Job(host, *JOB, "--", "sh", "-c", program) as job:
         _started(job)
         job.signal(signal.SIGINT)
