@@ -19,7 +19,7 @@ from tests.bpf import packets
 from tests.bpf.lab import GATEWAY_MAC, Lab, Pod
 
 # include/uapi/linux/pkt_cls.h
-UNSPEC, OK, SHOT, REDIRECT = 0xFFFFFFFF, 0, 2, 7
+UNSPEC, OK, SHOT, STOLEN, REDIRECT = 0xFFFFFFFF, 0, 2, 4, 7
 
 SLOTS = {**HOOKS, **CONTINUATIONS}
 
