@@ -369,7 +369,8 @@ class Attachments:
         """Finishes what an earlier agent left: undoes half-made and half-removed attachments, adopts the ready ones.
 
         Where a pod's namespace is gone nothing of an attachment can be alive: it is taken back and its addresses are
-        freed. After a reboot ``Store.begin`` has marked all of them. What cannot be taken back now is left to
+        freed. After a reboot ``Store.begin`` has marked all of them. Where its folder is gone, too, it may be there all
+        the same: such a pod is left as it is. What cannot be taken back now is left to
         ``finish``: it must not keep the agent from all other pods.
         """
         attachments = self._parts.store.attachments()
@@ -380,8 +381,13 @@ class Attachments:
                     space.resume_after(address)
         ready = [attachment for attachment in attachments if attachment.state is AttachmentState.READY]
         adopted = adoption.adopt(self._parts, ready)
-        left = [attachment for attachment in attachments if attachment.id not in adopted]
-        self._find_host_ends({attachment.id for attachment in left})
+        others = [attachment for attachment in attachments if attachment.id not in adopted]
+        self._find_host_ends({attachment.id for attachment in others})
+        hidden = {attachment.id for attachment in others if self._hidden(attachment)}
+        for cookie, number in self._parts.datapath.namespaces().items() if hidden else ():
+            if number in hidden:
+                self._parts.datapath.enter_namespace(cookie, number)
+        left = [attachment for attachment in others if attachment.id not in hidden]
         cut = [attachment for attachment in left if self._cut_or_leave(attachment)]
         if cut:
             failures = self._removals.remove(cut)
@@ -390,6 +396,12 @@ class Attachments:
                     log.warning("%s is not removed yet: %s", attachment.host_ifname, failures[attachment.id])
                     self._removals.put(attachment)
         self._forget_strangers()
+
+    def _hidden(self, attachment: Attachment) -> bool:
+        if attachment.state is not AttachmentState.READY or namespace.told(attachment.netns):
+            return False
+        log.error("%s: its namespace %s is hidden; mount that folder", attachment.pod, attachment.netns)
+        return True
 
     def _cut_or_leave(self, attachment: Attachment) -> bool:
         try:

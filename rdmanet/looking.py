@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rdmanet import reconcile, steps
 from rdmanet.errors import NotFoundError, UnavailableError
@@ -14,9 +13,6 @@ from rdmanet.netlink import messages, namespace
 from rdmanet.netlink.batch import BatchSocket
 from rdmanet.rdma.backend import Condition
 from rdmanet.reconcile import Broken, PodSeen, PodWanted
-
-#: Paths that go with their process, and their folder with them.
-_PROC = "/proc/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +50,7 @@ def look(parts: steps.Parts, attachment: Attachment) -> Look:
     nothing = PodWanted(attachment, ways, program, None, None)
     with namespace.entered(attachment.netns, attachment.netns_id) as descriptor:
         if descriptor is None:
-            folder = attachment.netns.startswith(_PROC) or Path(attachment.netns).parent.is_dir()
-            return Look(nothing, PodSeen(folder=folder))
+            return Look(nothing, PodSeen(folder=namespace.told(attachment.netns)))
         inside = namespace.run_inside(descriptor, lambda: _look_inside(attachment.ifname))
         condition = _device(parts, attachment, descriptor)
     pod = inside.link

@@ -26,6 +26,8 @@ MS_BIND, MNT_DETACH = 0x1000, 2
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1  # netdevice(7)
 NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
 SO_NETNS_COOKIE = 71  # socket(7); kernel commit e8b9eab99232, 5.14
+#: Paths that go with their process, and their folder with them.
+_PROC = "/proc/"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -82,6 +84,12 @@ def entered(path: str, identity: NetnsId) -> Iterator[int | None]:
         if descriptor is not None and identify(descriptor) != identity:
             descriptor = None
         yield descriptor
+
+
+def told(path: str) -> bool:
+    """Whether a path that leads nowhere tells that its namespace is gone: not where its folder is not there either, as
+    that may be unmounted under living pods, or hidden from the agent's container. With a process its folder goes."""
+    return path.startswith(_PROC) or Path(path).parent.is_dir()
 
 
 def own() -> NetnsId:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,12 @@ def world() -> Iterator[World]:
 def ping(world: World, source: Attached, target: str) -> None:
     """One packet there and back."""
     source.pod.exec(["ping", "-c", "1", "-W", "5", target])
+
+
+def namespaces(world: World) -> dict[int, int]:
+    """Whose sockets reach services."""
+    with world.datapath() as datapath:
+        return datapath.namespaces()
 
 
 def lost(pinging: Process) -> tuple[int, int]:
@@ -201,6 +208,32 @@ def test_what_is_gone_is_released(world: World) -> None:
         world.delete(gone)
     world.delete(kept)
     assert diff(before, world.snapshot()) == []
+
+
+def test_where_the_folder_of_namespaces_is_hidden_pods_keep_their_network(world: World) -> None:
+    """As in a container that the folder is not mounted into: of what was in there nobody can tell that it is gone."""
+    one, two = world.add(world.pod("one")), world.add(world.pod("two"))
+    for attached in (one, two):
+        attached.pod.start()
+    before, known = world.snapshot(), namespaces(world)
+    folder = str(Path(one.pod.netns).parent)
+    world.host.kill_agent()
+    world.host.exec(["mv", folder, f"{folder}-hidden"])
+    world.start_agent()
+    assert [row["state"] for row in world.status()["attachments"]] == ["ready", "ready"]
+    assert world.host.agent is not None
+    assert f"{one.pod.netns} is hidden" in world.host.agent.log
+    for target in two.addresses:
+        ping(world, one, target)
+    world.host.exec(["mv", f"{folder}-hidden", folder])
+    assert diff(before, world.snapshot()) == []
+    assert namespaces(world) == known
+    world.host.kill_agent()
+    world.start_agent()
+    assert diff(before, world.snapshot()) == []
+    for attached in (one, two):
+        succeeded(world.check(attached))
+        world.delete(attached)
 
 
 def test_a_link_that_went_while_no_agent_ran_is_made_again(world: World) -> None:
