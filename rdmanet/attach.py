@@ -154,7 +154,8 @@ class Attachments:
         if holder is None or holder.state is AttachmentState.ADDING:
             return
         with namespace.entered(holder.netns, holder.netns_id) as descriptor:
-            alive = holder.state is AttachmentState.READY and descriptor is not None
+            there = descriptor is not None or not namespace.told(holder.netns)
+            alive = holder.state is AttachmentState.READY and there
         if not alive:
             log.warning("%s is collected: its pod has ended, and %s is asked for", holder.host_ifname, holder.slot)
             self.release(holder)
