@@ -6,6 +6,7 @@ what is attached to a cgroup, and the program's name says for which numbers it w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from rdmanet.datapath import bpf, layout, loader, programs
 from rdmanet.datapath.artifact import DEVICE_MAP, DEVICE_PROGRAM, Artifact
-from rdmanet.errors import KernelError, NotFoundError
+from rdmanet.errors import BpfError, KernelError, NotFoundError
 
 #: (major, minor) of a character device.
 Number = tuple[int, int]
@@ -48,9 +49,10 @@ def release(cgroup: Path) -> None:
     with ExitStack() as stack:
         try:
             descriptor = stack.enter_context(_opened(cgroup))
+            ours = _attached(descriptor, stack)
         except NotFoundError:
             return
-        for program in _attached(descriptor, stack).values():
+        for program in ours.values():
             bpf.detach_from_cgroup(descriptor, program, bpf.ATTACH_CGROUP_DEVICE)
 
 
@@ -79,9 +81,16 @@ def _load(pinned: loader.Pinned, name: str, numbers: Collection[Number]) -> int:
 
 
 def _attached(cgroup: int, stack: ExitStack) -> dict[str, int]:
-    """Our programs' descriptors by name, open as long as the stack."""
+    """Our programs' descriptors by name, open as long as the stack. Raises NotFoundError where the cgroup has gone
+    since it was opened (kernel/cgroup/cgroup.c, cgroup_get_from_fd)."""
     found = {}
-    for number in bpf.programs_of_cgroup(cgroup, bpf.ATTACH_CGROUP_DEVICE):
+    try:
+        numbers = bpf.programs_of_cgroup(cgroup, bpf.ATTACH_CGROUP_DEVICE)
+    except BpfError as error:
+        if error.errno == errno.ENOENT:
+            raise NotFoundError("The cgroup is gone.", operation=error.operation, errno=error.errno) from error
+        raise
+    for number in numbers:
         program = bpf.program_by_id(number)
         if program is None:
             continue  # detached since

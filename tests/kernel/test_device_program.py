@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -202,6 +203,25 @@ def test_a_cgroup_that_is_gone(datapath: Datapath, cgroup: Path) -> None:
     with pytest.raises(NotFoundError, match="is gone"):
         datapath.restrict_devices(gone, [])
     datapath.release_devices(gone)
+
+
+def test_a_cgroup_that_goes_meanwhile(datapath: Datapath, cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a runtime removes it during a DEL: after it was opened, and before the kernel is asked."""
+    datapath.restrict_devices(cgroup, [NULL])
+    opened = devices._opened
+
+    @contextmanager
+    def removed(path: Path) -> Iterator[int]:
+        with opened(path) as descriptor:
+            path.rmdir()
+            yield descriptor
+
+    monkeypatch.setattr(devices, "_opened", removed)
+    datapath.release_devices(cgroup)
+    cgroup.mkdir()
+    with pytest.raises(NotFoundError, match="is gone"):
+        datapath.restrict_devices(cgroup, [NULL])
+    cgroup.mkdir()
 
 
 def test_a_program_above_that_lets_none_follow(datapath: Datapath, cgroup: Path) -> None:
