@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,8 +15,8 @@ from rdmanet.interrupts import end_at_once
 INTERRUPTED = """
 import os, signal, sys
 where = sys.argv.pop(1)
-if sys.argv.pop(1) == "ignored":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# What a shell that has put the tests into the background left to be ignored counts for nothing.
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv.pop(1) == "ignored" else signal.default_int_handler)
 class Lost:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -50,20 +51,27 @@ def test_it_goes_on_where_the_signal_was_ignored_before(where: str) -> None:
     assert interrupted(where, "ignored").returncode == 125
 
 
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """What a test does to SIGINT is taken back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_afterwards_a_signal_is_what_it_was() -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with end_at_once():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("sigint")
 def test_a_handler_of_its_own_stays() -> None:
     def handler(number: int, frame: object) -> None:
         """Somebody's."""
 
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        with end_at_once():
-            assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, handler)
+    with end_at_once():
+        assert signal.getsignal(signal.SIGINT) is handler
