@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from rdmanet.datapath.maps import Datapath
 from rdmanet.devices import find_devices
 from rdmanet.documents import FILE as OBJECTS
 from rdmanet.documents import Documents
-from rdmanet.errors import DamagedError, NotFoundError, RequestError
+from rdmanet.errors import DamagedError, NotFoundError, RdmanetError, RequestError
 from rdmanet.model import (
     DEFAULT_MAX_LEASES,
     UNLIMITED,
@@ -186,6 +187,8 @@ def _look(config: Config, store: Store, known: Sequence[Attachment]) -> _Found:
     for link in sorted(links, key=_number):
         place = None if link.peer_namespace is None else places.get(link.peer_namespace)
         one = _attachment(link, place, maps)
+        if place is not None and alias.attachment(link.alias) is None:
+            one = replace(one, ifname=_name_inside(link, place) or one.ifname)
         if (one.container_id, one.ifname) in keys:
             one = replace(one, container_id=_unknown(link))
         if taken & {address_key(address) for address in one.addresses}:
@@ -229,6 +232,17 @@ def _number(link: messages.Link) -> int:
 
 def _unknown(link: messages.Link) -> str:
     return f"unknown-{_number(link)}"
+
+
+def _name_inside(link: messages.Link, place: search.Place) -> str | None:
+    """What the pod calls its end. Under another name it would be missing from the pod, and be made anew."""
+    index = link.peer_index or 0
+    try:
+        with namespace.opened(place.path) as descriptor:
+            name = namespace.run_inside(descriptor, lambda: socket.if_indextoname(index))
+    except (OSError, RdmanetError):  # gone since
+        return None
+    return name if name.isascii() and name.isprintable() else None  # a pod may have named it anything
 
 
 def _described(link: messages.Link) -> alias.Described:

@@ -129,7 +129,7 @@ def test_nothing_to_repair() -> None:
 
 
 def test_half_an_attachment_is_taken_back(world: World) -> None:
-    """One that a killed ADD had left, and one whose namespace is gone: nobody can say that they are whole."""
+    """That of a killed ADD: nobody can say that it is whole. A pod that nobody knows any more keeps its network."""
     pristine = world.snapshot()
     half, gone, whole = (world.add() for _ in range(3))
     world.host.kill_agent()
@@ -146,10 +146,14 @@ def test_half_an_attachment_is_taken_back(world: World) -> None:
     succeeded(world.check(whole))
     rows = {row["container_id"]: row["state"] for row in world.status()["attachments"]}
     assert rows == {"unknown-2": "ready", whole.pod.container_id: "ready"}
+    # Its interface is known by the name that it has, not made anew under another one.
+    (unknown,) = [row for row in world.status()["attachments"] if row["container_id"] == "unknown-2"]
+    assert unknown["ifname"] == "eth0"
     world.delete(half)
     world.delete(gone)
     gone.pod.start()
-    gone.pod.exec(["ping", "-c", "1", "-W", "5", whole.address(6)])
+    for version in (4, 6):
+        gone.pod.exec(["ping", "-c", "1", "-W", "5", whole.address(version)])
     gone.pod.destroy()
     world.host.kill_agent()
     world.start_agent()
