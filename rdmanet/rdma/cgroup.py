@@ -8,6 +8,7 @@ bare id. Paths here begin with ``/``, which is the hierarchy's root.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 from collections.abc import Callable, Iterator, Sequence
@@ -127,8 +128,13 @@ class Cgroups:
     def _kubelets(self, directory: Path, depth: int) -> Iterator[Path]:
         if depth == _DEPTH:
             return
-        with os.scandir(directory) as entries:
-            below = sorted(e.name for e in entries if _is_kubelets(e.name) and e.is_dir(follow_symlinks=False))
+        try:
+            with os.scandir(directory) as entries:
+                below = sorted(e.name for e in entries if _is_kubelets(e.name) and e.is_dir(follow_symlinks=False))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return  # gone since: the pod is in none that is
         for name in below:
             yield directory / name
             yield from self._kubelets(directory / name, depth + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,14 @@ def test_the_kubelets_cgroup_of_a_uid(tree: Tree, path: str) -> None:
     assert tree.cgroups.of_pod_uid(UID) is None
     (tree.root / path.removeprefix("/")).mkdir(parents=True)
     assert tree.cgroups.of_pod_uid(UID) == path
+
+
+def test_a_cgroup_that_goes_while_it_is_looked_at(tree: Tree) -> None:
+    (tree.root / "kubepods/burstable").mkdir(parents=True)
+    found = tree.cgroups._kubelets(tree.root, 0)
+    assert next(found) == tree.root / "kubepods"
+    shutil.rmtree(tree.root / "kubepods")
+    assert list(found) == []
 
 
 def test_a_pod_cannot_make_a_cgroup_that_is_taken_for_anothers(tree: Tree) -> None:
