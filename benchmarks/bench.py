@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,57 @@ def answer(name: str, effort: Effort, output: Path) -> tuple[Question, Record, l
     if not record.samples:
         wrong.append(f"{name}: no samples")
     return question, record, compare(question, record), wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question and all that came of it; ``here`` is the machine as it was before."""
+
+    here: Mapping[str, Any]
+    question: Question
+    record: Record
+    comparisons: list[Comparison]
+    wrong: list[str]
+
+
+def ask_one(name: str, effort: Effort, output: Path) -> Asked:
+    """Measures one question."""
+    here = environment.describe()
+    return Asked(here, *answer(name, effort, output))
+
+
+def ask(wanted: Sequence[str], effort: Effort, output: Path, processors: int) -> Iterator[Asked]:
+    """Measures the questions; each answer as it comes.
+
+    Where instructions are counted, what runs beside does not count, and the virtual machine keeps one processor busy:
+    first come as many such questions at once as there are processors, then the others, each with nothing beside it.
+    """
+    counting = [name for name in wanted if effort is not Effort.SMOKE and set(find(name).places) == {Place.ICOUNT}]
+    waiting = iter(counting)
+    next_one = threading.Lock()
+    answers: queue.SimpleQueue[Asked | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            with next_one:
+                name = next(waiting, None)
+            if name is None:
+                return
+            try:
+                answers.put(ask_one(name, effort, output))
+            except BaseException as error:  # noqa: BLE001 - carried over to the main thread, which raises it
+                answers.put(error)
+
+    for _ in range(min(processors, len(counting))):
+        threading.Thread(target=work, daemon=True).start()  # Ctrl-C ends all: QEMU never outlives this process
+    for _ in counting:
+        found = answers.get()
+        if isinstance(found, BaseException):
+            raise found
+        yield found
+    for name in wanted:
+        if name not in counting:
+            yield ask_one(name, effort, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +200,15 @@ def main(arguments: list[str] | None = None) -> int:
     environments: dict[str, Any] = {}
     answers: list[Answer] = []
     try:
-        for name in wanted:
-            here = environment.describe()
-            question, record, found, failed = answer(name, options.effort, options.output)
+        for asked in ask(wanted, options.effort, options.output, os.cpu_count() or 1):
+            name, record = asked.question.name, asked.record
             environments |= {f"{name} ({place})": dict(values) for place, values in record.environments.items()}
-            answers.append(Answer(name, title_of(here, record, options.effort), found, failed))
+            title = title_of(asked.here, record, options.effort)
+            answers.append(Answer(name, title, asked.comparisons, asked.wrong))
+            answers.sort(key=lambda one: wanted.index(one.name))
             rows = [comparison.row() for one in answers for comparison in one.comparisons]
             _write(options.output / "results.json", rows)
-            plots.draw(question, record, found, options.output)
+            plots.draw(asked.question, record, asked.comparisons, options.output)
     except RdmanetError as error:
         say(str(error))
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -119,6 +120,47 @@ def test_a_question_that_fails_is_told_and_the_rest_is_kept(tmp_path: Path, monk
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["ratio"] for row in rows] == [0.5]
     assert "failed: sum (host): ended with status 1" in (tmp_path / "table.md").read_text()
+
+
+def test_only_questions_that_count_instructions_run_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"timed": Place.HOST, "one": Place.ICOUNT, "two": Place.ICOUNT, "three": Place.ICOUNT, "again": Place.VM}
+    questions = {name: Question(name, "Is it?", (place,), lambda run: None) for name, place in places.items()}
+    running: set[str] = set()
+    company: dict[str, set[str]] = {}
+    both = threading.Barrier(2, timeout=30)
+    ended: list[str] = []
+
+    def answer(name: str, *rest: object) -> tuple[Question, Record, list[Comparison], list[str]]:
+        running.add(name)
+        if name in ("one", "two"):
+            both.wait()
+        company[name] = running - {name}
+        if name in ("one", "two"):
+            both.wait()
+        running.remove(name)
+        ended.append(name)
+        return questions[name], a_record(), [], []
+
+    monkeypatch.setattr(bench, "answer", answer)
+    monkeypatch.setattr(bench, "find", questions.__getitem__)
+    found = [asked.question.name for asked in bench.ask(list(places), Effort.QUICK, tmp_path, processors=2)]
+    assert (company["one"], company["two"]) == ({"two"}, {"one"})
+    assert (company["timed"], company["again"]) == (set(), set())
+    assert found[3:] == ended[3:] == ["timed", "again"]
+    company.clear()
+    assert [one.question.name for one in bench.ask(["timed", "three"], Effort.SMOKE, tmp_path, 2)] == ["timed", "three"]
+
+
+def test_what_breaks_beside_another_question_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*words: object) -> object:
+        raise RequestError("A samples file is broken.")
+
+    monkeypatch.setattr(bench, "answer", answer)
+    monkeypatch.setattr(bench, "find", lambda name: Question(name, "Is it?", (Place.ICOUNT,), lambda run: None))
+    monkeypatch.setattr(bench, "names", lambda: ["one", "two"])
+    assert bench.main(["--effort", "quick", "--output", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize(
