@@ -145,7 +145,8 @@ def rdma_tests(mode: RdmaMode, words: list[str]) -> Run:
     marker = "exclusive or both_modes" if mode is RdmaMode.EXCLUSIVE else "not exclusive"
 
     def start(log: BinaryIO) -> Outcome:
-        argv = _pytest(["tests/rdma", "-m", marker, *words], results)
+        # Hypothesis' plugin imports all of it at the end: ten seconds where it is emulated, and nothing here uses it.
+        argv = _pytest(["tests/rdma", "-p", "no:hypothesispytest", "-m", marker, *words], results)
         if not why_not_here(mode):
             done = subprocess.run(argv, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
             return _finish(name, done.returncode, results)
