@@ -1,4 +1,4 @@
-"""What Python has allocated in an agent (``tests.kernel.traced_agent``): resident memory goes up by steps."""
+"""What Python has allocated in an agent (``testbed.crashes.traced_agent``): resident memory goes up by steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from testbed.rows import need
 _ANSWER = "/run/allocated"
 _ANSWER_TIMEOUT_S = 60.0
 #: What such an agent is started with.
-TRACED = ("-m", "tests.kernel.traced_agent", _ANSWER)
+TRACED = ("-m", "testbed.crashes.traced_agent", _ANSWER)
 
 
 def allocated_bytes(host: Host) -> int:

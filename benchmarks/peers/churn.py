@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdmanet import verbs
 from rdmanet.errors import LeaseRevokedError, VerbsError
 from testbed.answering import Requests, answer_requests
+from testbed.process import descriptors, rss_bytes
 
 if TYPE_CHECKING:
     from rdmanet.verbs.queue_pair import QueuePair
 
 TIMEOUT_S = 90.0
-
-
-def rss_bytes(pid: int | str = "self") -> int:
-    """A process's resident memory (proc(5), statm)."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def descriptors(pid: int | str = "self") -> int:
-    """How many a process has open."""
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 class Program:

@@ -13,13 +13,13 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.peers.churn import descriptors, rss_bytes
 from rdmanet.netlink import namespace
 from testbed.adversary import TEXT, Line, frame
 from testbed.fuzzing import executable, parsers
 from testbed.fuzzing.search import Failure, Places, Target
 from testbed.host import SOCKET, Host
 from testbed.pod import Pod
+from testbed.process import descriptors, rss_bytes
 
 TIMEOUT_S = 30.0
 #: Half a request is not answered before its end.

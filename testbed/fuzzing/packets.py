@@ -8,12 +8,11 @@ import ipaddress
 from collections.abc import Callable, Iterator
 
 from rdmanet.errors import BpfError
+from testbed.bpf import lab, packets
+from testbed.bpf.bench import OK, REDIRECT, SHOT, UNSPEC, Bench, Outcome, good_frames, host_frame, uplink_frame
+from testbed.bpf.lab import FAR, GATEWAYS, UPLINK
+from testbed.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
 from testbed.fuzzing.search import Failure, Places, Target
-from tests.bpf import lab, packets
-from tests.bpf.bench import OK, REDIRECT, SHOT, UNSPEC, Bench, Outcome, host_frame, uplink_frame
-from tests.bpf.lab import FAR, GATEWAYS, UPLINK
-from tests.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
-from tests.bpf.test_fuzz import frames
 
 #: Longer ones are segmented before a program sees them.
 LONGEST_BYTES = 4096
@@ -71,7 +70,7 @@ def _target(bench: Bench) -> Target:
 
 
 def _seeds(bench: Bench) -> list[bytes]:
-    found = [b"p" + packet for packet in frames(bench).values()]
+    found = [b"p" + packet for packet in good_frames(bench).values()]
     for version, pod_address in bench.train_0.addresses.items():
         payloads = ((UDP, packets.roce(17)), (UDP, packets.datagram(17, 20)), (TCP, packets.tcp(1, 2)))
         echo = (ICMP, packets.icmp(8, 1)) if version == 4 else (ICMPV6, packets.icmp(128, 1))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.bpf import lab
-from tests.bpf.bench import Bench
+from testbed.bpf import lab
+from testbed.bpf.bench import Bench
 
 
 @pytest.fixture(scope="session")

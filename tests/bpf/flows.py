@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rdmanet.datapath import bpf, tables
-from tests.bpf.bench import Bench
+from testbed.bpf.bench import Bench
 
 #: struct flow_entry.flags
 ORIGIN_IS_HIGH, REPLIED, TRANSLATED, SERVICE, ALIAS = 0x01, 0x02, 0x04, 0x08, 0x10

@@ -6,10 +6,10 @@ import pytest
 
 from rdmanet.datapath import bpf, layout
 from rdmanet.model import address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, pod_frame, uplink_frame
-from tests.bpf.lab import FAR, GATEWAYS, UPLINK
-from tests.bpf.packets import DESTINATION, FRAGMENT, ICMPV6, TCP, UDP, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, pod_frame, uplink_frame
+from testbed.bpf.lab import FAR, GATEWAYS, UPLINK
+from testbed.bpf.packets import DESTINATION, FRAGMENT, ICMPV6, TCP, UDP, Ip
 
 VERSIONS = (4, 6)
 ADVERTISEMENT = 136

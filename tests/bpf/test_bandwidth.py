@@ -15,14 +15,25 @@ from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.maps import AttachmentEntry, Datapath
 from rdmanet.datapath.tables import LIMIT
 from rdmanet.model import UNLIMITED, Bandwidth, Limit, address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, rewritten, to, uplink_frame
+from testbed.bpf import packets
+from testbed.bpf.bench import (
+    REDIRECT,
+    SHOT,
+    Bench,
+    Outcome,
+    between,
+    host_frame,
+    pod_frame,
+    rewritten,
+    to,
+    uplink_frame,
+)
+from testbed.bpf.lab import FAR, GATEWAYS, UPLINK, Pod
+from testbed.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
+from testbed.service_entries import MAGLEV_PLACES, OUTSIDE, ServiceEntries
 from tests.bpf.flows import entries
-from tests.bpf.lab import FAR, GATEWAYS, UPLINK, Pod
-from tests.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
 from tests.bpf.test_nat import back, out, outside_port
 from tests.bpf.test_policy import select
-from tests.kernel.service_entries import MAGLEV_PLACES, OUTSIDE, ServiceEntries
 
 VERSIONS = (4, 6)
 DIRECTIONS = ("egress", "ingress")

@@ -12,8 +12,8 @@ import pytest
 
 from rdmanet.datapath import bpf, migration, programs
 from rdmanet.datapath.artifact import Artifact
-from tests.bpf import lab, packets
-from tests.bpf.bench import REDIRECT, Bench
+from testbed.bpf import lab, packets
+from testbed.bpf.bench import REDIRECT, Bench
 from tests.bpf.test_nat import FLOWS, VERSIONS, back, only_port, out, outside_port
 
 

@@ -13,13 +13,13 @@ from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.artifact import CONTINUATIONS
 from rdmanet.datapath.flows import Candidate
 from rdmanet.tracking import Tracking
+from testbed.bpf.bench import REDIRECT, Bench
+from testbed.bpf.lab import FIRST_PORT, LAST_PORT, UPLINK
 from testbed.flow_halves import alias_key, inside_key
-from tests.bpf.bench import REDIRECT, Bench
+from testbed.service_entries import OUTSIDE, ServiceEntries
 from tests.bpf.flows import entries
-from tests.bpf.lab import FIRST_PORT, LAST_PORT, UPLINK
 from tests.bpf.test_nat import FLOWS, VERSIONS, back, lose, only_port, out, outside_port
 from tests.bpf.test_nodeport import NODE_PORT, call, ends, entered
-from tests.kernel.service_entries import OUTSIDE, ServiceEntries
 
 __all__ = ["entered"]
 

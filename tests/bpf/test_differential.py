@@ -8,11 +8,11 @@ from random import Random
 import pytest
 
 from rdmanet.errors import UnavailableError
+from testbed.bpf import lab as labs
+from testbed.bpf.differential import PolicyLab, Tally
+from testbed.bpf.service_differential import ServiceLab
 from testbed.container import cgroup2_root
 from testbed.semantics.network_policy import Judgement
-from tests.bpf import lab as labs
-from tests.bpf.differential import PolicyLab, Tally
-from tests.bpf.service_differential import ServiceLab
 
 
 @pytest.fixture(params=["fixed", "random"])

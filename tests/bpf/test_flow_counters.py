@@ -7,13 +7,13 @@ import pytest
 from rdmanet.datapath import bpf
 from rdmanet.datapath.layout import COUNTER_SLOTS
 from rdmanet.datapath.tables import BEGUN
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench, between, host_frame, pod_frame
-from tests.bpf.lab import GATEWAYS, UPLINK
-from tests.bpf.packets import TCP, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, Bench, between, host_frame, pod_frame
+from testbed.bpf.lab import GATEWAYS, UPLINK
+from testbed.bpf.packets import TCP, Ip
+from testbed.service_entries import OUTSIDE, ServiceEntries
 from tests.bpf.test_nat import FLOWS, PORT, VERSIONS, back, only_port, out, outside_port
 from tests.bpf.test_nodeport import NODE_PORT, answer, call, ends, entered
-from tests.kernel.service_entries import OUTSIDE, ServiceEntries
 
 __all__ = ["entered"]
 

@@ -8,41 +8,27 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.bpf import packets
-from tests.bpf.bench import OK, REDIRECT, SHOT, STOLEN, UNSPEC, Bench, host_frame, pod_frame, uplink_frame
-from tests.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, UPLINK
-from tests.bpf.packets import FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, TCP, UDP, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import (
+    OK,
+    REDIRECT,
+    SHOT,
+    STOLEN,
+    UNSPEC,
+    Bench,
+    good_frames,
+    host_frame,
+    pod_frame,
+    uplink_frame,
+)
+from testbed.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, UPLINK
+from testbed.bpf.packets import TCP, Ip
 
 
 def shortest(frame: bytes) -> int:
     """BPF_PROG_TEST_RUN takes no frame without its whole network header (kernel 6.18); tests/kernel/
     test_datapath_live.py sends shorter ones."""
     return {packets.ETHERTYPE_IPV4: 34, packets.ETHERTYPE_IPV6: 54}.get(int.from_bytes(frame[12:14], "big"), 15)
-
-
-def frames(bench: Bench) -> dict[str, bytes]:
-    """One good packet of each kind, from train_0."""
-    pod, peer = bench.train_0, bench.train_1
-    four, six = pod.addresses[4], pod.addresses[6]
-    extensions = packets.extension(FRAGMENT, HOP_BY_HOP) + packets.extension(UDP, FRAGMENT, more=True)
-    body = packets.arp(1, pod.mac, four, GATEWAYS[4])
-    return {
-        "tcp4": pod_frame(pod, Ip(four, peer.addresses[4], TCP, packets.tcp(1, 2))),
-        "tcp6": pod_frame(pod, Ip(six, peer.addresses[6], TCP, packets.tcp(1, 2))),
-        "udp4-outside": pod_frame(pod, Ip(four, FAR[4], UDP, packets.udp(1, 2))),
-        "udp6-outside": pod_frame(pod, Ip(six, FAR[6], UDP, packets.udp(1, 2))),
-        "echo4-host": pod_frame(pod, Ip(four, GATEWAYS[4], ICMP, packets.icmp(8, 1))),
-        "echo6-host": pod_frame(pod, Ip(six, GATEWAYS[6], ICMPV6, packets.icmp(128, 1))),
-        "roce4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17))),
-        "roce6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.roce(17))),
-        "datagram4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.datagram(17, 20))),
-        "datagram6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.datagram(17, 20))),
-        "options4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17), options=b"\x01" * 40)),
-        "extensions6": pod_frame(
-            pod, Ip(six, peer.addresses[6], UDP, packets.roce(17), options=extensions, first=HOP_BY_HOP)
-        ),
-        "arp": packets.ethernet(b"\xff" * 6, pod.mac, packets.ETHERTYPE_ARP, body),
-    }
 
 
 KINDS = (
@@ -68,7 +54,7 @@ CLASS_PLACES = {packets.ETHERTYPE_IPV4: {15, 24, 25}, packets.ETHERTYPE_IPV6: {1
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_short_at_each_length(bench: Bench, kind: str) -> None:
-    whole = frames(bench)[kind]
+    whole = good_frames(bench)[kind]
     assert bench.from_pod(bench.train_0, whole).verdict in (OK, REDIRECT)
     for length in range(shortest(whole), len(whole)):
         outcome = bench.from_pod(bench.train_0, whole[:length])
@@ -94,7 +80,7 @@ def test_cut_short_from_host_and_outside(bench: Bench, version: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_at_random(bench: Bench, kind: str) -> None:
-    whole = frames(bench)[kind]
+    whole = good_frames(bench)[kind]
     sources = {ipaddress.ip_address(address).packed for address in bench.train_0.addresses.values()}
 
     changes = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=6)

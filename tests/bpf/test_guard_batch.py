@@ -6,7 +6,7 @@ import pytest
 
 from rdmanet.errors import ExhaustedError, InputError
 from rdmanet.model import DatagramEntry, GuardEntry, GuardState, address_key
-from tests.bpf.bench import Bench
+from testbed.bpf.bench import Bench
 
 OWN, PEER = address_key("10.213.0.1"), address_key("fd00:213::2")
 GUARD_ENTRIES = 65536  # bpf/guard.h

@@ -10,7 +10,7 @@ from rdmanet.datapath import tables
 from rdmanet.datapath.artifact import Layout
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import StateError
-from tests.bpf import lab
+from testbed.bpf import lab
 
 
 @pytest.mark.parametrize("name", tables.MAPS)

@@ -24,8 +24,8 @@ from rdmanet.datapath.artifact import (
 from rdmanet.datapath.maps import AttachmentEntry, Count, Datapath, EndpointEntry, NodeEntry, UplinkEntry
 from rdmanet.errors import BpfError, ExhaustedError, InputError, StateError, UnavailableError
 from rdmanet.model import GuardEntry, GuardState, address_key
-from tests.bpf import lab, packets
-from tests.bpf.bench import SHOT, UNSPEC
+from testbed.bpf import lab, packets
+from testbed.bpf.bench import SHOT, UNSPEC
 
 MAC = bytes.fromhex("02726e000107")
 FRAME = packets.ethernet(b"\2" * 6, MAC, 0x88CC, bytes(46))

@@ -29,7 +29,7 @@ from rdmanet.datapath.artifact import (
 )
 from rdmanet.datapath.kept import NEXT, PREVIOUS, RUNNING, Kept
 from rdmanet.errors import NotFoundError, StateError, VerifierError
-from tests.bpf import lab
+from testbed.bpf import lab
 
 LOAD_MAP = struct.pack("=BBhi", 0x18, 0x11, 0, 0) + bytes(INSTRUCTION_BYTES)
 LET_PASS = struct.pack("=BBhi", 0xB7, 0, 0, 0) + struct.pack("=BBhi", 0x95, 0, 0, 0)

@@ -12,11 +12,11 @@ import pytest
 from rdmanet.datapath import bpf
 from rdmanet.datapath.maps import EndpointEntry, NodeEntry
 from rdmanet.model import address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, Outcome, pod_frame, uplink_frame
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, Outcome, pod_frame, uplink_frame
+from testbed.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, LAST_PORT, UPLINK, Pod
+from testbed.bpf.packets import ACK, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Ip, Seen
 from tests.bpf.flows import entries
-from tests.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, LAST_PORT, UPLINK, Pod
-from tests.bpf.packets import ACK, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Ip, Seen
 
 VERSIONS = (4, 6)
 #: Protocol by IP version, request and answer: ports or identifiers are filled in.

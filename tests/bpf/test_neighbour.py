@@ -8,10 +8,10 @@ import struct
 import pytest
 
 from rdmanet.datapath import bpf
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench
-from tests.bpf.lab import GATEWAY_MAC, GATEWAYS, UPLINK, Pod
-from tests.bpf.packets import ICMPV6, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, Bench
+from testbed.bpf.lab import GATEWAY_MAC, GATEWAYS, UPLINK, Pod
+from testbed.bpf.packets import ICMPV6, Ip
 
 LINK_LOCAL = "fe80::2:7"
 ROUTER = "fe80::1"

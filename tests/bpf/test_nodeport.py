@@ -9,12 +9,12 @@ import pytest
 
 from rdmanet.datapath import bpf
 from rdmanet.datapath.maps import Datapath
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, Outcome, pod_frame, uplink_frame
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, Outcome, pod_frame, uplink_frame
+from testbed.bpf.lab import FAR, UPLINK, Pod
+from testbed.bpf.packets import ACK, RST, SYN, TCP, UDP, Ip
+from testbed.service_entries import MAGLEV_PLACES, OUTSIDE, ServiceEntries
 from tests.bpf.flows import entries
-from tests.bpf.lab import FAR, UPLINK, Pod
-from tests.bpf.packets import ACK, RST, SYN, TCP, UDP, Ip
-from tests.kernel.service_entries import MAGLEV_PLACES, OUTSIDE, ServiceEntries
 
 VERSIONS = (4, 6)
 KINDS = {"tcp": TCP, "udp": UDP}

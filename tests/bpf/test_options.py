@@ -13,11 +13,11 @@ import pytest
 from rdmanet.datapath import bpf, loader, programs
 from rdmanet.datapath.artifact import DEVICE_PROGRAM, SOCKET_PROGRAMS, Artifact
 from rdmanet.datapath.maps import NodeEntry
-from tests.bpf import lab as labs
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, between, host_frame, pod_frame, to, uplink_frame
-from tests.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, GATEWAYS, LAST_PORT, UPLINK
-from tests.bpf.packets import TCP, Ip
+from testbed.bpf import lab as labs
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, UNSPEC, Bench, between, host_frame, pod_frame, to, uplink_frame
+from testbed.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, GATEWAYS, LAST_PORT, UPLINK
+from testbed.bpf.packets import TCP, Ip
 
 VERSIONS = (4, 6)
 PROG_TYPE_CGROUP_SOCK_ADDR = 18  # enum bpf_prog_type

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench, Outcome, pod_frame, rewritten
-from tests.bpf.lab import FAR, GATEWAY_MAC, UPLINK, Pod
-from tests.bpf.packets import ICMPV6, TCP, UDP, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, Bench, Outcome, pod_frame, rewritten
+from testbed.bpf.lab import FAR, GATEWAY_MAC, UPLINK, Pod
+from testbed.bpf.packets import ICMPV6, TCP, UDP, Ip
 
 VERSIONS = (4, 6)
 

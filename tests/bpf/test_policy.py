@@ -9,11 +9,11 @@ import pytest
 
 from rdmanet.datapath.policy import PolicyEntry
 from rdmanet.model import GuardEntry, GuardState, address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, to
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, to
+from testbed.bpf.lab import FAR, GATEWAYS, OUTSIDE, UPLINK, Pod
+from testbed.bpf.packets import ACK, SYN, TCP, UDP, Ip
 from tests.bpf.flows import entries
-from tests.bpf.lab import FAR, GATEWAYS, OUTSIDE, UPLINK, Pod
-from tests.bpf.packets import ACK, SYN, TCP, UDP, Ip
 from tests.bpf.test_tracking import KINDS, error, passed, quote, send
 
 VERSIONS = (4, 6)

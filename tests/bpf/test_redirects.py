@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rdmanet.errors import UnavailableError
+from testbed.bpf import lab as labs
+from testbed.bpf.redirects import Redirects, carry_out
 from testbed.container import cgroup2_root
-from tests.bpf import lab as labs
-from tests.bpf.redirects import Redirects, carry_out
 
 
 def test_nobody_gets_around_ingress_policy() -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from rdmanet.model import DatagramEntry, GuardEntry, GuardState, address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, rewritten, to
-from tests.bpf.lab import FAR, GATEWAYS, Pod
-from tests.bpf.packets import UDP, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, rewritten, to
+from testbed.bpf.lab import FAR, GATEWAYS, Pod
+from testbed.bpf.packets import UDP, Ip
 
 VERSIONS = (4, 6)
 

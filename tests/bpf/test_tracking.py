@@ -10,11 +10,11 @@ import pytest
 
 from rdmanet.datapath import bpf, tables
 from rdmanet.model import GuardEntry, GuardState, address_key
-from tests.bpf import lab, packets
-from tests.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, rewritten
+from testbed.bpf import lab, packets
+from testbed.bpf.bench import REDIRECT, SHOT, Bench, Outcome, between, host_frame, pod_frame, rewritten
+from testbed.bpf.lab import FAR, GATEWAYS, Pod
+from testbed.bpf.packets import ACK, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Ip
 from tests.bpf.flows import ORIGIN_IS_HIGH, REPLIED, Entry, entries
-from tests.bpf.lab import FAR, GATEWAYS, Pod
-from tests.bpf.packets import ACK, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Ip
 
 VERSIONS = (4, 6)
 SCTP, GRE = 132, 47

@@ -9,10 +9,10 @@ import pytest
 from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.maps import AttachmentEntry
 from rdmanet.model import address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, Bench, between, pod_frame, rewritten, to
-from tests.bpf.lab import GATEWAYS, Pod
-from tests.bpf.packets import UDP, Ip
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, Bench, between, pod_frame, rewritten, to
+from testbed.bpf.lab import GATEWAYS, Pod
+from testbed.bpf.packets import UDP, Ip
 
 VERSIONS = (4, 6)
 CLASS = 0x68  # CS3, a usual choice for RoCE

@@ -11,11 +11,11 @@ import pytest
 from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.maps import AttachmentEntry, Datapath, EndpointEntry
 from rdmanet.model import address_key
-from tests.bpf import packets
-from tests.bpf.bench import REDIRECT, Bench, Outcome, between, pod_frame, rewritten
+from testbed.bpf import packets
+from testbed.bpf.bench import REDIRECT, Bench, Outcome, between, pod_frame, rewritten
+from testbed.bpf.lab import GATEWAY_MAC, Pod
+from testbed.bpf.packets import ACK, FIN, RST, SYN, TCP, UDP
 from tests.bpf.flows import ALIAS, REPLIED, TRANSLATED, entries
-from tests.bpf.lab import GATEWAY_MAC, Pod
-from tests.bpf.packets import ACK, FIN, RST, SYN, TCP, UDP
 from tests.bpf.test_policy import select
 
 VERSIONS = (4, 6)

@@ -11,9 +11,9 @@ import pytest
 
 from rdmanet.datapath.maps import NodeEntry, UplinkEntry
 from rdmanet.model import address_key
-from tests.bpf import bench as benches
-from tests.bpf import lab, packets
-from tests.bpf.bench import (
+from testbed.bpf import bench as benches
+from testbed.bpf import lab, packets
+from testbed.bpf.bench import (
     REDIRECT,
     SHOT,
     UNSPEC,
@@ -25,8 +25,8 @@ from tests.bpf.bench import (
     to,
     uplink_frame,
 )
-from tests.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, OUTSIDE, UPLINK, Pod
-from tests.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
+from testbed.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, OUTSIDE, UPLINK, Pod
+from testbed.bpf.packets import ICMP, ICMPV6, TCP, UDP, Ip
 from tests.bpf.test_roce import ROCE
 
 VERSIONS = (4, 6)

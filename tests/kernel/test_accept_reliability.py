@@ -9,8 +9,8 @@ import pytest
 from benchmarks.accept.reliability import fuzz, growth, load
 from benchmarks.accept.reliability.chaos import Chaos
 from testbed.cni_executable import missing_for
-from tests.kernel.crashing import Crashes
-from tests.kernel.world import config
+from testbed.crashes.crashing import Crashes
+from testbed.world import config
 
 ROUNDS = 6
 

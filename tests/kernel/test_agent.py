@@ -13,7 +13,7 @@ import pytest
 from rdmanet.model import address_key
 from testbed.cni_spec import validate_version
 from testbed.host import diff
-from tests.kernel.world import Attached, World, config, refused, succeeded
+from testbed.world import Attached, World, config, refused, succeeded
 
 GATEWAYS = {4: "10.213.0.1", 6: "fd72:646d:616e::1"}
 NEXT_HOPS = {4: "10.213.0.1", 6: "fe80::1"}

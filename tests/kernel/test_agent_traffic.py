@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from testbed.outside import FAR_IPV4, FAR_IPV6, HOST_IPV4, HOST_IPV6
 from testbed.peer import Peer
-from tests.kernel.world import Attached, World
+from testbed.world import Attached, World
 
 GATEWAY_MAC = bytes.fromhex("027200000000")
 GATEWAYS = {4: "10.213.0.1", 6: "fd72:646d:616e::1"}

@@ -11,7 +11,7 @@ import pytest
 
 from testbed.host import CNI_EXECUTABLE, CniOutcome, Dump, diff, kubernetes_args
 from testbed.pod import Pod
-from tests.kernel.world import World, config, refused, succeeded
+from testbed.world import World, config, refused, succeeded
 
 #: A /29 has room for five pods.
 SMALL: dict[str, dict[str, Any]] = {

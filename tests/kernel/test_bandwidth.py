@@ -12,7 +12,7 @@ import pytest
 from rdmanet.model import UNLIMITED, Bandwidth, Limit, address_key
 from testbed.outside import FAR_IPV4, FAR_IPV6
 from testbed.peer import Peer
-from tests.kernel.world import Attached, World, config, refused, succeeded
+from testbed.world import Attached, World, config, refused, succeeded
 
 DIRECTIONS = ("egress", "ingress")
 VERSIONS = (4, 6)

@@ -18,7 +18,7 @@ from rdmanet.netlink import messages, namespace
 from rdmanet.netlink.batch import MAX_MESSAGES, BatchSocket, BatchSockets
 from rdmanet.netlink.messages import Message
 from rdmanet.netlink.route import RouteSocket
-from tests.kernel.world import World
+from testbed.world import World
 
 V4, V6 = ipaddress.ip_address("10.9.0.1"), ipaddress.ip_address("fd09::1")
 EVERYTHING = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))

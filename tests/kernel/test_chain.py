@@ -18,7 +18,7 @@ from testbed.cni_spec import validate_result
 from testbed.host import Dump, diff
 from testbed.outside import FAR_IPV4, FAR_IPV6, HOST_IPV4, HOST_IPV6
 from testbed.pod import Pod
-from tests.kernel.world import World
+from testbed.world import World
 
 OURS: dict[str, Any] = {"type": "rdmanet", "capabilities": {"mac": True, "ips": True}}
 PORTMAP: dict[str, Any] = {"type": "portmap", "capabilities": {"portMappings": True}}

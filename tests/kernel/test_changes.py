@@ -14,7 +14,7 @@ from rdmanet.model import GATEWAY_MAC, pod_mac
 from rdmanet.netlink import changes, messages, namespace
 from rdmanet.netlink.batch import BatchSocket
 from rdmanet.netlink.changes import Change, Changes, Lost
-from tests.kernel.world import World
+from testbed.world import World
 
 WITHIN_S = 30.0
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from testbed.chain import Chain
+from testbed.cni_rule import Rule, Whom
+from testbed.cni_rules import RULES
 from testbed.cni_spec import VERSIONS, validate_error, validate_result
 from testbed.host import diff
 from testbed.paths import REPOSITORY
-from tests.kernel.cni_rule import Rule, Whom
-from tests.kernel.cni_rules import RULES
-from tests.kernel.world import World, config, refused, succeeded
+from testbed.world import World, config, refused, succeeded
 
 OURS: dict[str, Any] = {"type": "rdmanet"}
 #: Of the networks' names: the first for each character that is allowed, then what is not.

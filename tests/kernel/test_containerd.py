@@ -14,9 +14,9 @@ from testbed.cri import CriError
 from testbed.hold import Hold
 from testbed.host import diff
 from testbed.outside import HOST_IPV4, HOST_IPV6
+from testbed.world import World
 from tests.kernel.test_chain import without_bases
 from tests.kernel.test_podman import SERVE, fetch, url
-from tests.kernel.world import World
 
 OURS: dict[str, Any] = {"type": "rdmanet", "capabilities": {"io.kubernetes.cri.pod-annotations": True}}
 PORTMAP: dict[str, Any] = {"type": "portmap", "capabilities": {"portMappings": True}}

@@ -12,8 +12,8 @@ import pytest
 
 from testbed.cni_spec import validate_error
 from testbed.container import CommandError
-from tests.kernel.crashing import Crashes, add, delete
-from tests.kernel.world import config, refused, succeeded
+from testbed.crashes.crashing import Crashes, add, delete
+from testbed.world import config, refused, succeeded
 
 STEPS = ["link", "filter", "addresses", "device", "slot", "limits", "listener", "endpoint"]
 #: Of a DEL: the first five before it answers, the others in the background.

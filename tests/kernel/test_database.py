@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from testbed.container import CommandError
 from testbed.damage import DAMAGES, damage
-from testbed.host import Dump, diff
-from testbed.outside import FAR_IPV4, FAR_IPV6
+from testbed.host import diff
 from testbed.policies import labelled, policy
+from testbed.rebuilding import known, repair, sinks
 from testbed.services import CLUSTER_IP, service, slices
 from testbed.streams import streams
-from tests.kernel.world import DATABASE, Attached, World, succeeded
+from testbed.world import DATABASE, World, succeeded
 
 OBJECTS = "/var/lib/rdmanet/objects.db"
-#: What is nowhere in the kernel: the answer that ADD gave, which nothing reads, and labels from CNI args.
-NOT_KEPT = ("result", "labels")
 LONG_NAME = "a" * 60
 
 
@@ -28,27 +25,6 @@ LONG_NAME = "a" * 60
 def world() -> Iterator[World]:
     with World.start("database") as world:
         yield world
-
-
-def sinks(world: World, *attached: Attached) -> list[tuple[Any, list[str]]]:
-    """Pods and the outside, with their addresses."""
-    assert world.host.outside is not None
-    return [*((one.pod.running, one.addresses) for one in attached), (world.host.outside, [FAR_IPV4, FAR_IPV6])]
-
-
-def known(world: World) -> Dump:
-    """The snapshot with rows by column, without what is in no kernel."""
-    dump = world.snapshot()
-    (columns,) = world.sql("SELECT name FROM pragma_table_info('attachments')")
-    names = [name for (name,) in columns]
-    rows = [dict(zip(names, row, strict=True)) for row in dump["table attachments"]]
-    dump["table attachments"] = [{k: v for k, v in row.items() if k not in NOT_KEPT} for row in rows]
-    return dump
-
-
-def repair(world: World) -> list[str]:
-    """What the command says."""
-    return world.command("repair", "--database").stdout.splitlines()
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -19,9 +19,9 @@ from dataclasses import replace
 import pytest
 
 from rdmanet.model import GuardEntry, GuardState, address_key
-from tests.bpf import lab as labs
-from tests.bpf import packets
-from tests.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, GATEWAYS, LAST_PORT, OUTSIDE, UPLINK, Lab, Namespace, Pod
+from testbed.bpf import lab as labs
+from testbed.bpf import packets
+from testbed.bpf.lab import FAR, FIRST_PORT, GATEWAY_MAC, GATEWAYS, LAST_PORT, OUTSIDE, UPLINK, Lab, Namespace, Pod
 
 VERSIONS = (4, 6)
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}

@@ -23,9 +23,9 @@ from rdmanet.datapath import bpf, devices
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
 from rdmanet.errors import BpfError, NotFoundError
+from testbed.bpf import lab
 from testbed.container import Cgroup
 from testbed.session import session
-from tests.bpf import lab
 
 Nodes: TypeAlias = dict[tuple[int, int], Path]
 
@@ -46,7 +46,7 @@ _AGENT = """
 import os, sys
 from pathlib import Path
 from rdmanet.datapath.maps import Datapath
-from tests.bpf import lab
+from testbed.bpf import lab
 with lab.private_bpffs() as pins:
     datapath = Datapath.open(lab.artifact(), pins / "rdmanet")
     datapath.set_rdma_majors([1])

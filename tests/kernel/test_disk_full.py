@@ -3,27 +3,18 @@ something back works, and later everything is as if it had never been."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 from rdmanet.reserve import SIZE_BYTES
-from testbed.container import CommandError, Process
+from testbed.container import CommandError
 from testbed.filling import STATE, fill, free, free_bytes, full, mount_small
 from testbed.host import diff
-from tests.kernel.world import DATABASE, World, config, refused, succeeded
+from testbed.world import World, config, refused, succeeded
 
 #: More DELs than the reserve has room for without the log being folded.
 MANY = 60
-HOLDER = """
-import sqlite3, sys
-database = sqlite3.connect(sys.argv[1], isolation_level=None)
-database.execute("BEGIN IMMEDIATE")
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -116,19 +107,10 @@ def test_an_uninstall_works(world: World) -> None:
     assert [path.name for path in world.host.path(STATE).iterdir()] == ["filling"]
 
 
-def held(world: World) -> Process:
-    """Another process has the database locked for writing, until its input ends."""
-    argv = [sys.executable, "-I", "-S", "-E", "-c", HOLDER, DATABASE]
-    process = world.host.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"held\n"
-    return process
-
-
 def test_a_database_that_another_process_holds(world: World) -> None:
     pristine = world.snapshot()
     one, new = world.add(), world.pod()
-    holder = held(world)
+    holder = world.hold_database()
     refused(world.host.cni("ADD", new, config({})), 104, "Another process has held it for more than 5 s")
     refused(world.host.cni("DEL", one.pod, config({})), 104, "Another process has held it for more than 5 s")
     succeeded(world.check(one))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from testbed.provoking import Provoker, check, provoked
 from testbed.watching import watching
-from tests.kernel.provoking import Provoker, check, provoked
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from rdmanet.lease import PROTOCOL_VERSION
 from testbed import adversary
 from testbed.peer import Peer
-from tests.kernel.world import World
+from testbed.world import World
 
 #: A pod's share is a message in each round of the agent's loop; an answer takes a few rounds, and reading and writing
 #: in between. Out of turn a flood gets a thousand messages in at a time.

@@ -29,7 +29,7 @@ from testbed.host import ARTIFACT, SOCKET
 from testbed.outside import FAR_IPV4, FAR_IPV6, GATEWAY_IPV4, GATEWAY_IPV6
 from testbed.services import CLUSTER_IP, NODE, NODE_PORT, PORT, TARGET_PORT, Scene, service, slices
 from testbed.watching import until, watching
-from tests.kernel.world import PINS
+from testbed.world import PINS
 
 FAR = {4: FAR_IPV4, 6: FAR_IPV6}
 #: Where servers that listen on every address answer from.

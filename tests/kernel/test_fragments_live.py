@@ -9,9 +9,9 @@ import pytest
 
 from rdmanet.datapath import bpf, tables
 from testbed import datagrams
-from tests.bpf import lab as labs
-from tests.bpf import packets
-from tests.bpf.lab import FAR, GATEWAYS, UPLINK, Lab, Namespace, Pod
+from testbed.bpf import lab as labs
+from testbed.bpf import packets
+from testbed.bpf.lab import FAR, GATEWAYS, UPLINK, Lab, Namespace, Pod
 from tests.kernel.test_datapath_live import VERSIONS, until
 
 ORDERS = ("forward", "first", "backward")

@@ -11,7 +11,7 @@ import pytest
 
 from testbed.host import CNI_EXECUTABLE
 from testbed.paths import REPOSITORY
-from tests.kernel.world import World, succeeded
+from testbed.world import World, succeeded
 
 INSTALL = [sys.executable, "-m", "rdmanet", "install", "--config", "/dev/null", "--executable", str(CNI_EXECUTABLE)]
 

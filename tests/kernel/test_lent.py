@@ -13,7 +13,7 @@ from rdmanet.errors import NotFoundError
 from rdmanet.netlink import events, namespace
 from rdmanet.netlink.lent import TABLE, LentAddresses
 from testbed.host import diff
-from tests.kernel.world import World
+from testbed.world import World
 
 T = TypeVar("T")
 RANGES = (ipaddress.ip_network("10.213.0.0/20"), ipaddress.ip_network("fd72:646d:616e::/64"))

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from testbed.cni_spec import validate_error
+from testbed.crashes.crashing import ORDER, PROGRAM, RECORD
 from testbed.host import diff
-from tests.kernel.crashing import ORDER, PROGRAM, RECORD
+from testbed.world import World, config, succeeded
 from tests.kernel.test_crash import CUT, STEPS
-from tests.kernel.world import World, config, succeeded
 
 GATE = "/run/lost-gate"
 ADD = ["reserved", *STEPS, "commit ready"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.container import CommandError
+from testbed.monitoring import Stage, all_seen
 from testbed.watching import until, watching
-from tests.kernel.monitoring import Stage, all_seen
 
 
 @pytest.fixture(scope="module")

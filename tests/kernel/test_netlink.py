@@ -18,7 +18,7 @@ from rdmanet.model import GATEWAY_MAC, pod_mac
 from rdmanet.netlink import namespace, nldev
 from rdmanet.netlink.nldev import RdmaSocket
 from rdmanet.netlink.route import RouteSocket
-from tests.kernel.world import World
+from testbed.world import World
 
 V4, V6 = ipaddress.ip_address("10.9.0.1"), ipaddress.ip_address("fd09::1")
 DEFAULTS = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))

@@ -11,7 +11,7 @@ from testbed.container import CommandError
 from testbed.host import Host, diff
 from testbed.outside import FAR_IPV4, FAR_IPV6, HOST_IPV4
 from testbed.paths import REPOSITORY
-from tests.kernel.world import World
+from testbed.world import World
 
 OURS = ("rdmanet0", "rdmanet1", "/sys/fs/bpf/rdmanet", "/run/rdmanet", "/var/lib/rdmanet")
 

@@ -13,8 +13,8 @@ from testbed.hold import Hold
 from testbed.host import Dump, diff
 from testbed.outside import HOST_IPV4, HOST_IPV6
 from testbed.podman import IMAGE, PLUGINS, Podman, why_no_networks
+from testbed.world import World
 from tests.kernel.test_chain import without_bases
-from tests.kernel.world import World
 
 OURS: dict[str, Any] = {"type": "rdmanet", "capabilities": {"mac": True, "ips": True}}
 PORTMAP: dict[str, Any] = {"type": "portmap", "capabilities": {"portMappings": True}}

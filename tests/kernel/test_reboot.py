@@ -13,9 +13,9 @@ from testbed.containerd import Containerd
 from testbed.host import Host
 from testbed.podman import IMAGE, Podman
 from testbed.reboot import reboot
+from testbed.world import World, config
 from tests.kernel.test_containerd import served
 from tests.kernel.test_podman import fetch, serve
-from tests.kernel.world import World, config
 
 OURS: dict[str, Any] = {"type": "rdmanet"}
 #: Room for 13 pods: the network's own, the gateway's and the last address are not given away.

@@ -18,7 +18,7 @@ from testbed import breaking
 from testbed.breaking import BREAKS, Target
 from testbed.container import CommandError
 from testbed.outside import FAR_IPV4, FAR_IPV6, GATEWAY_IPV4, GATEWAY_IPV6, UPLINK
-from tests.kernel.world import Attached, World, config, succeeded
+from testbed.world import Attached, World, config, succeeded
 
 FAMILIES = (4, 6)
 FAR = {4: FAR_IPV4, 6: FAR_IPV6}

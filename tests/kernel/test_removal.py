@@ -12,11 +12,11 @@ import pytest
 
 from rdmanet.errors import UnavailableError
 from rdmanet.model import address_key
+from testbed.crashes.crashing import ORDER, PROGRAM, RECORD
 from testbed.host import CniOutcome, diff
 from testbed.pod import Pod
-from tests.kernel.crashing import ORDER, PROGRAM, RECORD
+from testbed.world import Attached, World, config, refused, succeeded
 from tests.kernel.test_crash import CUT
-from tests.kernel.world import Attached, World, config, refused, succeeded
 
 GATE = "/run/removal-gate"
 WAIT_S = 60.0

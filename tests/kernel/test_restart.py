@@ -18,7 +18,7 @@ from testbed import breaking
 from testbed.container import CommandError, Process
 from testbed.host import diff
 from testbed.outside import FAR_IPV4
-from tests.kernel.world import Attached, World, config, refused, succeeded
+from testbed.world import Attached, World, config, refused, succeeded
 
 STREAM_WAIT_S = 30.0
 

@@ -13,7 +13,7 @@ import pytest
 from testbed.host import CNI_EXECUTABLE
 from testbed.jobs import Ended, Gate, Job, left, python, run
 from testbed.paths import REPOSITORY
-from tests.kernel.world import World
+from testbed.world import World
 
 #: Says where it is, in JSON.
 WHERE = """

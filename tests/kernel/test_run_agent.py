@@ -8,8 +8,8 @@ import pytest
 
 from testbed.host import diff
 from testbed.jobs import Job, left, python, run
+from testbed.world import World
 from tests.kernel.test_run import WAIT, there
-from tests.kernel.world import World
 
 #: Room for five pods.
 SMALL = {"network": {"ipv4_range": "10.213.0.0/29"}}

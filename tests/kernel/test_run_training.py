@@ -9,7 +9,7 @@ import pytest
 
 from testbed import training
 from testbed.jobs import Job, left
-from tests.kernel.world import World
+from testbed.world import World
 
 PODS = 3
 SMALL = ("--hidden", "40", "--steps", "4")

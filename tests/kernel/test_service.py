@@ -14,15 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from testbed.container import CommandError, Process
+from testbed.container import CommandError
 from testbed.host import SOCKET, diff
 from testbed.limited import SERVICE, granted, program, service
-from tests.kernel.world import World, config, refused, succeeded
+from testbed.world import World, config, refused, succeeded
 
 NOTIFY = "/run/notify"
 WAIT_S = 150.0
-#: A process of another user in a network namespace, which says its pid.
-OTHER_USER = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "sh", "-c", "echo $$; exec sleep 600"]
 
 
 @pytest.fixture
@@ -92,16 +90,6 @@ def test_its_directories_are_the_configurations(world: World) -> None:
 # Capabilities
 
 
-@contextlib.contextmanager
-def other_users_namespace(world: World, netns: str) -> Iterator[str]:
-    """The path of a namespace as a runtime without bound ones gives it, of a process of another user."""
-    process: Process = world.host.popen(["nsenter", f"--net={netns}", *OTHER_USER], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    yield f"/proc/{int(process.stdout.readline())}/ns/net"
-    process.kill()
-    process.close()
-
-
 def test_with_its_capabilities_everything_works(world: World) -> None:
     before = world.host.dump()
     world.start_agent(*program(*granted()))
@@ -120,7 +108,7 @@ def test_with_its_capabilities_everything_works(world: World) -> None:
     world.command("datapath", "swap")
     world.host.exec(["tc", "qdisc", "del", "dev", two.host_ifname, "clsact"])
     pod = world.pod()
-    with other_users_namespace(world, pod.netns) as path:
+    with world.other_users_namespace(pod.netns) as path:
         outcome = world.host.cni("ADD", pod, config({}), netns=path)
         assert outcome.returncode == 0, outcome.sentence
         succeeded(world.host.cni("DEL", pod, config({}), netns=path))
@@ -167,7 +155,7 @@ def test_without_one_of_them_it_does_not_start(world: World, missing: str, words
 def test_without_ptrace_it_does_not_see_other_users_namespaces(world: World) -> None:
     world.start_agent(*program(*(name for name in granted() if name != "SYS_PTRACE")))
     pod = world.pod()
-    with other_users_namespace(world, pod.netns) as path:
+    with world.other_users_namespace(pod.netns) as path:
         refused(world.host.cni("ADD", pod, config({}), netns=path), 103, "cannot be opened")
 
 

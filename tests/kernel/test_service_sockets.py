@@ -18,8 +18,8 @@ from rdmanet.datapath import sockets
 from testbed.outside import HOST_IPV4, HOST_IPV6
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
-from tests.kernel.service_entries import NODE, READY, TERMINATING, End, ServiceEntries
-from tests.kernel.world import PINS, Attached, World
+from testbed.service_entries import NODE, READY, TERMINATING, End, ServiceEntries
+from testbed.world import PINS, Attached, World
 
 CALLER = REPOSITORY / "testbed/caller.py"
 CLUSTER_IP = {4: "10.96.0.10", 6: "fd96::10"}

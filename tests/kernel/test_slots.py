@@ -18,7 +18,7 @@ from rdmanet.netlink import nldev
 from testbed.host import CniOutcome, Host, diff
 from testbed.kubelet import AdmissionError
 from testbed.kubelet_host import CDI, NETWORK, PLUGIN, RESOURCE, KubeletHost, Sandbox
-from tests.kernel.world import refused, succeeded
+from testbed.world import refused, succeeded
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from testbed.container import CommandError
 from testbed.host import Dump, diff
-from tests.kernel.world import World
+from testbed.world import World
 
 #: A filter that somebody else has on the uplink: one instruction that lets everything pass.
 THEIRS = ["filter", "add", "dev", "uplink0", "ingress", "pref", "7", "protocol", "ip"]

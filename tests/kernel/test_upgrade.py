@@ -15,11 +15,11 @@ import pytest
 from rdmanet.store import SCHEMA_VERSION
 from testbed.container import CommandError
 from testbed.host import diff
+from testbed.rebuilding import sinks
 from testbed.streams import streams
 from testbed.upgrades import OTHER_SIZES, SCHEMAS, downgrade_on, other_artifact
-from tests.kernel.test_database import sinks
+from testbed.world import DATABASE, World, succeeded
 from tests.kernel.test_restart import lost
-from tests.kernel.world import DATABASE, World, succeeded
 
 
 @pytest.fixture

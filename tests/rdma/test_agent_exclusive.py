@@ -14,8 +14,8 @@ from rdmanet.netlink.nldev import RdmaSocket
 from testbed.demo.rdma import last_figures
 from testbed.host import diff
 from testbed.pod import rdma_nodes
-from tests.kernel.world import Attached, World, succeeded
-from tests.rdma.tools import devices, tool, unhealthy, until
+from testbed.rdma_tools import devices, tool, unhealthy, until
+from testbed.world import Attached, World, succeeded
 
 pytestmark = pytest.mark.exclusive
 

@@ -17,14 +17,14 @@ import pytest
 from benchmarks.accept.rdma import counters
 from benchmarks.peers.namespaces import End, Pair
 from rdmanet.model import RdmaMode
+from testbed.crashes.crashing import ORDER, PROGRAM, RECORD
 from testbed.demo.rdma import last_figures
 from testbed.host import Dump, diff
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
 from testbed.pod import rdma_nodes
-from tests.kernel.crashing import ORDER, PROGRAM, RECORD
-from tests.kernel.world import Attached, World, config, refused, succeeded
-from tests.rdma.tools import devices, tool, unhealthy, until
+from testbed.rdma_tools import devices, tool, unhealthy, until
+from testbed.world import Attached, World, config, refused, succeeded
 
 ROCE_PORT = 4791
 FAMILIES = (4, 6)

@@ -8,7 +8,7 @@ from benchmarks.accept.rdma import faults
 from testbed.damage import damage
 from testbed.host import Host
 from testbed.paths import REPOSITORY
-from tests.kernel.world import DATABASE
+from testbed.world import DATABASE
 
 FIELDS = ("id", "container_id", "pod", "netns", "mac", "ipv4", "ipv6", "guard", "max_leases", "device")
 

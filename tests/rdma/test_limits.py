@@ -23,7 +23,7 @@ from testbed.container import Cgroup, cgroup2_root
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
 from testbed.pod import CAPABILITIES, Pod, rdma_nodes
-from tests.kernel.world import Attached, World
+from testbed.world import Attached, World
 
 MAX_HANDLES, MAX_OBJECTS = 2, 40
 MKNOD = 27

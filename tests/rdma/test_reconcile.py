@@ -14,8 +14,8 @@ from testbed import breaking
 from testbed.demo.rdma import last_figures, wait_for_line
 from testbed.host import diff
 from testbed.pod import rdma_nodes
-from tests.kernel.world import Attached, World, config, succeeded
-from tests.rdma.tools import TIMEOUT_S, tool, unhealthy, until
+from testbed.rdma_tools import TIMEOUT_S, tool, unhealthy, until
+from testbed.world import Attached, World, config, succeeded
 
 pytestmark = pytest.mark.both_modes
 

@@ -24,8 +24,8 @@ from testbed.kernel import namespace_mode
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer, PeerError
 from testbed.pod import rdma_nodes
-from tests.kernel.world import Attached, World, succeeded
-from tests.rdma.tools import tool, until
+from testbed.rdma_tools import tool, until
+from testbed.world import Attached, World, succeeded
 
 FAMILIES = (4, 6)
 pytestmark = pytest.mark.any_kernel

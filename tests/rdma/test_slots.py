@@ -12,11 +12,11 @@ import pytest
 
 from rdmanet.errors import NotFoundError
 from rdmanet.model import RdmaMode
+from testbed.crashes.crashing import ORDER, PROGRAM, RECORD
 from testbed.host import CniOutcome, Host, diff
 from testbed.kubelet_host import CDI, NETWORK, KubeletHost, Sandbox
-from tests.kernel.crashing import ORDER, PROGRAM, RECORD
-from tests.kernel.world import refused, succeeded
-from tests.rdma.tools import tool
+from testbed.rdma_tools import tool
+from testbed.world import refused, succeeded
 
 pytestmark = pytest.mark.both_modes
 

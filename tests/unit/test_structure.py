@@ -221,6 +221,13 @@ def test_rdmanet_never_imports_testbed_or_tests() -> None:
     assert not wrong
 
 
+def test_only_tests_import_tests() -> None:
+    """What proofs and benchmarks share with tests is in testbed, which knows neither."""
+    for folder, above in (("benchmarks", {"tests"}), ("testbed", {"benchmarks", "tests"})):
+        files = python_files(REPOSITORY / folder)
+        assert not {str(path) for path in files for name in imports(path) if name.split(".")[0] in above}
+
+
 def test_verbs_needs_nothing_of_the_agents_packages() -> None:
     """Inside a container there is aiohttp and pyverbs, and no pyroute2 or prometheus_client (pyproject.toml)."""
     reached: set[str] = set()

@@ -1,17 +1,17 @@
 """Row `differential`: random policies and services, and the plain model of Kubernetes' semantics beside everything that
 answers: programs (a flow's first packet, its answer, a question back), leases, packets, maps and sockets of ours, and
-iptables for a sample (tests/bpf/differential.py, tests/bpf/service_differential.py)."""
+iptables for a sample (testbed/bpf/differential.py, testbed/bpf/service_differential.py)."""
 
 from __future__ import annotations
 
 from random import Random
 
+from testbed.bpf import lab as labs
+from testbed.bpf.differential import PolicyLab, Tally
+from testbed.bpf.service_differential import ServiceLab
 from testbed.progress import say
 from testbed.rows import Figure, need
 from testbed.semantics.network_policy import Judgement
-from tests.bpf import lab as labs
-from tests.bpf.differential import PolicyLab, Tally
-from tests.bpf.service_differential import ServiceLab
 
 POLICY_WORLDS, FLOWS, LIVE = 400, 120, 60
 SERVICE_WORLDS, SOCKETS, TRANSLATED = 80, 100, 40

@@ -1,6 +1,6 @@
 """Row `monitor`: every drop reason and every new flow is seen with its names, and costs nothing while nobody looks.
 
-All reasons that a host can be brought to are provoked over both IP families (tests/kernel/provoking.py), first unseen,
+All reasons that a host can be brought to are provoked over both IP families (testbed/provoking.py), first unseen,
 then under the eyes of `GET /v1/monitor` and of `rdmanet monitor --pod`. What was shown, what metrics count, and what
 `rdmanet flows` lists must be the same; a flood of drops must be told as lost where it was not shown.
 """
@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rdmanet.datapath.ring import Ring
 from testbed.paths import REPOSITORY
+from testbed.provoking import BACKGROUND, Provoker, check, provoked
 from testbed.rows import Figure, need
 from testbed.watching import Watch, until, watching
-from tests.kernel.provoking import BACKGROUND, Provoker, check, provoked
 
 Event = dict[str, Any]
 FLOOD_FRAMES = 40_000

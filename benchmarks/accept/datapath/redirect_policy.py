@@ -1,13 +1,13 @@
 """Row `redirect-policy`: what redirect_peer brings into a pod was let in by the pod's ingress policy before, on every
-path, and nothing gets around it (tests/bpf/redirects.py)."""
+path, and nothing gets around it (testbed/bpf/redirects.py)."""
 
 from __future__ import annotations
 
 import os
 
+from testbed.bpf import lab as labs
+from testbed.bpf.redirects import Redirects, carry_out
 from testbed.rows import Figure, need
-from tests.bpf import lab as labs
-from tests.bpf.redirects import Redirects, carry_out
 
 ROUNDS = 10
 #: An emulated machine is some twenty times slower.

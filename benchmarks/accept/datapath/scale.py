@@ -20,11 +20,11 @@ from rdmanet.objects.changes import Changes
 from rdmanet.objects.reading import read
 from rdmanet.objects.values import Object, ObjectKey
 from rdmanet.services.engine import Services
+from testbed.bpf.lab import private_bpffs
 from testbed.host import ARTIFACT
 from testbed.progress import say
 from testbed.rows import Figure, need
 from testbed.services import Scene
-from tests.bpf.lab import private_bpffs
 
 SERVICES = 50_000
 ENDPOINTS = 2

@@ -18,8 +18,8 @@ from benchmarks.accept.ml_jobs.stage import add, delete, slot_ids, stage
 from rdmanet.errors import NotFoundError
 from testbed.kubelet import AdmissionError
 from testbed.kubelet_host import NETWORK, KubeletHost, Sandbox
+from testbed.rdma_tools import tool
 from testbed.rows import Figure, need
-from tests.rdma.tools import tool
 
 SLOTS = 4
 THREADS = 6

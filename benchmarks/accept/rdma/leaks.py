@@ -18,13 +18,13 @@ from pathlib import Path
 from benchmarks.accept.rdma.faults import PINS
 from benchmarks.peers import namespaces
 from benchmarks.peers.allocated import TRACED, allocated_bytes
-from benchmarks.peers.churn import descriptors, rss_bytes
 from benchmarks.peers.namespaces import Pair
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
 from testbed.host import ARTIFACT, Host
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
+from testbed.process import descriptors, rss_bytes
 from testbed.rows import Figure, need
 
 PROGRAM = ("-m", "benchmarks.peers.churn")

@@ -16,8 +16,7 @@ from testbed.container import CommandError
 from testbed.host import SOCKET, Host, diff
 from testbed.limited import NAMES, granted, program
 from testbed.rows import Figure, need
-from tests.kernel.test_service import other_users_namespace
-from tests.kernel.world import World, config, succeeded
+from testbed.world import World, config, succeeded
 
 
 def measure() -> Figure:
@@ -78,7 +77,7 @@ def _work(world: World) -> None:
 def _of_another_user(world: World) -> str:
     """ADD and DEL by such a path; what ADD says."""
     pod = world.pod()
-    with other_users_namespace(world, pod.netns) as path:
+    with world.other_users_namespace(pod.netns) as path:
         outcome = world.host.cni("ADD", pod, config({}), netns=path)
         succeeded(world.host.cni("DEL", pod, config({}), netns=path))
     return outcome.sentence

@@ -16,13 +16,12 @@ from rdmanet.cni import CniCode
 from testbed import breaking
 from testbed.cni_spec import validate_error
 from testbed.container import CommandError
+from testbed.crashes.crashing import DYING, Crashes
 from testbed.host import CNI_EXECUTABLE, CniOutcome, diff, kubernetes_args
 from testbed.pod import Pod
 from testbed.progress import say
 from testbed.rows import need
-from tests.kernel.crashing import DYING, Crashes
-from tests.kernel.test_disk_full import held
-from tests.kernel.world import World
+from testbed.world import World
 
 #: Containers that calls are about, and those that none is about.
 PLAYERS = 4
@@ -158,7 +157,7 @@ class Chaos:
         self._kill_perhaps()
 
     def _with_a_busy_database(self, players: list[Pod]) -> None:
-        with held(self._world) as holder, self._calling(players):
+        with self._world.hold_database() as holder, self._calling(players):
             self._wait(BUSY_S)
             if self._chance.random() < 0.5:
                 self._kill()

@@ -11,10 +11,10 @@ from testbed.container import CommandError
 from testbed.damage import DAMAGES, damage
 from testbed.host import diff
 from testbed.policies import labelled, policy
+from testbed.rebuilding import known, repair, sinks
 from testbed.rows import Figure, need
 from testbed.streams import streams
-from tests.kernel.test_database import known, repair, sinks
-from tests.kernel.world import DATABASE, World, succeeded
+from testbed.world import DATABASE, World, succeeded
 
 PODS = 20
 COMMAND = "`rdmanet repair --database`"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from testbed.filling import STATE, fill, full, mount_small
 from testbed.host import CniOutcome, diff
 from testbed.rows import Figure, need
-from tests.kernel.world import World, config
+from testbed.world import World, config
 
 PODS = 50
 COLLECTED = 10

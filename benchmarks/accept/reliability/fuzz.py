@@ -17,7 +17,7 @@ from testbed.fuzzing.search import Search, search
 from testbed.host import diff
 from testbed.progress import say
 from testbed.rows import Figure, need
-from tests.kernel.world import World, succeeded
+from testbed.world import World, succeeded
 
 #: Seconds for each; a quarter of an hour together.
 BUDGETS_S = {

@@ -3,7 +3,7 @@
 Twenty pods are there at any time; after as many to warm up as allocators need, the oldest goes and a new one comes, in
 new network namespaces, again and again. Every so often the agent's memory, descriptors and threads, its database and
 what it has in the kernel are looked at: what counts objects is the same each time, to the last one, and medians of
-what Python has allocated (``tests.kernel.traced_agent``) of the first and the last third differ by less than if one
+what Python has allocated (``testbed.crashes.traced_agent``) of the first and the last third differ by less than if one
 attachment in thirty were remembered. Resident memory goes up by allocators' steps, and may by some of them.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from benchmarks.accept.reliability.load import together
 from benchmarks.peers.allocated import TRACED, allocated_bytes
-from benchmarks.peers.churn import descriptors, rss_bytes
 from rdmanet.datapath import bpf
 from testbed.host import CniOutcome, diff
 from testbed.pod import Pod
+from testbed.process import descriptors, rss_bytes
 from testbed.progress import Ticker
 from testbed.rows import Figure, need
-from tests.kernel.world import DATABASE, PINS, World, config, succeeded
+from testbed.world import DATABASE, PINS, World, config, succeeded
 
 #: Map types with entries that come and go (include/uapi/linux/bpf.h): hash, per-CPU hash, LRU hash, per-CPU LRU hash,
 #: longest prefix match.

@@ -21,12 +21,12 @@ from typing import Any
 from benchmarks.accept.reliability.chaos import Chaos
 from rdmanet.model import RdmaMode
 from testbed import breaking, kernel
+from testbed.crashes.crashing import DYING, Crashes
 from testbed.host import CniOutcome
 from testbed.pod import Pod
 from testbed.progress import Ticker, say
 from testbed.rows import Figure, need
-from tests.kernel.crashing import DYING, Crashes
-from tests.kernel.world import config, succeeded
+from testbed.world import config, succeeded
 
 KILLS = 1_000
 #: In the virtual machine a start takes half a minute. What matters there are the points of work on RDMA devices.

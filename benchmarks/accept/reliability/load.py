@@ -27,7 +27,7 @@ from testbed.host import CniOutcome, Dump, diff
 from testbed.pod import Pod
 from testbed.progress import say
 from testbed.rows import Figure, need
-from tests.kernel.world import Attached, World, config, succeeded
+from testbed.world import Attached, World, config, succeeded
 
 #: What a call may answer beside success.
 ALLOWED = {

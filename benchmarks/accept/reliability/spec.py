@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from benchmarks.accept.reliability.tested import passed
+from testbed.cni_rule import Whom
+from testbed.cni_rules import RULES
 from testbed.rows import Figure
-from tests.kernel.cni_rule import Whom
-from tests.kernel.cni_rules import RULES
 
 
 def measure() -> Figure:

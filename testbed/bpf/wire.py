@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 from rdmanet.model import IPAddress
 from rdmanet.netlink.route import RouteSocket
+from testbed.bpf import packets
+from testbed.bpf.lab import FAR, GATEWAY_MAC, OUTSIDE, UPLINK, Lab, Namespace
 from testbed.semantics.iptables import FENCE_PROTOCOL
 from testbed.semantics.network_policy import Flow
-from tests.bpf import packets
-from tests.bpf.lab import FAR, GATEWAY_MAC, OUTSIDE, UPLINK, Lab, Namespace
 
 ETH_P_ALL = 3
 PACKET_OUTGOING = 4  # packet(7)

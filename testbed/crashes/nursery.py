@@ -1,8 +1,8 @@
 """Agents forked from a process that has imported everything: importing takes four times as much as a start.
 
-``python -m tests.kernel.nursery`` runs on the host. For each request on its socket (standard input) it forks: the child
-is ``tests.kernel.crash_agent`` with the request's arguments, as if it had just been executed. Its own process id,
-output, signals and end are what they are for one that was.
+``python -m testbed.crashes.nursery`` runs on the host. For each request on its socket (standard input) it forks: the
+child is ``testbed.crashes.crash_agent`` with the request's arguments, as if it had just been executed. Its own process
+id, output, signals and end are what they are for one that was.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import struct
 import sys
 
 from testbed.container import Process
+from testbed.crashes import crash_agent
 from testbed.host import Host
 from testbed.paths import REPOSITORY
-from tests.kernel import crash_agent
 
 REQUEST_BYTES = 1 << 16
 

@@ -19,13 +19,13 @@ from rdmanet.model import Attachment, AttachmentState, IPAddress, NetnsId, PodNa
 from rdmanet.objects.changes import Changes
 from rdmanet.objects.values import Kind, Object, ObjectKey
 from rdmanet.policy.engine import Policy
+from testbed.bpf.bench import REDIRECT, SHOT, host_frame, pod_frame
+from testbed.bpf.lab import FAR, GATEWAYS, OUTSIDE, UPLINK, Lab
+from testbed.bpf.packets import Ip
+from testbed.bpf.wire import Router, Wire, answer_packet, flow_packet, lab_wire, question_back
 from testbed.semantics import random_policies
 from testbed.semantics.iptables import PolicyTable
 from testbed.semantics.network_policy import Flow, Judgement, PolicyPod, PolicyWorld
-from tests.bpf.bench import REDIRECT, SHOT, host_frame, pod_frame
-from tests.bpf.lab import FAR, GATEWAYS, OUTSIDE, UPLINK, Lab
-from tests.bpf.packets import Ip
-from tests.bpf.wire import Router, Wire, answer_packet, flow_packet, lab_wire, question_back
 
 PODS = 6
 NODE = frozenset(ipaddress.ip_address(text) for texts in (GATEWAYS, UPLINK) for text in texts.values())

@@ -6,7 +6,7 @@ Sections are those of 1.1.0's SPEC.md; what only 0.3.1 and 0.4.0 say is in `cni_
 
 from __future__ import annotations
 
-from tests.kernel.cni_rule import (
+from testbed.cni_rule import (
     AGENT,
     BAD,
     BOTH_RUNTIMES,
@@ -24,7 +24,7 @@ from tests.kernel.cni_rule import (
     plugin,
     runtime,
 )
-from tests.kernel.cni_rules_of_0 import OF_0
+from testbed.cni_rules_of_0 import OF_0
 
 _FORMAT = "1 Configuration format"
 _OBJECTS = "1 Plugin configuration objects"

@@ -14,9 +14,10 @@ from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.artifact import CONTINUATIONS, HOOKS, Artifact
 from rdmanet.datapath.maps import NodeEntry, UplinkEntry
 from rdmanet.model import UNLIMITED, Bandwidth, Limit, address_key
-from tests.bpf import lab as labs
-from tests.bpf import packets
-from tests.bpf.lab import GATEWAY_MAC, Lab, Pod
+from testbed.bpf import lab as labs
+from testbed.bpf import packets
+from testbed.bpf.lab import FAR, GATEWAY_MAC, GATEWAYS, Lab, Pod
+from testbed.bpf.packets import FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, TCP, UDP, Ip
 
 # include/uapi/linux/pkt_cls.h
 UNSPEC, OK, SHOT, STOLEN, REDIRECT = 0xFFFFFFFF, 0, 2, 4, 7
@@ -222,3 +223,28 @@ def to(
 
 def rewritten(frame: bytes, destination_mac: bytes, source_mac: bytes = GATEWAY_MAC) -> bytes:
     return destination_mac + source_mac + frame[12:]
+
+
+def good_frames(bench: Bench) -> dict[str, bytes]:
+    """One good packet of each kind, from train_0."""
+    pod, peer = bench.train_0, bench.train_1
+    four, six = pod.addresses[4], pod.addresses[6]
+    extensions = packets.extension(FRAGMENT, HOP_BY_HOP) + packets.extension(UDP, FRAGMENT, more=True)
+    body = packets.arp(1, pod.mac, four, GATEWAYS[4])
+    return {
+        "tcp4": pod_frame(pod, Ip(four, peer.addresses[4], TCP, packets.tcp(1, 2))),
+        "tcp6": pod_frame(pod, Ip(six, peer.addresses[6], TCP, packets.tcp(1, 2))),
+        "udp4-outside": pod_frame(pod, Ip(four, FAR[4], UDP, packets.udp(1, 2))),
+        "udp6-outside": pod_frame(pod, Ip(six, FAR[6], UDP, packets.udp(1, 2))),
+        "echo4-host": pod_frame(pod, Ip(four, GATEWAYS[4], ICMP, packets.icmp(8, 1))),
+        "echo6-host": pod_frame(pod, Ip(six, GATEWAYS[6], ICMPV6, packets.icmp(128, 1))),
+        "roce4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17))),
+        "roce6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.roce(17))),
+        "datagram4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.datagram(17, 20))),
+        "datagram6": pod_frame(pod, Ip(six, peer.addresses[6], UDP, packets.datagram(17, 20))),
+        "options4": pod_frame(pod, Ip(four, peer.addresses[4], UDP, packets.roce(17), options=b"\x01" * 40)),
+        "extensions6": pod_frame(
+            pod, Ip(six, peer.addresses[6], UDP, packets.roce(17), options=extensions, first=HOP_BY_HOP)
+        ),
+        "arp": packets.ethernet(b"\xff" * 6, pod.mac, packets.ETHERTYPE_ARP, body),
+    }

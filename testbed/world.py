@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import pytest
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
 from testbed.cni_spec import validate_error, validate_result
-from testbed.container import Completed
+from testbed.container import Completed, Process
 from testbed.host import ARTIFACT, CniOutcome, Dump, Host, diff
 from testbed.paths import REPOSITORY
 from testbed.peer import Peer
@@ -40,6 +41,16 @@ database = sqlite3.connect(sys.argv[1], isolation_level=None)
 rows = [database.execute(statement).fetchall() for statement in sys.argv[2:]]
 print(json.dumps(rows, default=bytes.hex))
 """
+
+_HOLDER = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+#: A process of another user in a network namespace, which says its pid.
+_OTHER_USER = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "sh", "-c", "echo $$; exec sleep 600"]
 
 
 def config(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +136,7 @@ class World:
     # The agent
 
     def start_agent(self, *program: str) -> float:
-        """Starts it as configured; `program` is another way to start it (tests.kernel.crash_agent)."""
+        """Starts it as configured; `program` is another way to start it (testbed.crashes.crash_agent)."""
         return self.host.start_agent(self.agent_config, program=program or ("-m", "rdmanet", "agent"))
 
     def command(self, *words: str, check: bool = True) -> Completed:
@@ -134,6 +145,23 @@ class World:
             return self.host.uninstall()
         argv = [sys.executable, "-m", "rdmanet", *words, "--config", self.host._config_file()]
         return self.host.exec(argv, cwd=str(REPOSITORY), check=check)
+
+    def hold_database(self) -> Process:
+        """Another process has the database locked for writing, until its input ends."""
+        argv = [sys.executable, "-I", "-S", "-E", "-c", _HOLDER, DATABASE]
+        process = self.host.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        return process
+
+    @contextlib.contextmanager
+    def other_users_namespace(self, netns: str) -> Iterator[str]:
+        """The path of a namespace as a runtime without bound ones gives it, of a process of another user."""
+        process = self.host.popen(["nsenter", f"--net={netns}", *_OTHER_USER], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        yield f"/proc/{int(process.stdout.readline())}/ns/net"
+        process.kill()
+        process.close()
 
     def status(self) -> dict[str, Any]:
         """GET /v1/status, when nothing is being removed any more."""

@@ -10,7 +10,7 @@ from testbed.container import CommandError, Completed
 from testbed.demo.rdma import wait_for_line
 from testbed.paths import BUILD
 from testbed.pod import Pod
-from tests.kernel.world import Attached, World
+from testbed.world import Attached, World
 
 TIMEOUT_S = 90.0
 CLIENT_ATTEMPTS = 5

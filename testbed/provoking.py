@@ -17,15 +17,15 @@ from rdmanet.datapath import bpf, layout
 from rdmanet.datapath.artifact import CONTINUATIONS, Artifact
 from rdmanet.datapath.maps import Datapath
 from rdmanet.model import UNLIMITED, Bandwidth, GuardEntry, GuardState, Limit, address_key
+from testbed.bpf import packets
 from testbed.host import ARTIFACT
+from testbed.monitoring import FAR, GATEWAY_MAC, NOBODY, TYPES, Stage
 from testbed.outside import GATEWAY_IPV4, GATEWAY_IPV6, UPLINK
 from testbed.peer import Peer
 from testbed.policies import labelled, policy
 from testbed.rows import need
 from testbed.services import CLUSTER_IP, NODE, NODE_PORT, PORT, TARGET_PORT, service, slices, start_caller
-from tests.bpf import packets
-from tests.kernel.monitoring import FAR, GATEWAY_MAC, NOBODY, TYPES, Stage
-from tests.kernel.world import PINS, Attached
+from testbed.world import PINS, Attached
 
 MAX_FLOWS, FLOWS_PER_POD = 1024, 256
 OUTSIDE_PORTS = 4

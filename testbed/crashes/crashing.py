@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rdmanet.errors import RdmanetError
+from testbed.crashes.nursery import Nursery
 from testbed.host import READY_TIMEOUT_S, CniOutcome, Dump, diff
 from testbed.pod import Pod
-from tests.kernel.nursery import Nursery
-from tests.kernel.world import World, config
+from testbed.world import World, config
 
-PROGRAM = "tests.kernel.crash_agent"
+PROGRAM = "testbed.crashes.crash_agent"
 ORDER, RECORD = "/run/crash-order", "/run/crash-record"
 #: What whoever asks an agent meets while it dies.
 DYING = (OSError, http.client.HTTPException, RdmanetError)

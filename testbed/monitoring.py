@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from testbed.bpf import packets
 from testbed.outside import FAR_IPV4, FAR_IPV6
 from testbed.peer import Peer
 from testbed.rows import need
 from testbed.watching import Watch
-from tests.bpf import packets
-from tests.kernel.world import Attached, World
+from testbed.world import Attached, World
 
 GATEWAY_MAC = bytes.fromhex("027200000000")
 ODD_MAC = bytes.fromhex("02deadbeef00")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.kernel.cni_rule import (
+from testbed.cni_rule import (
     AGENT,
     BAD,
     BOTH_RUNTIMES,

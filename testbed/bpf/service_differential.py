@@ -22,13 +22,13 @@ from rdmanet.model import IPAddress, address_key, address_of
 from rdmanet.objects.changes import Changes
 from rdmanet.objects.values import Kind, Object, ObjectKey, Protocol
 from rdmanet.services.engine import Services
+from testbed.bpf.differential import ABROAD, NODE, Tally
+from testbed.bpf.lab import Lab, Namespace
+from testbed.bpf.wire import FIRST_SOURCE_PORT, Router, Wire
 from testbed.container import cgroup2_root
 from testbed.semantics import random_services
 from testbed.semantics.iptables import service_rules
 from testbed.semantics.service import Asker, Backend, ServiceWorld
-from tests.bpf.differential import ABROAD, NODE, Tally
-from tests.bpf.lab import Lab, Namespace
-from tests.bpf.wire import FIRST_SOURCE_PORT, Router, Wire
 
 PODS = 6
 SERVICES = 40

@@ -38,15 +38,15 @@ from rdmanet.objects.values import (
 )
 from rdmanet.policy.engine import Policy
 from rdmanet.services.engine import Services
+from testbed.bpf import packets
+from testbed.bpf.differential import NODE, attachment
+from testbed.bpf.lab import FAR, GATEWAY_MAC, UPLINK, Lab, Pod
+from testbed.bpf.packets import DESTINATION, FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, ROUTING, TCP, UDP, Ip
+from testbed.bpf.service_differential import netns_cookie
+from testbed.bpf.wire import MARK, TIMEOUT_S, Station, Wire, ethertype, lab_wire
 from testbed.container import cgroup2_root
 from testbed.semantics.network_policy import PolicyPod
 from testbed.semantics.random_policies import pod_object
-from tests.bpf import packets
-from tests.bpf.differential import NODE, attachment
-from tests.bpf.lab import FAR, GATEWAY_MAC, UPLINK, Lab, Pod
-from tests.bpf.packets import DESTINATION, FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, ROUTING, TCP, UDP, Ip
-from tests.bpf.service_differential import netns_cookie
-from tests.bpf.wire import MARK, TIMEOUT_S, Station, Wire, ethertype, lab_wire
 
 VERSIONS = (4, 6)
 SCTP = 132

@@ -1,0 +1,1 @@
+"""Agents that die, fail or wait at a fault point, and what tests and proofs do with them."""
