@@ -12,9 +12,9 @@ asked last, in seconds of the monotonic clock; ``answer_raw`` {name}: SCTP as we
 ``attempt`` {ends: [{kind, address, port, source}], wanted: [true or false], timeout_s} → {answers}: a flow to each end,
 all at once, until the wanted ones have an answer: the server's name, "echo", an error's name, or null; ``attempting`` →
 {answers}: the same by now; ``attempted`` → {answers}: and everything is closed. Here kinds are ``sctp`` and ``icmp`` as
-well, which the kernel need not know. ``load`` {id, kind, address, port, fresh, pause_s}: asks one question after the
-other from now on, ``fresh``: each over a socket of its own; ``loaded`` {id, asked} → {asked, failures}: waits for so
-many answers, or a failure; ``unload`` {id} → the same, at its end.
+well, which the kernel need not know. ``load`` {id, kind, address, port, fresh, pause_s, again}: asks one question after
+the other from now on, ``fresh``: each over a socket of its own, and so many that get no answer ``again``; ``loaded``
+{id, asked} → {asked, failures}: waits for so many answers, or a failure; ``unload`` {id} → the same, at its end.
 Kinds are ``tcp`` and ``udp``; ``family`` 6 with an IPv4 address makes an IPv6 socket and a mapped address; ``source``
 is the client's own address. ``refused`` is the error's name, null where there was none.
 """
@@ -395,8 +395,8 @@ class Attempts:
 class Load:
     """Question and answer, again and again; what fails is kept, and the next one is asked."""
 
-    def __init__(self, kind: str, address: str, port: int, fresh: bool, pause_s: float):
-        self.pause_s = pause_s
+    def __init__(self, kind: str, address: str, port: int, fresh: bool, pause_s: float, again: int = 0):
+        self.pause_s, self.again = pause_s, again
         self.end = (kind, address, port)
         self.fresh = fresh
         self.asked = 0
@@ -412,6 +412,9 @@ class Load:
             if call is None or self.fresh:
                 call = Call(*self.end)
             refused = call.say()["refused"]
+            if refused == "ETIMEDOUT" and self.again:
+                self.again -= 1
+                refused = call.say()["refused"]
             if self.fresh:
                 call.sock.close()
             with self.changed:

@@ -171,14 +171,18 @@ def be_refused(scene: Scene) -> str:
 
 
 def uninstall_under_traffic(scene: Scene) -> int:
-    """Everything goes while pods and the host talk; the host's own traffic does not notice. How often it was answered
-    meanwhile."""
+    """Everything goes while pods and the host talk; the host's own traffic goes on. How often that was answered.
+
+    While the kernel takes clsact from a link it drops what is sent there (qdisc_graft in net/sched/sch_api.c, which
+    deactivates the link's queues): one datagram of each load may have to be sent again, as TCP does by itself.
+    """
     names = []
     for version in FAMILIES:
         for kind in KINDS:
             for place in ("host", next(iter(scene.pods))):
                 name = f"{place}, IPv{version} {kind}, uninstall"
                 ask = {"kind": kind, "address": OUTSIDE[version], "port": TARGET_PORT, "fresh": place != "host"}
+                ask["again"] = int(kind == "udp")
                 scene.ask(place, "load", id=name, pause_s=PAUSE_S, **ask)
                 scene.ask(place, "loaded", id=name, asked=3)
                 if place == "host":

@@ -65,6 +65,6 @@ def measure() -> Figure:
         f" {carried['answers']} questions, TCP and UDP, over old sockets and fresh ones, all answered;"
         " --previous put the earlier one back; one that the verifier refused left the other running"
         f" ({Path(log).name}); uninstall under traffic left nothing, and the host's own {answers} questions were"
-        " answered"
+        " answered, at most one datagram of each family at the second time"
     )
     return Figure(0, "bytes", detail, {"swaps": SWAPS, **carried})
