@@ -16,6 +16,12 @@ TIMEOUT_S = 90.0
 CLIENT_ATTEMPTS = 5
 
 
+def ucx_perftest() -> list[str]:
+    """Its words. One that is built with MPI (Debian 13's) takes itself for a part of an MPI job without a terminal."""
+    shown = subprocess.run(["ucx_perftest", "-h"], capture_output=True, text=True, check=False)
+    return ["ucx_perftest", "-P", "0"] if "-P <0|1>" in shown.stdout + shown.stderr else ["ucx_perftest"]
+
+
 def unhealthy(world: World, attached: Attached) -> str | None:
     """Why the pod's device cannot be used, by `rdmanet status`."""
     rows = world.host.api("GET", "/v1/status")["attachments"]

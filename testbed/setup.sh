@@ -34,7 +34,7 @@ packages() {
 	# Python with eBPF and verbs; a compiler for the CNI executable
 	echo python3 python3-venv python3-bpfcc python3-pyverbs gcc libc6-dev musl-tools make
 	# user space of network and RDMA, and the unmodified programs that the tests run
-	echo iproute2 iputils-ping kmod procps rdma-core ibverbs-providers ibverbs-utils rdmacm-utils perftest iperf3
+	echo iproute2 iputils-ping kmod procps curl rdma-core ibverbs-providers ibverbs-utils rdmacm-utils perftest iperf3
 	# UCX and MPI over it, and the tests of rdma-core itself (python3-pyverbs has them among its documentation)
 	echo ucx-utils openmpi-bin python3-mpi4py
 	# what benchmarks/ compares with, and chains behind our plugin
@@ -111,6 +111,19 @@ step_if_changed() { # SENTENCE STAMP HASH COMMAND...
 	echo "$hash" >"$file"
 }
 
+# Slim systems leave /usr/share/doc out: then from the package itself.
+unpack_rdma_core_tests() {
+	local scratch
+	scratch=$(mktemp -d)
+	(
+		cd "$scratch"
+		apt-get download -q python3-pyverbs || { apt-get update -q && apt-get download -q python3-pyverbs; }
+		dpkg-deb -x python3-pyverbs_*.deb tree
+	)
+	rm -rf build/rdma-core-tests
+	mv "$scratch/tree/usr/share/doc/rdma-core/tests" build/rdma-core-tests
+	rm -rf "$scratch"
+}
 build_cni() { make -C cni OUT=../build/cni; }
 build_load() { make -C benchmarks OUT=../build/bench; }
 build_artifact() {
@@ -127,3 +140,6 @@ step_if_changed "compiling the benchmarks' load program" build/bench.made-from \
 	"$(hash_of benchmarks/*.c benchmarks/Makefile)" build_load
 step_if_changed "compiling the datapath" build/artifact.made-from \
 	"$(hash_of bpf/*.[ch] rdmanet/datapath/*.py)" build_artifact
+[ -e /usr/share/doc/rdma-core/tests/run_tests.py ] ||
+	step_if_changed "unpacking rdma-core's tests" build/rdma-core-tests.made-from \
+		"$(dpkg-query -W python3-pyverbs)" unpack_rdma_core_tests

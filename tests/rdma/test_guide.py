@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from testbed.guide import HOST, Block, blocks
 from testbed.host import ARTIFACT, Host, toml
 from testbed.paths import BUILD, REPOSITORY
 from testbed.pod import Pod, rdma_nodes
+from testbed.rdma_tools import ucx_perftest
 
 BLOCKS = blocks(REPOSITORY / "docs/rdma.md")
 #: Pod → the network that it is in, by the name in its conflist.
@@ -54,6 +56,11 @@ class Reader:
         command = TOOLS / "rdmanet"
         command.write_text(f'#!/bin/sh\nexec {sys.executable} -m rdmanet "$@" --config {TOOLS}/rdmanet.toml\n')
         command.chmod(0o755)
+        # A reader has a terminal.
+        _, *words = ucx_perftest()
+        path = shutil.which("ucx_perftest")
+        (TOOLS / "ucx_perftest").write_text(f'#!/bin/sh\nexec {path} {" ".join(words)} "$@"\n')
+        (TOOLS / "ucx_perftest").chmod(0o755)
 
     def _configure(self, config: dict[str, Any]) -> None:
         """The page's configuration, with the artifact that `make setup` built."""

@@ -78,6 +78,32 @@ async def test_two_scripts(lab: Lab) -> None:
     await lab.wait_for_states()
 
 
+#: A process that ends with all open that it has, in a loop that is over: with its own status and in silence.
+LEFT_OPEN = """
+import asyncio
+from rdmanet import verbs
+
+async def main():
+    listener = await verbs.listen("mine", timeout_s=60)
+    there = await verbs.connect("train-0:mine", timeout_s=60)
+    here = await listener.accept()
+    region = here.allocate(100)
+    await there.send(b"hello")
+    assert await here.recv() == b"hello"
+    print("done", flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_process_may_end_with_everything_open(lab: Lab) -> None:
+    """The interpreter's last collection must not take pyverbs' objects in an order of its own."""
+    with PodProcess(lab.pods[0], LEFT_OPEN) as process:
+        assert await process.line() == "done"
+        assert await asyncio.to_thread(process.child.wait, 60) == 0
+    await lab.wait_for_states()
+
+
 #: A process that forks: its child cannot use what it has, leases for itself, and ends without taking anything along.
 FORKING = """
 import os, sys

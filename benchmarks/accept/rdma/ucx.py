@@ -9,6 +9,7 @@ from benchmarks.accept.rdma.perftest import FAMILIES
 from benchmarks.peers import namespaces, programs
 from benchmarks.peers.namespaces import Pair
 from testbed.host import Host
+from testbed.rdma_tools import ucx_perftest
 from testbed.rows import Figure, StepError, need
 
 ITERATIONS = 100
@@ -53,7 +54,7 @@ def run(host: Host, pair: Pair, case: Case, environments: Sequence[dict[str, str
     carry it. `environments` are the server's and the client's."""
     why = ""
     for attempt in range(1, ATTEMPTS + 1):
-        argv = ["ucx_perftest", "-t", case.test, "-s", str(case.size_bytes), "-n", str(ITERATIONS), "-w", "10", "-f"]
+        argv = [*ucx_perftest(), "-t", case.test, "-s", str(case.size_bytes), "-n", str(ITERATIONS), "-w", "10", "-f"]
         before = programs.traffic(host, (pair.client, pair.server))
         ended = programs.both_ends(
             pair,
