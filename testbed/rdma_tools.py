@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ TIMEOUT_S = 90.0
 CLIENT_ATTEMPTS = 5
 
 
-def ucx_perftest() -> list[str]:
+@functools.cache
+def ucx_perftest() -> tuple[str, ...]:
     """Its words. One that is built with MPI (Debian 13's) takes itself for a part of an MPI job without a terminal."""
     shown = subprocess.run(["ucx_perftest", "-h"], capture_output=True, text=True, check=False)
-    return ["ucx_perftest", "-P", "0"] if "-P <0|1>" in shown.stdout + shown.stderr else ["ucx_perftest"]
+    return ("ucx_perftest", "-P", "0") if "-P <0|1>" in shown.stdout + shown.stderr else ("ucx_perftest",)
 
 
 def unhealthy(world: World, attached: Attached) -> str | None:

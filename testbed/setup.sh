@@ -113,8 +113,9 @@ step_if_changed() { # SENTENCE STAMP HASH COMMAND...
 
 # Slim systems leave /usr/share/doc out: then from the package itself.
 unpack_rdma_core_tests() {
-	local scratch
-	scratch=$(mktemp -d)
+	local scratch=build/rdma-core-tests.new
+	rm -rf "$scratch"
+	mkdir "$scratch"
 	(
 		cd "$scratch"
 		apt-get download -q python3-pyverbs || { apt-get update -q && apt-get download -q python3-pyverbs; }

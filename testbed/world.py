@@ -158,10 +158,12 @@ class World:
     def other_users_namespace(self, netns: str) -> Iterator[str]:
         """The path of a namespace as a runtime without bound ones gives it, of a process of another user."""
         process = self.host.popen(["nsenter", f"--net={netns}", *_OTHER_USER], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        yield f"/proc/{int(process.stdout.readline())}/ns/net"
-        process.kill()
-        process.close()
+        try:
+            assert process.stdout is not None
+            yield f"/proc/{int(process.stdout.readline())}/ns/net"
+        finally:
+            process.kill()
+            process.close()
 
     def status(self) -> dict[str, Any]:
         """GET /v1/status, when nothing is being removed any more."""

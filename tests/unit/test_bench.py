@@ -153,7 +153,9 @@ def test_only_questions_that_count_instructions_run_beside_each_other(
     assert [one.question.name for one in bench.ask(["timed", "three"], Effort.SMOKE, tmp_path, 2)] == ["timed", "three"]
 
 
-def test_what_breaks_beside_another_question_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_breaks_beside_another_question_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def answer(*words: object) -> object:
         raise RequestError("A samples file is broken.")
 
@@ -161,6 +163,7 @@ def test_what_breaks_beside_another_question_is_raised(tmp_path: Path, monkeypat
     monkeypatch.setattr(bench, "find", lambda name: Question(name, "Is it?", (Place.ICOUNT,), lambda run: None))
     monkeypatch.setattr(bench, "names", lambda: ["one", "two"])
     assert bench.main(["--effort", "quick", "--output", str(tmp_path)]) == 1
+    assert "A samples file is broken." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
