@@ -12,6 +12,7 @@ from collections.abc import Collection
 from concurrent.futures import Executor
 from typing import Protocol
 
+from rdmanet import background
 from rdmanet.errors import RdmanetError
 from rdmanet.model import address_key
 from rdmanet.netlink import events
@@ -43,7 +44,7 @@ class NodeAddresses:
         self._source = await loop.run_in_executor(self._executor, events.address_source)
         loop.add_reader(self._source.fileno(), self._heard)
         await loop.run_in_executor(self._executor, self._write)
-        self._worker = loop.create_task(self._work(), name="addresses of the node")
+        self._worker = background.begin(self._work(), "watch on the node's addresses")
 
     async def stop(self) -> None:
         """Ends what ``start`` began; the map stays. Idempotent."""

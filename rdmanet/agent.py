@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 from aiohttp.log import server_logger
 
-from rdmanet import adoption, memory, node, notify, pending, steps
+from rdmanet import adoption, background, memory, node, notify, pending, steps
 from rdmanet.addresses import NodeAddresses
 from rdmanet.api import Api, NotHttp
 from rdmanet.attach import Attachments
@@ -80,11 +80,12 @@ REMOVAL_STOP_S = 10.0
 def run(config: Config) -> int:
     """Runs the agent until SIGTERM or SIGINT."""
     logging.basicConfig(level=config.agent.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    agent = Agent(config)
     try:
         with owned(config.agent.state_dir):
-            asyncio.run(Agent(config).serve())
+            asyncio.run(agent.serve())
     except RdmanetError as error:
-        notify.notify(notify.status(f"cannot start: {error.sentence}"))
+        notify.notify(notify.status(error.sentence if error is agent.failure else f"cannot start: {error.sentence}"))
         raise
     return 0
 
@@ -96,15 +97,17 @@ class Agent:
         self._config = config
         self._fault_point = fault_point
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="rdmanet")
+        self._stop = asyncio.Event()
+        self.failure: UnavailableError | None = None  # why it could not go on
         server_logger.addFilter(NotHttp())
 
     async def serve(self) -> None:
-        """Starts, says ``ready``, waits for a signal, stops."""
+        """Starts, says ``ready``, waits for a signal, stops. Raises UnavailableError where it cannot go on."""
         memory.share_arena()
         loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
+        loop.set_exception_handler(self._unhandled)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, self._stop.set)
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
@@ -118,11 +121,21 @@ class Agent:
             notify.notify(notify.READY, notify.status("ready"))
             watchdog_s = notify.watchdog_s()
             if watchdog_s is not None:
-                feeding = asyncio.create_task(notify.feed(self._executor, watchdog_s))
+                feeding = background.begin(notify.feed(self._executor, watchdog_s), "watchdog")
                 stack.callback(feeding.cancel)
-            await stop.wait()
+            await self._stop.wait()
             log.info("stopping; pods keep their network")
             notify.notify(notify.STOPPING, notify.status("stopping; pods keep their network"))
+        if self.failure is not None:
+            raise self.failure
+
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What nobody has caught is logged; work without which the agent only looks well ends it."""
+        loop.default_exception_handler(context)
+        failure = background.failure(context)
+        if failure is not None and self.failure is None:
+            self.failure = failure
+            self._stop.set()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         loop = asyncio.get_running_loop()
@@ -246,7 +259,7 @@ class Agent:
         stack.push_async_callback(self._watch.stop)
         tracking.start()
         stack.push_async_callback(tracking.stop)
-        removals.start()
+        removals.start(lambda error: _soon(loop, lambda: background.failed(loop, "removal of what DELs leave", error)))
         stack.push_async_callback(self._blocking, removals.stop, REMOVAL_STOP_S)
         self._status = Status(
             About(

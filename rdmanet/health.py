@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
 
+from rdmanet import background
 from rdmanet.errors import RdmanetError, UnavailableError
 from rdmanet.model import Attachment, Backend, Device
 from rdmanet.netlink import events, messages
@@ -83,7 +84,7 @@ class Health:
         for source in self._sources:
             loop.add_reader(source.fileno(), self._heard, source)
         self._look_at(self._pods.with_device())
-        self._worker = loop.create_task(self._work(), name="health of devices")
+        self._worker = background.begin(self._work(), "look at RDMA devices")
 
     def _open(self) -> list[events.Source]:
         shared = self._devices.name is Backend.SHARED

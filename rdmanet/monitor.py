@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rdmanet import background
 from rdmanet.datapath.layout import DIRECTIONS
 from rdmanet.datapath.maps import Datapath
 from rdmanet.datapath.ring import KINDS, Event, Ring
@@ -167,7 +168,7 @@ class Monitor:
             ring.close()
             raise
         self._listen(ring)
-        self._tick = asyncio.create_task(self._watch())
+        self._tick = background.begin(self._watch(), "watch on the ring of events")
 
     async def _end(self) -> None:
         await self._blocking(self._show, False)
@@ -217,14 +218,16 @@ class Monitor:
         for place, event in enumerate(events):
             if any(number and number not in self._names for number in (event.attachment, event.peer)):
                 self._waiting += events[place:]
-                self._naming = asyncio.create_task(self._learn())
+                self._naming = background.begin(self._learn(), "names of the monitor")
                 return
             self._send(event)
 
     async def _learn(self) -> None:
         """Somebody new: pods that have gone keep their names as long as somebody watches."""
-        names = await self._blocking(self._read_names)
-        self._names.update(names)
+        try:
+            self._names.update(await self._blocking(self._read_names))
+        except RdmanetError as error:
+            log.error("Pods' names cannot be read, and events go without: %s", error)
         waiting, self._waiting = self._waiting, []
         self._naming = None
         for event in waiting:

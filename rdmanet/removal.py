@@ -55,9 +55,18 @@ class Removals:
 
     # What others ask for
 
-    def start(self) -> None:
-        """Begins to work in the background."""
-        self._thread = threading.Thread(target=self._work, name="rdmanet-removal", daemon=True)
+    def start(self, failed: Callable[[BaseException], None]) -> None:
+        """Begins to work in the background; ``failed`` is called there if that ends by an error, which ought not to
+        happen."""
+
+        def work() -> None:
+            try:
+                self._work()
+            except BaseException as error:
+                failed(error)
+                raise
+
+        self._thread = threading.Thread(target=work, name="rdmanet-removal", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:

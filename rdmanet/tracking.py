@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
+from rdmanet import background
 from rdmanet.datapath.flows import ALIAS, CLOSING_BOTH, NO_SLOT, REPLIED, TRANSLATED, Candidate, Flow, Glance
 from rdmanet.datapath.tables import FLOW_TIMEOUTS_S
 from rdmanet.errors import RdmanetError
@@ -70,7 +71,7 @@ class Tracking:
 
     def start(self) -> None:
         """Begins to collect."""
-        self._worker = asyncio.get_running_loop().create_task(self._work(), name="collector of flows")
+        self._worker = background.begin(self._work(), "collector of flows")
 
     async def stop(self) -> None:
         """Ends it; the table stays. Idempotent."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from rdmanet import inotify
+from rdmanet import background, inotify
 from rdmanet.calls import Calls
 from rdmanet.errors import NotFoundError, RdmanetError
 from rdmanet.model import Attachment, AttachmentState
@@ -229,7 +229,12 @@ class Watch:
 
     async def _meet_new(self) -> None:
         new, self._new = self._new, set()
-        found = await self._blocking(lambda: {number: self._store.get(number) for number in new})
+        try:
+            found = await self._blocking(lambda: {number: self._store.get(number) for number in new})
+        except RdmanetError as error:
+            log.error("New pods cannot be read of: %s", error)
+            self._look_at_everything()
+            return
         known = [attachment for attachment in found.values() if attachment is not None]
         for attachment in known:
             self._know(attachment)
@@ -316,7 +321,13 @@ class Watch:
     async def _everything(self) -> None:
         self._everything_at_s = self._loop.time()
         self._make_due(NODE)
-        for attachment in await self._blocking(self._store.attachments):
+        try:
+            found = await self._blocking(self._store.attachments)
+        except RdmanetError as error:
+            log.error("Pods cannot be read of: %s", error)
+            self._look_at_everything()
+            return
+        for attachment in found:
             self._know(attachment)  # also what a start could not take back
             self._make_due(attachment.id)
 
@@ -396,7 +407,7 @@ class Watch:
             self._timers[key] = self._loop.call_later(pause_s, due)
 
     def _begin(self, work: Coroutine[object, object, None]) -> None:
-        task = self._loop.create_task(work)
+        task = background.begin(work, "repair of what breaks")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

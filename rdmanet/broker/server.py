@@ -26,6 +26,7 @@ from typing import Protocol
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from rdmanet import background
 from rdmanet import lease as wire
 from rdmanet.broker import rules
 from rdmanet.broker.core import BrokerCore
@@ -49,7 +50,7 @@ from rdmanet.broker.values import (
     Send,
     SetGuard,
 )
-from rdmanet.errors import ConflictError, RdmanetError
+from rdmanet.errors import ConflictError, RdmanetError, UnavailableError
 from rdmanet.model import DatagramEntry, Device, GuardEntry, PodName
 
 _log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class BrokerServer:
     async def start(self) -> None:
         """Be ready for listeners."""
         await self._runner.setup()
-        self._worker = asyncio.get_running_loop().create_task(self._work(), name="broker effects")
+        self._worker = background.begin(self._work(), "broker of leases")
 
     async def adopt(self) -> None:
         """Take over the leases in the guard's maps and begin to serve. Raises what ``guards()`` raises."""
@@ -195,7 +196,8 @@ class BrokerServer:
             await asyncio.wait(farewells, timeout=_FAREWELL_S)
         await self._runner.cleanup()
         if self._worker is not None:
-            await self._settled()
+            if not self._worker.done():
+                await self._settled()
             self._worker.cancel()
             await asyncio.gather(self._worker, *self._lookups, return_exceptions=True)
         self._thread.shutdown()
@@ -387,11 +389,15 @@ class BrokerServer:
         self._apply(self._core.tick(asyncio.get_running_loop().time()))
 
     async def _settled(self) -> None:
-        """Everything that is queued now, and what follows from it, has been done."""
+        """Everything that is queued now, and what follows from it, has been done. Raises UnavailableError where nothing
+        is done any more."""
+        assert self._worker is not None
         for _ in range(_MAX_ROUNDS):
             barrier = _Barrier(asyncio.get_running_loop().create_future())
             self._effects.put_nowait(barrier)
-            await barrier.reached
+            await asyncio.wait({barrier.reached, self._worker}, return_when=asyncio.FIRST_COMPLETED)
+            if not barrier.reached.done():
+                raise UnavailableError("The broker of leases has ended, and the agent ends with it; ask the next one.")
             if self._effects.empty():
                 return
 
@@ -409,7 +415,7 @@ class BrokerServer:
                 case DeleteGuard(keys, datagram_keys):
                     await loop.run_in_executor(self._thread, self._delete_guards, keys, datagram_keys)
                 case FindHolders(device, queries):
-                    lookup = loop.create_task(self._find_holders(device, queries))
+                    lookup = background.begin(self._find_holders(device, queries), "look for queue pairs' holders")
                     self._lookups.add(lookup)
                     lookup.add_done_callback(self._lookups.discard)
                 case Close(number, sentence):

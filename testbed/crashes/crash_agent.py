@@ -1,8 +1,8 @@
 """The agent, ended by SIGKILL at a chosen fault point (`rdmanet.steps.FaultPoint`), as `tests.kernel.test_crash` asks.
 
 The file named first says so: its number k kills at the k-th fault point from when it is there, 0 at none; with "raise"
-after it an error is raised there instead, and with "hold PATH" the agent stops there until the FIFO at PATH is written
-to. Every point that was reached is written to the file named second. Like
+after it an error is raised there instead, with "break" one that nobody expects, and with "hold PATH" the agent stops
+there until the FIFO at PATH is written to. Every point that was reached is written to the file named second. Like
 ``rdmanet agent`` otherwise.
 """
 
@@ -50,6 +50,8 @@ class Reaper:
             return
         if how == "raise":
             raise KernelError("A test wants it so.", operation=point)
+        if how == "break":
+            raise RuntimeError(point)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -46,7 +46,7 @@ class Crashes:
         return host.begin_agent(lambda output: self.nursery.begin(arguments, output), timeout_s=timeout_s)
 
     def order(self, fatal: int, how: str = "") -> None:
-        """From now on: count, and die at this point (0: at none), or ``raise``."""
+        """From now on: count, and die at this point (0: at none), or ``raise`` or ``break``."""
         self.world.host.container.act(("write", ORDER, f"{fatal} {how}".strip()))
 
     def forget_order(self) -> list[str]:

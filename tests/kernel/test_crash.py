@@ -56,6 +56,24 @@ def test_add_whose_runtime_gives_up(crashes: Crashes) -> None:
     crashes.nothing_left("after the queued DEL")
 
 
+def test_an_error_that_nobody_expects_in_the_background_ends_the_agent(crashes: Crashes) -> None:
+    """It would look well and remove nothing any more. The next one does what it has left."""
+    world, pod = crashes.world, crashes.world.pod()
+    world.add(pod)
+    points = crashes.points(lambda: delete(world, pod))
+    world.add(pod)
+    agent = world.host.agent
+    assert agent is not None
+    crashes.order(points.index(REMOVAL[0]) + 1, "break")
+    delete(world, pod)
+    assert agent.process.wait(WITHIN_S) == 1
+    world.host.kill_agent()
+    crashes.forget_order()
+    crashes.start()
+    world.host.settle()
+    crashes.nothing_left("after the next start")
+
+
 def test_add_that_fails_at_any_point_takes_itself_back(crashes: Crashes) -> None:
     """No kill here: the same agent undoes what it has made, and the row goes last."""
     world, pod = crashes.world, crashes.world.pod()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,6 +34,7 @@ class Kernel:
         self.deleted_datagrams: list[tuple[int, int]] = []
         self.counters: list[int] = []
         self.disk_full = False
+        self.errors: list[BaseException] = []  # that have ended the work
         self.gate: threading.Event | None = None
         self.host_ends = HostEnds()
         self.host = self.store = self
@@ -88,6 +89,7 @@ def removals(kernel: Kernel) -> Iterator[Removals]:
     found = Removals(parts)
     yield found
     found.stop(WAIT_S)
+    assert kernel.errors == []
 
 
 def settle(removals: Removals) -> None:
@@ -145,7 +147,7 @@ def test_a_failure_is_shown_and_tried_again(
         return replies
 
     monkeypatch.setattr(kernel, "exchange", counting)
-    removals.start()
+    removals.start(kernel.errors.append)
     removals.put(wanted(1, id=1))
     assert failed_twice.wait(WAIT_S)
     status: Any = removals.status()
@@ -169,7 +171,7 @@ def test_a_removal_lingers_for_a_quiet_moment_but_not_when_somebody_waits(
 ) -> None:
     monkeypatch.setattr(removal, "LINGER_S", 1000.0)
     monkeypatch.setattr(removal, "LONGEST_LINGER_S", 1000.0)
-    removals.start()
+    removals.start(kernel.errors.append)
     for number in (1, 2, 3):
         removals.put(wanted(number, id=number))
     assert removals.pending(1)
@@ -185,7 +187,7 @@ def test_enough_of_them_do_not_wait(kernel: Kernel, removals: Removals, monkeypa
     monkeypatch.setattr(removal, "MAX_TOGETHER", 3)
     done = threading.Event()
     monkeypatch.setattr(kernel, "forget", lambda *numbers: done.set())
-    removals.start()
+    removals.start(kernel.errors.append)
     for number in (1, 2, 3):
         removals.put(wanted(number, id=number))
     assert done.wait(WAIT_S)
@@ -198,7 +200,7 @@ def test_a_busy_host_puts_it_off_for_so_long_only(
     monkeypatch.setattr(removal, "LONGEST_LINGER_S", 0.01)
     done = threading.Event()
     monkeypatch.setattr(kernel, "forget", lambda *numbers: done.set())
-    removals.start()
+    removals.start(kernel.errors.append)
     removals.put(wanted(1, id=1))
     removals.linger()
     assert done.wait(WAIT_S)
@@ -215,7 +217,7 @@ def test_waiting_for_nothing_and_for_too_long(kernel: Kernel, removals: Removals
 
 def test_waiting_for_one(kernel: Kernel, removals: Removals) -> None:
     kernel.gate = threading.Event()
-    removals.start()
+    removals.start(kernel.errors.append)
     removals.put(wanted(1, id=1))
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(removals.wait_for_one, WAIT_S)
@@ -229,7 +231,7 @@ def test_a_stop_finishes_what_is_due_and_leaves_what_fails(
     monkeypatch.setattr(removal, "LINGER_S", 1000.0)
     monkeypatch.setattr(removal, "LONGEST_LINGER_S", 1000.0)
     kernel.refusing = {"rn-1": EPERM}
-    removals.start()
+    removals.start(kernel.errors.append)
     for number in (1, 2):
         removals.put(wanted(number, id=number))
     started = time.monotonic()
@@ -237,6 +239,21 @@ def test_a_stop_finishes_what_is_due_and_leaves_what_fails(
     assert time.monotonic() - started < WAIT_S
     assert kernel.forgotten == [(2,)]
     assert "1 removal(s) are left to the next start" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_of_ours_is_told(kernel: Kernel, removals: Removals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be removed any more: whoever began it has to know."""
+    error = RuntimeError("a fault of ours")
+
+    def forget(*numbers: int) -> None:
+        raise error
+
+    monkeypatch.setattr(kernel, "forget", forget)
+    told: Future[BaseException] = Future()
+    removals.start(told.set_result)
+    removals.put(wanted(1, id=1))
+    assert told.result(WAIT_S) is error
 
 
 def test_host_ends() -> None:
