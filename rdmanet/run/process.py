@@ -8,15 +8,17 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rdmanet.errors import KernelError
 from rdmanet.run.job import Ending
 from rdmanet.run.lines import Lines, Printer
 from rdmanet.run.pod_init import MESSAGE_MAX_BYTES
+
+T = TypeVar("T")
 
 INIT = Path(__file__).with_name("pod_init.py")
 CHUNK_BYTES = 64 << 10
@@ -54,6 +56,7 @@ class PodProcess:
         self.silent: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         self._process = process
         self._control = control
+        self._pending: set[asyncio.Task[Any]] = set()  # on the control socket
         self._output = [
             asyncio.create_task(self._stream(stream, printer))
             for stream, printer in zip((process.stdout, process.stderr), printers, strict=True)
@@ -115,6 +118,10 @@ class PodProcess:
 
     async def close(self) -> None:
         """Ends everything in the pod that still runs; idempotent."""
+        # The event loop would go on to know the closed descriptor, and hear nothing on the next one of that number.
+        for task in self._pending:
+            task.cancel()
+        await asyncio.gather(*self._pending, return_exceptions=True)
         self._control.close()
         self.stop_writing()
         await self._process.wait()
@@ -137,13 +144,20 @@ class PodProcess:
         if written.done() and isinstance(failure := written.exception(), OSError):
             self.stop_writing(failure)
 
+    async def _until_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.get_running_loop().create_task(work)
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        return await task
+
     async def _tell(self, message: Mapping[str, Any]) -> None:
+        data = json.dumps(message).encode()
         with contextlib.suppress(ConnectionError):  # it has ended: what it said before is still to be heard
-            await asyncio.get_running_loop().sock_sendall(self._control, json.dumps(message).encode())
+            await self._until_closed(asyncio.get_running_loop().sock_sendall(self._control, data))
 
     async def _hear(self, word: str) -> dict[str, Any]:
         try:
-            data = await asyncio.get_running_loop().sock_recv(self._control, MESSAGE_MAX_BYTES)
+            data = await self._until_closed(asyncio.get_running_loop().sock_recv(self._control, MESSAGE_MAX_BYTES))
         except ConnectionError:
             data = b""
         message: dict[str, Any] = json.loads(data) if data else {"refused": "its first process ended", "errno": None}
