@@ -10,7 +10,8 @@ from rdmanet import node
 from rdmanet.config import Config
 from rdmanet.errors import UnavailableError
 from rdmanet.model import Backend, RdmaMode
-from rdmanet.netlink import nldev
+from rdmanet.netlink import messages, nldev
+from rdmanet.netlink.batch import BatchSocket
 from rdmanet.netlink.lent import LentAddresses
 from rdmanet.rdma.backend import DeviceBackend
 from rdmanet.rdma.rxe import RxeBackend, wanted_release
@@ -41,7 +42,7 @@ def find_devices(config: Config, store: Store) -> tuple[DeviceBackend | None, st
             f"Soft-RoCE works in pods' namespaces from Linux {wanted[0]}.{wanted[1]} in {mode} mode; this is"
             f' {platform.release()}. rdma.backend = "shared" gives pods a device of the host on any kernel'
         )
-    return RxeBackend(nldev.RdmaSocket, mode), None
+    return RxeBackend(nldev.RdmaSocket, mode, remove_link), None
 
 
 def _shared(config: Config, store: Store, mode: RdmaMode) -> tuple[DeviceBackend | None, str | None]:
@@ -59,6 +60,12 @@ def _shared(config: Config, store: Store, mode: RdmaMode) -> tuple[DeviceBackend
     recorded = store.effects().get(LENT)
     netdev = json.loads(recorded)["netdev"] if recorded else None
     return SharedBackend(nldev.RdmaSocket, lent, config.rdma.shared_device, netdev=netdev, record=record), None
+
+
+def remove_link(name: str) -> None:
+    """Removes a link of the host, if it is there; returns when it is gone."""
+    with BatchSocket() as host:
+        host.send([messages.delete_link(name)])
 
 
 def _ranges(config: Config) -> list[str]:

@@ -2,13 +2,15 @@
 
 Facts this is built on (docs/design/first-way.md, "RDMA"): the netdev must be in the pod's
 namespace before rxe is made on it, as moving a netdev removes its rxe; names must be unique on the host; link add and
-del race in the kernel's per-namespace socket teardown, so they are serialised.
+del race in the kernel's per-namespace socket teardown, so they are serialised. So does del with the end of the netdev
+(Linux 7.3.4: rxe_net_del runs from nldev_dellink and from NETDEV_UNREGISTER, under different locks, and both may
+release the socket), so a device is not deleted while its namespace may be ending.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rdmanet.errors import ConflictError, KernelError, NotFoundError, UnavailableError
 from rdmanet.model import Attachment, Backend, Device, RdmaMode
@@ -27,13 +29,15 @@ def wanted_release(mode: RdmaMode) -> tuple[int, int]:
 
 
 class RxeBackend:
-    """``mode`` is the host's RDMA namespace mode, which is read and never set."""
+    """``mode`` is the host's RDMA namespace mode, which is read and never set. ``remove_link`` removes a link of the
+    host by name, if it is there, and returns when it is gone."""
 
     name = Backend.RXE
 
-    def __init__(self, namespaces: Namespaces, mode: RdmaMode):
+    def __init__(self, namespaces: Namespaces, mode: RdmaMode, remove_link: Callable[[str], None]):
         self.mode = mode
         self._namespaces = namespaces
+        self._remove_link = remove_link
         self._lock = threading.Lock()
 
     def create(self, attachment: Attachment, descriptor: int) -> Device:
@@ -58,7 +62,7 @@ class RxeBackend:
                 with self._namespaces.inside(descriptor) as pod:
                     return self._describe(pod, name)
             except KernelError:
-                self._remove(name, descriptor)
+                self._remove(attachment, descriptor)
                 raise
 
     def _move(self, name: str, descriptor: int) -> None:
@@ -92,12 +96,18 @@ class RxeBackend:
             return None if found is None else describe(rdma, found, self.name, self.mode)
 
     def remove(self, attachment: Attachment, descriptor: int | None) -> None:
-        """See ``DeviceBackend``. Without the pod's namespace the device is gone with it, unless it never left ours."""
+        """See ``DeviceBackend``. Without the pod's namespace the veth pair goes too, and with it what is left of the
+        device."""
         with self._lock:
-            self._remove(attachment.device_name, descriptor)
+            self._remove(attachment, descriptor)
 
-    def _remove(self, name: str, descriptor: int | None) -> None:
-        if descriptor is not None:
+    def _remove(self, attachment: Attachment, descriptor: int | None) -> None:
+        name = attachment.device_name
+        if descriptor is None:
+            # The kernel may be taking the namespace apart at this moment. It and the removal of a link take turns
+            # (RTNL): once the link is gone, the kernel is done with the device's sockets.
+            self._remove_link(attachment.host_ifname)
+        else:
             with self._namespaces.inside(descriptor) as pod:
                 device = pod.device(name)
                 if device is not None:

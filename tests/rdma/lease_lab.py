@@ -27,6 +27,7 @@ from rdmanet.broker.server import BrokerServer
 from rdmanet.broker.values import Effect, PodView
 from rdmanet.datapath.artifact import Artifact
 from rdmanet.datapath.maps import Datapath
+from rdmanet.devices import remove_link
 from rdmanet.errors import UnavailableError
 from rdmanet.lease import SOCKET_NAME
 from rdmanet.model import Attachment, AttachmentState, Device, IPAddress, PodName, address_key
@@ -186,7 +187,7 @@ def backend() -> RxeBackend:
     release = tuple(int(part) for part in os.uname().release.split("-")[0].split("+")[0].split(".")[:2])
     if release < wanted_release(mode):
         pytest.skip(f"needs Linux {wanted_release(mode)} for rxe in a namespace in {mode} mode")
-    return RxeBackend(RdmaSocket, mode)
+    return RxeBackend(RdmaSocket, mode, remove_link)
 
 
 @contextlib.contextmanager

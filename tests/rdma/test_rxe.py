@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rdmanet.devices import remove_link
 from rdmanet.errors import ConflictError, NotFoundError
 from rdmanet.model import Attachment, AttachmentState, NetnsId, PodName, RdmaMode
 from rdmanet.netlink import namespace
@@ -89,7 +90,7 @@ def bench(scratch_netns: Path, rdma_mode: RdmaMode, mode: RdmaMode) -> Iterator[
     with namespace.opened(str(scratch_netns)) as descriptor, RouteSocket.here() as host, RdmaSocket.here() as rdma:
         attachment = wanted(scratch_netns, namespace.identify(descriptor))
         connect(descriptor, attachment)
-        backend = RxeBackend(RdmaSocket, rdma.mode())
+        backend = RxeBackend(RdmaSocket, rdma.mode(), remove_link)
         assert backend.mode is mode
         yield Bench(descriptor, attachment, backend)
         backend.remove(attachment, descriptor)
@@ -158,6 +159,17 @@ def test_the_device_goes_with_its_interface(bench: Bench) -> None:
     found = bench.backend.examine(bench.attachment, device, bench.descriptor)
     assert found.problem == f"its RDMA device {device.name} is missing"
     bench.backend.remove(bench.attachment, bench.descriptor)
+
+
+@BOTH_MODES
+def test_without_its_namespace_the_device_goes_by_its_interface(bench: Bench) -> None:
+    """Deleting the device by itself would race with the kernel's end of the namespace."""
+    device = bench.backend.create(bench.attachment, bench.descriptor)
+    with RouteSocket.here() as host:
+        for _ in range(2):
+            bench.backend.remove(bench.attachment, None)
+            assert host.link(bench.attachment.host_ifname) is None
+            assert device.name not in bench.inside() + bench.host()
 
 
 @BOTH_MODES
