@@ -15,8 +15,9 @@ CLOSING_BOTH = 3
 NO_SLOT = 0xFFFFFFFF
 _KEY = struct.Struct("=16s16s2s2sB3x")
 _WHOLE_KEY = struct.Struct(f"={_KEY.size}s")
-_ENTRY = struct.Struct("=QQ16sIIII2sBB4x")
-_GLANCE = struct.Struct("=QQ16xIII4x2xBx4x")
+# Times are signed here, as a difference of two is in the programs: below 0 is before the machine was up.
+_ENTRY = struct.Struct("=qq16sIIII2sBB4x")
+_GLANCE = struct.Struct("=qq16xIII4x2xBx4x")
 #: COLLECT_AT_ONCE in bpf/collect.c.
 _AT_ONCE = 16
 _FRAME_HEADER = bytes(14)
