@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from rdmanet.errors import UnavailableError
 from testbed.container import Completed
-from testbed.demo.rdma import last_figures
+from testbed.demo.rdma import last_figures, messages
 from testbed.demo.rows import STEPS, passed, verdict
 from testbed.rows import Figure, Row, StepError, measure, need, text, write
 
@@ -78,5 +80,8 @@ def test_last_figures() -> None:
     assert last_figures(Completed(("ib_send_lat",), 0, LATENCY, "", 1.0))[:5] == [2, 200, 310.11, 2903.32, 402.75]
     rounded = LATENCY.replace("220.35", "-nan")
     assert last_figures(Completed(("ib_send_lat",), 0, rounded, "", 1.0))[4] == 402.75
+    without_rate = Completed(("ib_send_lat",), 0, re.sub(r"\d+\.\d+", "inf", LATENCY), "", 1.0)
+    assert last_figures(without_rate)[4] == math.inf
+    assert messages(without_rate) == 200
     with pytest.raises(StepError, match="ib_send_lat printed no figures"):
         last_figures(Completed(("ib_send_lat",), 0, "Unable to connect\n", "", 1.0))
