@@ -167,6 +167,9 @@ class Api:
         except TimeoutError:
             sentence = f"Links are still being removed after {timeout_s:g} s; GET /v1/status says which and why."
             return web.json_response({"error": sentence}, status=503)
+        except RdmanetError as error:
+            _, status = codes(error)
+            return web.json_response({"error": str(error)}, status=status)
         return web.json_response({})
 
     async def _get_metrics(self, request: web.Request) -> web.Response:

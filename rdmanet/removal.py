@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 from rdmanet import steps
-from rdmanet.errors import RdmanetError
+from rdmanet.errors import RdmanetError, UnavailableError
 from rdmanet.model import Attachment, address_key
 from rdmanet.netlink import messages
 from rdmanet.netlink.batch import BatchSockets, accepted
@@ -51,6 +51,7 @@ class Removals:
         self._waiting = 0
         self._idle: list[Future[None]] = []
         self._stop_by_s: float | None = None
+        self._given_up = False
         self._thread: threading.Thread | None = None
 
     # What others ask for
@@ -63,6 +64,7 @@ class Removals:
             try:
                 self._work()
             except BaseException as error:
+                self._give_up()
                 failed(error)
                 raise
 
@@ -119,20 +121,33 @@ class Removals:
         self._waiting += 1
         self._changed.notify_all()
         try:
-            return self._changed.wait_for(condition, timeout_s)
+            self._changed.wait_for(lambda: self._given_up or condition(), timeout_s)
+            return condition()
         finally:
             self._waiting -= 1
 
     def settled(self) -> Future[None]:
-        """Done when nothing is left to remove."""
+        """Done when nothing is left to remove; UnavailableError when nothing removes it any more."""
         future: Future[None] = Future()
         with self._changed:
-            if self._queue:
+            if not self._queue:
+                future.set_result(None)
+            elif self._given_up:
+                future.set_exception(_nobody())
+            else:
                 self._idle.append(future)
                 self._changed.notify_all()
-                return future
-        future.set_result(None)
         return future
+
+    def _give_up(self) -> None:
+        """The work has ended by an error: whoever waits for it would keep the agent from ending."""
+        with self._changed:
+            self._given_up = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for future in idle:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(_nobody())
 
     @property
     def failed(self) -> int:
@@ -243,6 +258,13 @@ class Removals:
         self._parts.store.forget(*(attachment.id for attachment in attachments))
         for attachment in attachments:
             self._parts.host_ends.forget(attachment.id)
+
+
+def _nobody() -> UnavailableError:
+    return UnavailableError(
+        "Nothing removes any more what DELs leave; the agent is ending, and the next one will: start it again.",
+        operation="removal",
+    )
 
 
 def remove_links(host: BatchSockets, names: Sequence[str], *, together: bool = True) -> dict[str, RdmanetError]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rdmanet import removal
-from rdmanet.errors import NetlinkError, StateError
+from rdmanet.errors import NetlinkError, StateError, UnavailableError
 from rdmanet.model import address_key
 from rdmanet.netlink.batch import Reply
 from rdmanet.netlink.messages import Message
@@ -243,7 +243,7 @@ def test_a_stop_finishes_what_is_due_and_leaves_what_fails(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_of_ours_is_told(kernel: Kernel, removals: Removals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing would be removed any more: whoever began it has to know."""
+    """Nothing would be removed any more: whoever began it has to know, and nobody waits for it."""
     error = RuntimeError("a fault of ours")
 
     def forget(*numbers: int) -> None:
@@ -253,7 +253,15 @@ def test_an_error_of_ours_is_told(kernel: Kernel, removals: Removals, monkeypatc
     told: Future[BaseException] = Future()
     removals.start(told.set_result)
     removals.put(wanted(1, id=1))
+    with pytest.raises(UnavailableError, match="the agent is ending, and the next one will"):
+        settle(removals)
     assert told.result(WAIT_S) is error
+    with pytest.raises(UnavailableError, match="Nothing removes any more"):
+        settle(removals)
+    started = time.monotonic()
+    assert not removals.wait_for(lambda old: True, WAIT_S)
+    assert not removals.wait_for_one(WAIT_S)
+    assert time.monotonic() - started < WAIT_S
 
 
 def test_host_ends() -> None:
