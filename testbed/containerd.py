@@ -21,6 +21,7 @@ from testbed import images
 from testbed.container import Process
 from testbed.cri import TIMEOUT_S, Cri, CriError
 from testbed.host import CNI_EXECUTABLE, REFERENCE_PLUGINS, Host
+from testbed.progress import say
 
 #: Hidden behind empty directories: configuration, networks, plugins, storage.
 PLACES = ("/etc/containerd", "/etc/cni", "/opt/cni", "/var/lib/containerd", "/var/lib/cni")
@@ -31,6 +32,10 @@ IMAGE = "localhost/busybox:1"
 #: A root file system of nothing but places for the machine's own programs.
 USR_IMAGE = "localhost/usr:1"
 EXEC_TIMEOUT_S = 300
+#: Of a container whose first process was killed before it had done anything. Seen once, with Debian 13's runc, under
+#: load and just behind containerd's own cleaning up; by whom is not known. Kubelet tries again.
+RUNC_INIT_KILLED = "read init-p: connection reset by peer"
+CONTAINER_ATTEMPTS = 3
 SOCKET = "/run/containerd/containerd.sock"
 CONFIGURATION = "/etc/containerd/config.toml"
 #: For machines that give their root less than containerd takes for granted: without CAP_SYS_RESOURCE runc cannot lower
@@ -196,8 +201,8 @@ class Containerd:
         self, pod: Pod, name: str, *command: str, usr: Sequence[str] = (), devices: Sequence[str] = ()
     ) -> str:
         """A container of a pod, running; its id. `usr` are directories of the machine's, for USR_IMAGE, and `devices`
-        nodes of it."""
-        config = {
+        nodes of it. Made anew, as kubelet does, where runc's first process is killed before it has done anything."""
+        config: dict[str, Any] = {
             "metadata": {"name": name},
             "image": {"image": USR_IMAGE if usr else IMAGE},
             "command": list(command),
@@ -205,9 +210,18 @@ class Containerd:
             "devices": [{"container_path": path, "host_path": path, "permissions": "rw"} for path in devices],
             "linux": {},
         }
-        answer = self.cri.call("CreateContainer", pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config)
-        pod.containers[name] = answer["container_id"]
-        self.cri.call("StartContainer", container_id=answer["container_id"])
+        for attempt in range(CONTAINER_ATTEMPTS):
+            config["metadata"]["attempt"] = attempt
+            answer = self.cri.call("CreateContainer", pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config)
+            pod.containers[name] = answer["container_id"]
+            try:
+                self.cri.call("StartContainer", container_id=answer["container_id"])
+                break
+            except CriError as error:
+                if RUNC_INIT_KILLED not in error.sentence or attempt + 1 == CONTAINER_ATTEMPTS:
+                    raise
+                say(f"{name} is made anew: {error.sentence}")
+                self.cri.call("RemoveContainer", container_id=answer["container_id"])
         return pod.containers[name]
 
     def exec(self, pod: Pod, name: str, *command: str) -> str:

@@ -71,6 +71,8 @@ MESSAGES: Mapping[str, Mapping[str, tuple[int, str]]] = {
         "sandbox_config": (3, "PodSandboxConfig"),
     },
     "CreateContainerResponse": {"container_id": (1, "string")},
+    "RemoveContainerRequest": {"container_id": (1, "string")},
+    "RemoveContainerResponse": {},
     "StartContainerRequest": {"container_id": (1, "string")},
     "StartContainerResponse": {},
     "ExecSyncRequest": {"container_id": (1, "string"), "cmd": (2, "string[]"), "timeout": (3, "int64")},

@@ -125,6 +125,25 @@ def test_a_refusal_is_containerds_error(containerd: Containerd) -> None:
         containerd.run_pod("refused")
 
 
+def test_a_container_that_runc_lost_is_made_anew(containerd: Containerd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the testbed: as kubelet does. Any other refusal is nobody's to hide."""
+    pod = containerd.run_pod("again")
+    call, lost = containerd.cri.call, ["runc create failed: read init-p: connection reset by peer: unknown"]
+
+    def start(method: str, *values: float, **fields: Any) -> dict[str, Any]:
+        if method == "StartContainer" and lost:
+            raise CriError(lost.pop(), operation=method)
+        return call(method, *values, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(containerd.cri), "call", lambda self, *values, **fields: start(*values, **fields))
+        containerd.run_container(pod, "main", "sleep", "1000")
+        assert containerd.exec(pod, "main", "echo", "here") == "here\n"
+        lost.append("another reason")
+        with pytest.raises(CriError, match="another reason"):
+            containerd.run_container(pod, "second", "sleep", "1000")
+
+
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_containerd_is_killed_while_plugins_work(world: World, containerd: Containerd, hold: Hold, order: str) -> None:
     """Before our ADD and after it. When it runs again, what it began is taken back, and the pod can be run."""
