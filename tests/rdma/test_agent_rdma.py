@@ -128,7 +128,7 @@ def test_real_tools_and_what_they_sent(stage: Stage) -> None:
     assert messages(done) == rounds
     # 65536 bytes a message, 4096 a packet: the pods' MTU of 9000 is used.
     to_two = roce_packets(stage.world)["default/two"][1] - between["default/two"][1]
-    assert 16 * 200 <= to_two < 17 * 200 + 100
+    assert 16 * rounds <= to_two < 17 * rounds + 100
     assert not {r for r in stage.world.drops("default/one") if r.startswith("roce")}
 
 
